@@ -1,0 +1,67 @@
+# COCO 2017 under data/coco/, with RT-DETR's transforms.
+data_root = 'data/coco/'
+batch_size = 4  # per GPU; the recipe has 4 GPUs
+num_workers = 4
+
+resize = dict(type='Resize', scale=(640, 640), keep_ratio=False, interpolation='bilinear',
+              backend='pillow')  # antialiased, as torchvision resizes PIL images
+
+train_pipeline = [
+    dict(type='LoadCheckedImage'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='RandomPhotometricDistort', prob=0.5),
+    dict(type='RandomZoomOut', prob=0.5),
+    dict(type='RandomIoUCrop', prob=0.8),
+    dict(type='FilterSmallBoxes'),
+    dict(type='RandomFlip', prob=0.5),
+    resize,
+    dict(type='FilterSmallBoxes'),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadCheckedImage'),
+    resize,
+    # After Resize: evaluation wants the original boxes.
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=num_workers,
+    persistent_workers=True,
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='CheckedCocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_train2017.json',
+        data_prefix=dict(img='train2017/'),
+        # The 1,021 images without objects are trained on, too.
+        filter_cfg=dict(filter_empty_gt=False),
+        # COCO train2017 itself has a few boxes without height or width.
+        invalid_boxes='drop',
+        pipeline=train_pipeline))
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=num_workers,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CheckedCocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_val2017.json',
+        data_prefix=dict(img='val2017/'),
+        test_mode=True,
+        pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+val_evaluator = dict(
+    type='CocoMetric',
+    ann_file=data_root + 'annotations/instances_val2017.json',
+    metric='bbox',
+    # COCO's own limits; mmdet's default prints AP50 and the like at 1000 detections an image.
+    proposal_nums=(1, 10, 100))
+test_evaluator = val_evaluator

@@ -1,0 +1,14 @@
+# RT-DETR with SpaRTAN-XT and the R50 head, COCO, 70 epochs: 48.5 AP (paper, Table III).
+_base_ = ['./_base_/rtdetr.py', './_base_/coco.py', './_base_/schedule_72e.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='SpaRTAN',
+        arch='xt',
+        out_indices=(1, 2, 3),
+        # Point this to a classifier's checkpoint, for example:
+        # init_cfg=dict(type='Pretrained', checkpoint='spartan_xt.pth', prefix='backbone.')
+        init_cfg=None),
+    neck=dict(in_channels=[64, 96, 192]))
+train_cfg = dict(max_epochs=70)

@@ -1,0 +1,29 @@
+"""RT-DETR and what trains it, registered in mmdet's registries.
+
+Put ``custom_imports = dict(imports=['spartan_mm.detection'])`` into a config to use it.
+"""
+from .. import compat
+
+compat.require('mmcv', '2.0.0', 'detection')
+compat.require('mmdet', '3.0.0', 'detection')
+
+# ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
+from .. import engine  # noqa: F401
+from .batch_resize import BatchRandomResize
+from .coco import CheckedCocoDataset, LoadCheckedImage
+from .deformable_attention import MultiScaleDeformableAttention
+from .denoising import DenoisingGenerator
+from .hybrid_encoder import HybridEncoder
+from .losses import IoUAwareVarifocalLoss
+from .resnet_vd import ResNetVd
+from .rtdetr import RTDETR
+from .rtdetr_decoder import RTDETRDecoder
+from .rtdetr_head import RTDETRHead
+from .transforms import FilterSmallBoxes, RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut
+
+__all__ = [
+    'BatchRandomResize', 'CheckedCocoDataset', 'DenoisingGenerator', 'FilterSmallBoxes',
+    'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MultiScaleDeformableAttention',
+    'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR',
+    'RTDETRDecoder', 'RTDETRHead'
+]

@@ -1,0 +1,274 @@
+"""RT-DETR's hybrid encoder: attention within the coarsest map, convolutions across the maps.
+
+Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_,
+section 4.2. Everything here starts from PyTorch's default initialisation, as the official code does:
+mmcv's ConvModule draws kernels about 2.5 to 5 times as large.
+"""
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, BatchNorm, and SiLU if `act`.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the square kernel, odd; padding keeps the size at stride 1.
+        stride: Stride.
+        act: Whether SiLU follows.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
+                 act: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride,
+                              padding=kernel_size // 2, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.act = nn.SiLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        return self.act(self.norm(self.conv(x)))
+
+
+class RepVGGBlock(nn.Module):
+    """A 3x3 and a 1x1 convolution in parallel, one 3x3 convolution once fused.
+
+    NOTE Unlike `RepVGG <https://arxiv.org/abs/2101.03697>`_'s block there is no identity branch.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.dense = ConvNorm(channels, channels, 3)
+        self.pointwise = ConvNorm(channels, channels, 1)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if hasattr(self, 'fused'):
+            return self.act(self.fused(x))
+        return self.act(self.dense(x) + self.pointwise(x))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Replace both branches by the one convolution that equals them in eval mode.
+
+        The branches are gone afterwards: a fused model can't be trained, nor saved as a training
+        checkpoint.
+        """
+        kernel, bias = 0, 0
+        for branch, pad in ((self.dense, 0), (self.pointwise, 1)):
+            scale = branch.norm.weight / (branch.norm.running_var + branch.norm.eps).sqrt()
+            kernel = kernel + F.pad(branch.conv.weight * scale[:, None, None, None], [pad] * 4)
+            bias = bias + branch.norm.bias - branch.norm.running_mean * scale
+        fused = nn.Conv2d(len(bias), len(bias), 3, padding=1).to(kernel)
+        fused.weight.copy_(kernel)
+        fused.bias.copy_(bias)
+        self.fused = fused
+        del self.dense, self.pointwise
+
+
+class CSPRepLayer(nn.Module):
+    """Two 1x1 paths, RepVGG blocks on one of them, summed.
+
+    NOTE The paths are added; mmdet's own CSPLayer concatenates them.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        hidden_channels: Channels within; a last 1x1 convolution follows where they differ from
+            `out_channels`.
+        num_blocks: RepVGG blocks.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int,
+                 num_blocks: int = 3):
+        super().__init__()
+        self.conv1 = ConvNorm(in_channels, hidden_channels, act=True)
+        self.conv2 = ConvNorm(in_channels, hidden_channels, act=True)
+        self.blocks = nn.Sequential(*(RepVGGBlock(hidden_channels) for _ in range(num_blocks)))
+        self.conv3 = (nn.Identity() if hidden_channels == out_channels
+                      else ConvNorm(hidden_channels, out_channels, act=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H, W)."""
+        return self.conv3(self.blocks(self.conv1(x)) + self.conv2(x))
+
+
+def position_embedding(height: int, width: int, dims: int, temperature: float = 10000.,
+                       legacy: bool = False, device: torch.device | None = None) -> Tensor:
+    """Sines and cosines of a map's row and column numbers, for tokens in row-major order.
+
+    Four blocks of `dims / 4`: sin(row), cos(row), sin(column), cos(column), each with frequencies
+    temperature^(-4 k / dims).
+
+    NOTE The official code numbers the tokens column by column while the tokens themselves lie row by
+    row. On square maps both agree; elsewhere
+    neighbours get unrelated embeddings. Here the numbering always is the tokens' own.
+
+    Args:
+        height: Rows of the map.
+        width: Columns of the map.
+        dims: Channels of the embedding, a multiple of 4.
+        temperature: Base of the frequencies.
+        legacy: Number the tokens as the official code does, to run its checkpoints on maps that are
+            not square with its very numbers.
+        device: Where the result lies.
+
+    Returns:
+        (H * W, C), float32.
+    """
+    tokens = torch.arange(height * width, device=device)
+    # On a square map both lines give the token's row and column.
+    side = height if legacy else width
+    rows, columns = tokens // side, tokens % side
+    frequencies = temperature ** (torch.arange(dims // 4, device=device) / (-dims / 4))
+    angles = torch.cat([torch.outer(axis.float(), frequencies) for axis in (rows, columns)])
+    by_row, by_column = angles.chunk(2)
+    return torch.cat([by_row.sin(), by_row.cos(), by_column.sin(), by_column.cos()], 1)
+
+
+class AIFI(nn.Module):
+    """Attention-based intra-scale feature interaction: one post-norm transformer layer on a map.
+
+    Args:
+        embed_dims: Channels, a multiple of 4 and of `num_heads`.
+        num_heads: Attention heads.
+        ffn_dims: Width of the feed-forward network.
+        dropout: Drop probability in the attention and after either step.
+        legacy_position: See :func:`position_embedding`.
+    """
+
+    def __init__(self, embed_dims: int = 256, num_heads: int = 8, ffn_dims: int = 1024,
+                 dropout: float = 0., legacy_position: bool = False):
+        super().__init__()
+        self.legacy_position = legacy_position
+        self.self_attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
+        self.linear1 = nn.Linear(embed_dims, ffn_dims)
+        self.linear2 = nn.Linear(ffn_dims, embed_dims)
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        channels, height, width = x.shape[1:]
+        tokens = x.flatten(2).transpose(1, 2)  # (N, H * W, C)
+        position = position_embedding(height, width, channels, legacy=self.legacy_position,
+                                      device=x.device).to(x.dtype)
+
+        placed = tokens + position
+        mixed = self.self_attn(placed, placed, tokens, need_weights=False)[0]
+        tokens = self.norm1(tokens + self.dropout(mixed))
+        mixed = self.linear2(self.dropout(F.gelu(self.linear1(tokens))))
+        tokens = self.norm2(tokens + self.dropout(mixed))
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+
+@MODELS.register_module()
+class HybridEncoder(BaseModule):
+    """RT-DETR's neck: AIFI on the coarsest map, then fusion down and up the pyramid (CCFM).
+
+    Args:
+        in_channels: Channels of the backbone's maps, finest first.
+        embed_dims: Channels of the output maps.
+        ffn_dims: Width of AIFI's feed-forward network.
+        num_heads: Heads of AIFI.
+        dropout: Drop probability in AIFI.
+        expansion: Width of the fusion blocks relative to `embed_dims`.
+        num_blocks: RepVGG blocks in each fusion block.
+        legacy_position: Reproduce the official numbering of tokens on maps that are not square, see
+            :func:`position_embedding`.
+        init_cfg: See mmengine's BaseModule.
+
+    Raises:
+        ValueError: `embed_dims` is no multiple of 4 and of `num_heads`.
+
+    Examples:
+        >>> import torch
+        >>> neck = HybridEncoder(in_channels=[64, 96, 192], embed_dims=64, ffn_dims=128)
+        >>> maps = [torch.rand(1, c, s, s) for c, s in ((64, 16), (96, 8), (192, 4))]
+        >>> [tuple(x.shape) for x in neck(maps)]
+        [(1, 64, 16, 16), (1, 64, 8, 8), (1, 64, 4, 4)]
+    """
+
+    def __init__(self, in_channels: Sequence[int], embed_dims: int = 256, ffn_dims: int = 1024,
+                 num_heads: int = 8, dropout: float = 0., expansion: float = 1.,
+                 num_blocks: int = 3, legacy_position: bool = False,
+                 init_cfg: dict | None = None):
+        super().__init__(init_cfg)
+        if embed_dims % 4 or embed_dims % num_heads:
+            raise ValueError(f'HybridEncoder: embed_dims={embed_dims} must be a multiple of 4 and '
+                             f'of num_heads={num_heads}')
+        self.in_channels = tuple(in_channels)
+        self.embed_dims = embed_dims
+        steps = len(in_channels) - 1
+        hidden = int(embed_dims * expansion)
+
+        def fusion_blocks() -> nn.ModuleList:
+            return nn.ModuleList(CSPRepLayer(2 * embed_dims, embed_dims, hidden, num_blocks)
+                                 for _ in range(steps))
+
+        self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
+        self.aifi = AIFI(embed_dims, num_heads, ffn_dims, dropout, legacy_position)
+        # Down from the coarsest map (index 0 = the coarsest step) ...
+        self.lateral_convs = nn.ModuleList(
+            ConvNorm(embed_dims, embed_dims, act=True) for _ in range(steps))
+        self.top_down_blocks = fusion_blocks()
+        # ... and up again (index 0 = the finest step).
+        self.downsample_convs = nn.ModuleList(
+            ConvNorm(embed_dims, embed_dims, 3, stride=2, act=True) for _ in range(steps))
+        self.bottom_up_blocks = fusion_blocks()
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Fuse the maps.
+
+        Args:
+            feats: (N, C_i, H_i, W_i), finest first.
+
+        Returns:
+            As many maps (N, C, H_i, W_i).
+
+        Raises:
+            ValueError: The number of maps or their channels are not those of `in_channels`.
+        """
+        channels = tuple(feat.shape[1] for feat in feats)
+        if channels != self.in_channels:
+            raise ValueError(f'HybridEncoder was built for maps with in_channels={self.in_channels}'
+                             f', but the backbone gives {channels}; set neck.in_channels (and the '
+                             'backbone\'s out_indices) accordingly')
+        maps = [project(feat) for project, feat in zip(self.input_projs, feats, strict=True)]
+        maps[-1] = self.aifi(maps[-1])
+
+        for step, level in enumerate(range(len(maps) - 1, 0, -1)):
+            # The lateral output takes the map's place, also for the way up.
+            maps[level] = self.lateral_convs[step](maps[level])
+            # NOTE The official code upsamples by a factor of 2, which fails where a side was odd.
+            upsampled = F.interpolate(maps[level], size=maps[level - 1].shape[-2:], mode='nearest')
+            maps[level - 1] = self.top_down_blocks[step](
+                torch.cat([upsampled, maps[level - 1]], 1))
+
+        for level in range(len(maps) - 1):
+            downsampled = self.downsample_convs[level](maps[level])
+            if downsampled.shape != maps[level + 1].shape:
+                # Backbones that round down at odd sides, where this convolution rounds up.
+                downsampled = F.interpolate(downsampled, size=maps[level + 1].shape[-2:],
+                                            mode='nearest')
+            maps[level + 1] = self.bottom_up_blocks[level](
+                torch.cat([downsampled, maps[level + 1]], 1))
+        return tuple(maps)
+
+    def fuse(self) -> None:
+        """Fuse every RepVGG block for inference, see :meth:`RepVGGBlock.fuse`."""
+        for module in self.modules():
+            if isinstance(module, RepVGGBlock):
+                module.fuse()

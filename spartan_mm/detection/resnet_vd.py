@@ -1,0 +1,34 @@
+"""ResNet-vd as RT-DETR uses it."""
+from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmdet.models.backbones import ResNetV1d
+from mmdet.registry import MODELS
+from torch import nn
+
+
+@MODELS.register_module()
+class ResNetVd(ResNetV1d):
+    """Variant d of `ResNet <https://arxiv.org/abs/1812.01187>`_, with a projection in every stage.
+
+    NOTE mmdet's ResNetV1d leaves the first stage's shortcut an identity in depths 18 and 34. RT-DETR's
+    (and PaddlePaddle's) has a 1x1 convolution there as well. Depths 50 and up are mmdet's.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        kwargs: See mmdet's ResNet.
+
+    Examples:
+        >>> import torch
+        >>> maps = ResNetVd(depth=18, out_indices=(1, 2, 3)).eval()(torch.rand(1, 3, 64, 64))
+        >>> [tuple(x.shape) for x in maps]
+        [(1, 128, 8, 8), (1, 256, 4, 4), (1, 512, 2, 2)]
+    """
+
+    def make_res_layer(self, **kwargs) -> nn.Sequential:
+        """Pack the blocks of a stage, the first with a projection in its shortcut."""
+        stage = super().make_res_layer(**kwargs)
+        if stage[0].downsample is None:
+            channels = kwargs['planes'] * kwargs['block'].expansion
+            stage[0].downsample = nn.Sequential(
+                build_conv_layer(kwargs['conv_cfg'], kwargs['inplanes'], channels, 1, bias=False),
+                build_norm_layer(kwargs['norm_cfg'], channels)[1])
+        return stage

@@ -1,0 +1,171 @@
+"""RT-DETR's transformer decoder: query positions, layers and iterative box refinement.
+
+Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_, and
+`DINO <https://arxiv.org/abs/2203.03605>`_, section 3.5, for "look forward twice".
+"""
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .deformable_attention import MultiScaleDeformableAttention
+from .hybrid_encoder import ConvNorm
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of `x`, computed in float32, `x` clipped to 0 .. 1 and both sides to at least `eps`.
+
+    NOTE mmdet's decoder uses an eps of 1e-3, which keeps boxes 0.64 pixels away from the border of a
+    640 pixel image; in float16, 1 / 1e-5 would overflow.
+    """
+    x = x.float().clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+class RTDETRDecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention and feed-forward network, each with a post-norm.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Heads of both attentions.
+        num_levels: Maps in the memory.
+        num_points: Sampling points per head and level.
+        ffn_dims: Width of the feed-forward network.
+        dropout: Drop probability.
+    """
+
+    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
+                 num_points: int = 4, ffn_dims: int = 1024, dropout: float = 0.):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.cross_attn = MultiScaleDeformableAttention(
+            embed_dims, num_heads, num_levels, num_points, dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.linear1 = nn.Linear(embed_dims, ffn_dims)
+        self.linear2 = nn.Linear(ffn_dims, embed_dims)
+        self.norm3 = nn.LayerNorm(embed_dims)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, query_pos: Tensor, memory: Tensor, reference: Tensor,
+                spatial_shapes: Sequence[tuple[int, int]],
+                attn_mask: Tensor | None = None) -> Tensor:
+        """Refine the queries.
+
+        Args:
+            query: (N, Q, C).
+            query_pos: (N, Q, C), added where attention compares.
+            memory: (N, L, C).
+            reference: (N, Q, 4), boxes (cx, cy, w, h) as fractions of the image.
+            spatial_shapes: (H, W) of the memory's maps.
+            attn_mask: (Q, Q), True where a row's query must not see a column's.
+
+        Returns:
+            (N, Q, C).
+        """
+        placed = query + query_pos
+        mixed = self.self_attn(placed, placed, query, attn_mask=attn_mask, need_weights=False)[0]
+        query = self.norm1(query + self.dropout(mixed))
+        query = self.norm2(self.cross_attn(
+            query, value=memory, query_pos=query_pos, reference_points=reference[:, :, None],
+            spatial_shapes=spatial_shapes))
+        mixed = self.linear2(self.dropout(F.relu(self.linear1(query))))
+        query = query + self.dropout(mixed)
+        # Long trainings have overflowed float16 here; no normal value reaches the bound.
+        return self.norm3(query.clamp(-65504, 65504))
+
+
+class RTDETRDecoder(BaseModule):
+    """Decoder with its own projection of the maps.
+
+    The box heads belong to the detection head and are handed in, as mmdet does it: the decoder needs
+    every layer's box to place the next layer's attention.
+
+    Args:
+        in_channels: Channels of the neck's maps.
+        embed_dims: Channels of memory and queries.
+        num_layers: Layers.
+        eval_idx: Layer whose output is the prediction at test time, negative from the end; the
+            layers after it are trained but not run.
+        num_heads: Heads of both attentions.
+        num_points: Sampling points per head and level.
+        ffn_dims: Width of the feed-forward network.
+        dropout: Drop probability.
+        init_cfg: See mmengine's BaseModule.
+
+    Raises:
+        ValueError: `eval_idx` names no layer.
+    """
+
+    def __init__(self, in_channels: Sequence[int] = (256, 256, 256), embed_dims: int = 256,
+                 num_layers: int = 6, eval_idx: int = -1, num_heads: int = 8, num_points: int = 4,
+                 ffn_dims: int = 1024, dropout: float = 0., init_cfg: dict | None = None):
+        super().__init__(init_cfg)
+        if not -num_layers <= eval_idx < num_layers:
+            raise ValueError(f'RTDETRDecoder: eval_idx={eval_idx} names none of the {num_layers} '
+                             f'layers; use {-num_layers} to {num_layers - 1}')
+        self.embed_dims = embed_dims
+        self.num_layers = num_layers
+        self.eval_idx = eval_idx % num_layers
+        self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
+        self.query_pos_head = nn.Sequential(
+            nn.Linear(4, 2 * embed_dims), nn.ReLU(inplace=True),
+            nn.Linear(2 * embed_dims, embed_dims))
+        layer = RTDETRDecoderLayer(embed_dims, num_heads, len(in_channels), num_points, ffn_dims,
+                                   dropout)
+        # As in the official code all layers start from the same weights.
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+
+    def init_weights(self) -> None:
+        """Xavier for the query positions; everything else keeps the weights of its constructor."""
+        for linear in (self.query_pos_head[0], self.query_pos_head[2]):
+            nn.init.xavier_uniform_(linear.weight)
+        super().init_weights()
+
+    def embed(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Project the neck's maps and lay them out as tokens, finest map first, row by row.
+
+        Args:
+            feats: (N, C_i, H_i, W_i).
+
+        Returns:
+            The memory (N, L, C) and the maps' (H, W).
+        """
+        maps = [project(feat) for project, feat in zip(self.input_projs, feats, strict=True)]
+        spatial_shapes = [tuple(x.shape[-2:]) for x in maps]
+        return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), spatial_shapes
+
+    def forward(self, query: Tensor, memory: Tensor, reference: Tensor,
+                spatial_shapes: Sequence[tuple[int, int]], reg_branches: nn.ModuleList,
+                attn_mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the layers, each starting from the box that the one before it found.
+
+        Args:
+            query: (N, Q, C), content of the queries.
+            memory: (N, L, C).
+            reference: (N, Q, 4), initial boxes as logits of (cx, cy, w, h).
+            spatial_shapes: (H, W) of the memory's maps.
+            reg_branches: Box head of each layer, C -> 4.
+            attn_mask: (Q, Q), True where a row's query must not see a column's.
+
+        Returns:
+            Queries (N, Q, C) and boxes (N, Q, 4) (cx, cy, w, h; float32, 0 to 1) of each layer; in
+            eval mode of the layers up to `eval_idx`. In training each layer's boxes also carry the
+            gradient to the layer before it ("look forward twice").
+        """
+        num_layers = self.num_layers if self.training else self.eval_idx + 1
+        states, boxes = [], []
+        # References stay float32 under autocast: float16 would place boxes on a grid of 1 / 2048.
+        box = reference.float().sigmoid()
+        for layer, reg_branch in zip(self.layers[:num_layers], reg_branches, strict=False):
+            reference = box.detach()
+            query_pos = self.query_pos_head(reference.to(query.dtype))
+            query = layer(query, query_pos, memory, reference, spatial_shapes, attn_mask)
+            # The layer itself sees a detached box, its correction is added to the attached one.
+            box = (reg_branch(query).float() + inverse_sigmoid(box)).sigmoid()
+            states.append(query)
+            boxes.append(box)
+        return states, boxes
