@@ -1,0 +1,4 @@
+"""Backbones, registered in mmengine's root registry."""
+from .spartan import SpaRTAN
+
+__all__ = ['SpaRTAN']

@@ -1,0 +1,352 @@
+"""The authors' SpaRTAN checkpoints: same outputs after conversion, and no key unaccounted for."""
+import contextlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spartan_mm.backbones import SpaRTAN
+from spartan_mm.converters import common
+from spartan_mm.converters.common import ConversionError
+from spartan_mm.converters.spartan import convert_spartan, convert_spartan_backbone
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / 'tests' / 'data' / 'golden'
+TOOL = ROOT / 'tools' / 'model_converters' / 'spartan_to_mm.py'
+STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
+
+
+def read_manifest(case):
+    return json.loads((GOLDEN / f'{case}.json').read_text())
+
+
+def official(shapes):
+    return {name: torch.from_numpy(value)
+            for name, value in STAND_IN['fill_state_dict'](shapes).items()}
+
+
+@pytest.fixture
+def small():
+    """The authors' state dict of a small model with 11 classes."""
+    return official(read_manifest('spartan_small')['shapes'])
+
+
+def load_backbone(converted, arch):
+    backbone = SpaRTAN(arch, out_indices=(0, 1, 2, 3)).eval()
+    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
+    return backbone
+
+
+def assert_golden(actual, expected):
+    """Agreement to 1e-5, relative to the element or to the largest one where elements cancel."""
+    expected = torch.from_numpy(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+# ------------------------------------------------------------------------------------- conversion
+
+
+@pytest.mark.parametrize('case', ['spartan_small', 'spartan_xt', 'spartan_t'])
+def test_golden_outputs(case):
+    manifest = read_manifest(case)
+    meta, golden = manifest['meta'], np.load(GOLDEN / f'{case}.npz')
+    converted, arch = convert_spartan(official(manifest['shapes']))
+    backbone = load_backbone(converted, arch)
+
+    x = torch.from_numpy(STAND_IN['image'](meta['input_shape'], meta['input_seed']))
+    with torch.no_grad():
+        maps = backbone(x)
+    for stage, y in enumerate(maps, start=1):
+        assert_golden(y.mean((2, 3)), golden[f'stage{stage}_mean'])
+        assert_golden(y[:, :4], golden[f'stage{stage}_first'])
+    logits = nn.functional.linear(
+        maps[-1].mean((2, 3)), converted['head.fc.weight'], converted['head.fc.bias'])
+    assert_golden(logits, golden['logits'])
+
+
+def test_classifier_of_mmpretrain_gives_the_golden_logits(small):
+    registry = pytest.importorskip('mmpretrain.registry')
+    from mmpretrain.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+
+    converted, arch = convert_spartan(small)
+    classifier = registry.MODELS.build(dict(
+        type='ImageClassifier',
+        backbone=dict(type='SpaRTAN', arch=arch),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=11, in_channels=64))).eval()
+    classifier.load_state_dict(converted, strict=True)
+
+    meta = read_manifest('spartan_small')['meta']
+    x = torch.from_numpy(STAND_IN['image'](meta['input_shape'], meta['input_seed']))
+    with torch.no_grad():
+        logits = classifier.head(classifier.extract_feat(x))
+    assert_golden(logits, np.load(GOLDEN / 'spartan_small.npz')['logits'])
+
+
+@pytest.mark.parametrize('case, name', [('spartan_xt', 'xt'), ('spartan_t', 't')])
+def test_architecture_is_read_from_the_shapes(case, name):
+    shapes = read_manifest(case)['shapes']
+    _, arch = convert_spartan({name: torch.empty(shape) for name, shape in shapes.items()})
+    assert arch == SpaRTAN.arch_settings[name]
+
+
+@pytest.mark.parametrize('conv_type', ['full', 'depthwise'])
+def test_other_architectures_are_read_from_the_shapes(conv_type):
+    """One block a stage, ratios of 3, one convolution type throughout, images of one channel."""
+    widths, hidden = (16, 24, 32, 48), (48, 72, 96, 144)
+    shapes, layer = {}, 0
+    source = read_manifest('spartan_small')['shapes']
+    for name, shape in source.items():
+        if not name.startswith('layers.'):
+            shapes[name] = shape
+    shapes |= {'conv.0.conv.weight': [8, 1, 3, 3], 'linear.weight': [11, 48]}
+    for stage, (width, wide) in enumerate(zip(widths, hidden, strict=True)):
+        # A block and an embedding of the manifest, with each dimension in terms of C, C/2 and N.
+        if stage:
+            for name, shape in source.items():
+                if name.startswith('layers.1.'):
+                    new = [width, widths[stage - 1], 2, 2] if len(shape) == 4 else shape and [width]
+                    shapes[f'layers.{layer}.{name.split(".", 2)[2]}'] = new
+            layer += 1
+        sizes = {16: width, 8: width // 2, 64: wide, 32: wide // 2, 2: width // 8, 4: width // 4}
+        for name, shape in source.items():
+            if name.startswith('layers.0.'):
+                new = [sizes.get(side, side) for side in shape]
+                if name.endswith('.complex'):
+                    new = [1, 1, 1, wide // 2, 2]
+                elif 'cmixer.conv.conv' in name:
+                    new[1] = 1 if conv_type == 'full' else 3
+                elif '_conv' in name and len(new) == 4 and conv_type == 'depthwise':
+                    new[1] = 1
+                shapes[f'layers.{layer}.{name.split(".", 2)[2]}'] = new
+        layer += 1
+
+    converted, arch = convert_spartan(official(shapes))
+    assert arch == dict(stem_channels=8, depths=(1, ) * 4, channels=widths,
+                        expand_ratios=(3, ) * 4, conv_types=(conv_type, ) * 4)
+    backbone = SpaRTAN(arch, in_channels=1)
+    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
+
+
+def test_backbone_inside_a_detector():
+    shapes = read_manifest('rtdetr_spartan_xt')['shapes']
+    state_dict = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    converted, arch = convert_spartan_backbone(state_dict, prefix='backbone.net.')
+    assert arch == SpaRTAN.arch_settings['xt']
+    SpaRTAN('xt').load_state_dict(converted, strict=True)
+
+
+def test_conversion_leaves_its_input_alone_and_keeps_counters(small):
+    small['conv.0.norm.num_batches_tracked'] = torch.tensor(7)
+    before = {name: value.clone() for name, value in small.items()}
+    converted, _ = convert_spartan(small)
+    torch.testing.assert_close(small, before, rtol=0, atol=0)
+    assert converted['backbone.stem.0.norm.num_batches_tracked'] == 7
+
+
+@pytest.mark.parametrize('name', [
+    'conv.0.conv.weight', 'conv.1.norm.running_var', 'layers.0.cmixer.theta.bias',
+    'layers.1.conv.weight', 'layers.2.scale_2', 'layers.8.cmixer.proj_out.weight', 'linear.bias'])
+def test_missing_key(small, name):
+    del small[name]
+    with pytest.raises(ConversionError, match=rf'missing keys:\n  {name}$'):
+        convert_spartan(small)
+
+
+def test_missing_layers(small):
+    small = {name: value for name, value in small.items()
+             if not name.startswith(('layers.5.', 'layers.6.'))}
+    with pytest.raises(ConversionError, match=r'missing keys:\n  layers\.5\.\*\n  layers\.6\.\*$'):
+        convert_spartan(small)
+
+
+@pytest.mark.parametrize('name', [
+    'layers.2.smixer.gain', 'layers.4.conv.bias', 'linear.scale', 'position', 'conv.2.conv.bias'])
+def test_leftover_key(small, name):
+    small[name] = torch.zeros(1)
+    with pytest.raises(ConversionError, match=rf'keys left over:\n  {name}$'):
+        convert_spartan(small)
+
+
+def test_missing_and_leftover_keys_are_listed_together(small):
+    small['layers.0.norm_3.weight'] = small.pop('layers.0.norm_1.weight')
+    with pytest.raises(ConversionError, match='missing keys:\n  layers.0.norm_1.weight\n'
+                                              'keys left over:\n  layers.0.norm_3.weight$'):
+        convert_spartan(small)
+
+
+def test_key_errors_inside_a_detector_carry_the_prefix(small):
+    small.pop('linear.weight'), small.pop('linear.bias'), small.pop('layers.0.scale_1')
+    small = {f'net.{name}': value for name, value in small.items()}
+    with pytest.raises(ConversionError, match=r'missing keys:\n  net\.layers\.0\.scale_1$'):
+        convert_spartan_backbone(small, prefix='net.')
+
+
+@pytest.mark.parametrize('name, shape, message', [
+    ('layers.0.smixer.gamma', (1, 9, 1, 1), r'gamma: \(1, 9, 1, 1\) instead of \(1, 8, 1, 1\)'),
+    ('layers.3.cmixer.theta.weight', (48, 24, 1, 1), r'proj_in\.weight: \(144, 24, 1, 1\) instead'),
+    ('linear.weight', (11, 32), r'head\.fc\.weight: \(11, 32\) instead of \(11, 64\)'),
+    ('conv.1.conv.weight', (18, 8, 3, 3), 'stage 1 has 18 channels'),
+    ('conv.0.conv.weight', (8, ), r'conv\.0\.conv\.weight of shape \(8,\)'),
+])
+def test_shapes_that_do_not_fit(small, name, shape, message):
+    small[name] = torch.zeros(shape)
+    with pytest.raises(ConversionError, match=message):
+        convert_spartan(small)
+
+
+def test_another_model():
+    with pytest.raises(ConversionError, match='not a whole SpaRTAN checkpoint'):
+        convert_spartan(nn.Linear(2, 2).state_dict())
+
+
+# ----------------------------------------------------------------------------- reading and writing
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda weights: weights,
+    lambda weights: dict(epoch=3, model=weights),
+    lambda weights: dict(model={f'module.{name}': value for name, value in weights.items()}),
+    lambda weights: dict(ema=dict(module=weights), model={}),
+], ids=['plain', 'model', 'model with module.', 'ema'])
+def test_state_dict_is_found_in_a_checkpoint(wrap):
+    weights = nn.Linear(2, 3).state_dict()
+    found = common.pick_state_dict(wrap(weights), entries=('ema.module', 'model'))
+    torch.testing.assert_close(found, dict(weights))
+
+
+@pytest.mark.parametrize('checkpoint, message', [
+    ([1, 2], 'holds no state dict, neither as a whole nor under model'),
+    ({}, 'holds no state dict'),
+    (dict(epoch=3, optim={}), 'these entries are not tensors: epoch, optim'),
+    (dict(model=dict(weight='no')), 'not tensors: weight'),
+])
+def test_checkpoint_without_weights(checkpoint, message):
+    with pytest.raises(ConversionError, match=message):
+        common.pick_state_dict(checkpoint)
+
+
+def test_foreign_objects_are_read_without_their_package(tmp_path, monkeypatch):
+    """As the authors' checkpoints, which hold a config object beside the weights."""
+    module = types.ModuleType('foreign_config')
+    exec('class Config:\n    pass\n\nclass Node:\n    def __init__(self, value):\n'
+         '        self.value = value\n    def __reduce__(self):\n'
+         '        return type(self), (self.value,)', module.__dict__)
+    monkeypatch.setitem(sys.modules, 'foreign_config', module)
+    config = module.Config()
+    config.content = dict(depth=module.Node(3), kind=dict)
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(config=config, model=dict(weight=torch.ones(2))), path)
+    monkeypatch.delitem(sys.modules, 'foreign_config')
+
+    state_dict = common.pick_state_dict(common.load_checkpoint(path))
+    torch.testing.assert_close(state_dict, dict(weight=torch.ones(2)))
+
+
+class _Attack:
+
+    def __init__(self, call, *arguments):
+        self.reduced = call, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize('call, arguments', [
+    (open, ('made', 'w')), (os.system, ('touch made', )), (Path.touch, (Path('made'), ))])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, call, arguments):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(attack=_Attack(call, *arguments), model={}), 'checkpoint.pth')
+    # Whether the rest of such a file can be read depends on how the attack is written.
+    with contextlib.suppress(ConversionError):
+        common.load_checkpoint('checkpoint.pth')
+    assert os.listdir() == ['checkpoint.pth']
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint at all', b'PK\x03\x04 a broken archive'])
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / 'broken.pth'
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=r'broken\.pth is not a checkpoint .*safely: \S'):
+        common.load_checkpoint(path)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'weights.pth'
+    path.write_text('old')
+
+    def fail(checkpoint, file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(ConversionError, match=r'weights\.pth cannot be written: No space left'):
+        common.save_checkpoint({}, path)
+    assert path.read_text() == 'old'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def run_tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
+    runpy.run_path(str(TOOL), run_name='__main__')
+
+
+def test_command_writes_a_checkpoint_for_pretrained(tmp_path, monkeypatch, capsys, small):
+    torch.save(dict(model={f'module.{name}': value for name, value in small.items()}, epoch=300),
+               tmp_path / 'official.pth')
+    target = tmp_path / 'new' / 'converted.pth'
+    run_tool(monkeypatch, tmp_path / 'official.pth', target)
+    output = capsys.readouterr().out
+    assert "'channels': (16, 24, 40, 64)" in output
+    assert '314 tensors' in output
+
+    checkpoint = torch.load(target, weights_only=True)
+    expected, arch = convert_spartan(small)
+    torch.testing.assert_close(checkpoint['state_dict'], expected, rtol=0, atol=0)
+    assert checkpoint['meta']['arch'] == arch
+
+    backbone = SpaRTAN(arch, init_cfg=dict(
+        type='Pretrained', checkpoint=str(target), prefix='backbone.'))
+    backbone.init_weights()
+    torch.testing.assert_close(dict(backbone.state_dict()),
+                               common.strip_prefix(expected, 'backbone.'), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda weights: weights.pop('layers.0.scale_1'), 'missing keys:\n  layers.0.scale_1'),
+    (lambda weights: weights.update(extra=torch.zeros(1)), 'keys left over:\n  extra'),
+    (lambda weights: weights.clear(), 'holds no state dict'),
+])
+def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, small, change, message):
+    change(small)
+    torch.save(dict(model=small), tmp_path / 'official.pth')
+    with pytest.raises(SystemExit, match=message):
+        run_tool(monkeypatch, tmp_path / 'official.pth', tmp_path / 'converted.pth')
+    assert not (tmp_path / 'converted.pth').exists()
+
+
+def test_command_refuses_a_target_that_cannot_be_written(tmp_path, monkeypatch, small):
+    torch.save(small, tmp_path / 'official.pth')
+    with pytest.raises(SystemExit, match=r'cannot be written'):
+        run_tool(monkeypatch, tmp_path / 'official.pth', tmp_path / 'official.pth' / 'new.pth')
+
+
+def test_command_exit_status_and_message(tmp_path):
+    command = [sys.executable, str(TOOL), str(tmp_path / 'absent.pth'), str(tmp_path / 'new.pth')]
+    done = subprocess.run(command, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'absent.pth does not exist' in done.stderr
+    assert 'Traceback' not in done.stderr
