@@ -1,0 +1,123 @@
+"""Hooks of training and evaluation that need neither mmdet nor mmpretrain."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+
+@HOOKS.register_module()
+class ClassCountCheckHook(Hook):
+    """Check before the run that the heads of the model have the classes of the datasets.
+
+    Checked are the training, validation and test dataset, those that the run uses, against each
+    module whose name ends in 'head' and that has ``num_classes`` (a region proposal head, which
+    knows one class, apart); and the validation dataset against the training dataset, since equal
+    numbers of different classes give no error but an AP near zero.
+
+    NOTE: mmdet's ``NumClassCheckHook`` checks validation only after the first epoch of training,
+    takes every module with ``num_classes`` for a head, and does not say what to change.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the training dataset, and already the validation dataset.
+
+        Raises:
+            ValueError: the numbers of classes, or the classes of the two datasets, differ.
+        """
+        train = runner.train_dataloader.dataset
+        _check_heads(runner.model, train, 'train_dataloader')
+        if runner.val_loop is not None:
+            val = runner.val_dataloader.dataset
+            _check_heads(runner.model, val, 'val_dataloader')
+            _check_same_classes(train, val)
+
+    def before_val(self, runner: Runner) -> None:
+        """Check the validation dataset."""
+        _check_heads(runner.model, runner.val_dataloader.dataset, 'val_dataloader')
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the test dataset."""
+        _check_heads(runner.model, runner.test_dataloader.dataset, 'test_dataloader')
+
+
+def _check_heads(model: nn.Module, dataset: Any, loader: str) -> None:
+    """Compare the ``num_classes`` of each head with the classes of a dataset."""
+    classes = _classes(dataset, loader)
+    if classes is None:
+        return
+    for name, head in _heads(model):
+        if head.num_classes != len(classes):
+            setting = f'model.{name}.num_classes={len(classes)}'
+            raise ValueError(
+                f'model.{name} ({type(head).__name__}) has num_classes={head.num_classes}, but the '
+                f'dataset of {loader}, {_describe(dataset)}, has {len(classes)} classes '
+                f'({_excerpt(classes)}). Set {setting} in the config (or on the command line: '
+                f"--cfg-options {setting}), or correct the dataset's `ann_file` or `metainfo`."
+            )
+
+
+def _check_same_classes(train: Any, val: Any) -> None:
+    """Compare the classes of the training and the validation dataset."""
+    train_classes, val_classes = (
+        _classes(train, 'train_dataloader'),
+        _classes(val, 'val_dataloader'),
+    )
+    if None in (train_classes, val_classes) or train_classes == val_classes:
+        return
+    label = next(
+        i for i, pair in enumerate(zip(train_classes, val_classes, strict=True)) if len({*pair}) > 1
+    )
+    raise ValueError(
+        f'The classes of the training dataset, {_describe(train)}, and of the validation dataset, '
+        f'{_describe(val)}, differ: label {label} is {train_classes[label]!r} in the one and '
+        f'{val_classes[label]!r} in the other. Give both files the same categories in the same '
+        'order.'
+    )
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Find the heads, with their path in the model."""
+    model = model.module if is_model_wrapper(model) else model
+    for name, module in model.named_modules():
+        # heads may stand in a list, as in 'roi_head.bbox_head.0'
+        own_name = name.rstrip('.0123456789').rsplit('.', 1)[-1]
+        if own_name.endswith('head') and own_name != 'rpn_head':
+            if isinstance(getattr(module, 'num_classes', None), int):
+                yield name, module
+
+
+def _classes(dataset: Any, loader: str) -> tuple[str, ...] | None:
+    """Get the classes of a dataset, through wrappers that do not tell them; None if it has none."""
+    while not hasattr(dataset, 'metainfo') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    if isinstance(classes, str):
+        raise ValueError(
+            f'The dataset of {loader}, {_describe(dataset)}, has classes={classes!r}, which must '
+            f'be a tuple; a single class is written metainfo=dict(classes=({classes!r},)).'
+        )
+    return None if classes is None else tuple(classes)
+
+
+def _describe(dataset: Any) -> str:
+    """Name a dataset by its class and the annotation files in it."""
+    files = ', '.join(_annotation_files(dataset)) or 'no annotation file'
+    return f'{type(dataset).__name__} of {files}'
+
+
+def _annotation_files(dataset: Any) -> Iterator[str]:
+    if getattr(dataset, 'ann_file', ''):
+        yield str(dataset.ann_file)
+    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    for part in parts:
+        if part is not None:
+            yield from _annotation_files(part)
+
+
+def _excerpt(classes: tuple[str, ...]) -> str:
+    return ', '.join(classes[:5]) + (', ...' if len(classes) > 5 else '')

@@ -1,0 +1,111 @@
+"""The classes of heads and datasets are compared before a run."""
+
+from types import SimpleNamespace
+
+import pytest
+from mmengine.registry import HOOKS
+from torch import nn
+
+from spartan_mm.engine.hooks import ClassCountCheckHook
+
+
+class Part(nn.Module):
+    def __init__(self, num_classes=None, **children):
+        super().__init__()
+        if num_classes is not None:
+            self.num_classes = num_classes
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def make_dataset(classes=('cat', 'dog', 'bird'), name='train.json'):
+    return SimpleNamespace(metainfo=dict(classes=classes), ann_file=name)
+
+
+def make_runner(model, train=None, val=None):
+    loaders = [None if item is None else SimpleNamespace(dataset=item) for item in (train, val)]
+    return SimpleNamespace(
+        model=model,
+        train_dataloader=loaders[0],
+        val_dataloader=loaders[1],
+        test_dataloader=loaders[1],
+        val_loop=None if val is None else object(),
+    )
+
+
+def make_model(num_classes):
+    return Part(
+        bbox_head=Part(num_classes),
+        rpn_head=Part(1),
+        backbone=Part(1000),
+    )
+
+
+def test_matching_classes_pass():
+    hook = HOOKS.build(dict(type='ClassCountCheckHook'))
+    dataset = make_dataset(['cat', 'dog', 'bird'], 'val.json')
+    runner = make_runner(make_model(3), make_dataset(), dataset)
+    hook.before_train(runner)
+    hook.before_val(runner)
+    hook.before_test(runner)
+    hook.before_train(make_runner(make_model(3), make_dataset()))
+
+
+@pytest.mark.parametrize('method', ['before_train', 'before_val', 'before_test'])
+def test_message_names_everything(method):
+    runner = make_runner(make_model(80), make_dataset(), make_dataset())
+    with pytest.raises(ValueError) as error:
+        getattr(ClassCountCheckHook(), method)(runner)
+    loader = method.replace('before_', '') + '_dataloader'
+    for part in (
+        'model.bbox_head',
+        'num_classes=80',
+        '3 classes (cat, dog, bird)',
+        'train.json',
+        loader,
+        '--cfg-options model.bbox_head.num_classes=3',
+    ):
+        assert part in str(error.value)
+
+
+def test_validation_set_is_checked_before_training():
+    val = make_dataset(('cat', 'dog'), 'val.json')
+    with pytest.raises(ValueError, match='val_dataloader.*val.json.*2 classes'):
+        ClassCountCheckHook().before_train(make_runner(make_model(3), make_dataset(), val))
+
+
+def test_train_and_val_in_another_order():
+    val = make_dataset(('cat', 'bird', 'dog'), 'val.json')
+    with pytest.raises(ValueError, match="train.json.*val.json.*label 1 is 'dog' .* 'bird'"):
+        ClassCountCheckHook().before_train(make_runner(make_model(3), make_dataset(), val))
+
+
+@pytest.mark.parametrize(
+    'wrapper',
+    [
+        SimpleNamespace(dataset=make_dataset()),
+        SimpleNamespace(dataset=make_dataset(), metainfo=make_dataset().metainfo),
+        SimpleNamespace(datasets=[make_dataset()] * 2, metainfo=make_dataset().metainfo),
+    ],
+)
+def test_wrapped_dataset(wrapper):
+    ClassCountCheckHook().before_val(make_runner(make_model(3), val=wrapper))
+    with pytest.raises(ValueError, match='train.json.*3 classes'):
+        ClassCountCheckHook().before_val(make_runner(make_model(4), val=wrapper))
+
+
+def test_heads_in_a_list_and_behind_a_wrapper():
+    model = Part(roi_head=Part(bbox_head=nn.ModuleList([Part(3), Part(7)])))
+    wrapped = nn.DataParallel(model)
+    with pytest.raises(ValueError, match=r'model.roi_head.bbox_head.1 .*num_classes=7'):
+        ClassCountCheckHook().before_test(make_runner(wrapped, val=make_dataset()))
+
+
+def test_dataset_without_classes_is_left_alone():
+    dataset = SimpleNamespace(metainfo={}, ann_file='')
+    ClassCountCheckHook().before_val(make_runner(make_model(3), val=dataset))
+
+
+def test_classes_as_a_string():
+    with pytest.raises(ValueError, match=r"classes=\('cat',\)"):
+        ClassCountCheckHook().before_val(make_runner(make_model(3), val=make_dataset('cat')))
