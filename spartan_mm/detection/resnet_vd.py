@@ -32,3 +32,8 @@ class ResNetVd(ResNetV1d):
                 build_conv_layer(kwargs['conv_cfg'], kwargs['inplanes'], channels, 1, bias=False),
                 build_norm_layer(kwargs['norm_cfg'], channels)[1])
         return stage
+
+    def train(self, mode: bool = True) -> 'ResNetVd':
+        """Switch the mode; mmdet's ResNet returns nothing here, so that `.eval()` can't be chained."""
+        super().train(mode)
+        return self

@@ -323,9 +323,9 @@ def collect_matches(per_image: Iterator[tuple[Tensor, Tensor]], counts: list[int
 
 
 def finite(values: Tensor, name: str) -> Tensor:
-    """`values` with NaN as 0; the matcher can't sort NaN, and the loss shows it anyway."""
+    """`values` with 0 for NaN and infinity, which the matcher can't sort; the loss shows them anyway."""
     if not values.isfinite().all():
         print_log(f'RT-DETR: the predicted {name} contain NaN or infinite values; the training '
                   'has diverged (lower the learning rate, or check the data)', 'current', 30)
-        values = values.nan_to_num()
+        values = values.nan_to_num(0., 0., 0.)
     return values
