@@ -1,8 +1,10 @@
 """What the converters share: safe reading, strict accounting for keys and shapes, safe writing."""
+import argparse
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,29 @@ def save_checkpoint(checkpoint: Any, path: str | Path) -> None:
                 raise
     except OSError as error:
         raise ConversionError(f'{path} cannot be written: {error.strerror or error}') from error
+
+
+def run_command(convert: Callable[[StateDict], tuple[StateDict, dict]], description: str,
+                entries: Sequence[str] = ('model', )) -> None:
+    """Be the command `SRC DST` of a converter: read, convert, write, say what was found.
+
+    Ends the process with status 1 and one message if anything is wrong with the checkpoint.
+
+    Args:
+        convert: The conversion: weights to weights and what `meta` says of the architecture.
+        description: Help text of the command.
+        entries: See ``pick_state_dict``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', metavar='SRC', help='the original checkpoint')
+    parser.add_argument('dst', metavar='DST', help='file to write')
+    args = parser.parse_args()
+    try:
+        state_dict, arch = convert(pick_state_dict(load_checkpoint(args.src), entries))
+        save_checkpoint(dict(state_dict=state_dict, meta=dict(arch=arch)), args.dst)
+    except ConversionError as error:
+        sys.exit(f'{args.src} was not converted: {error}')
+
+    print(f'architecture: {arch}')
+    print(f'{len(state_dict)} tensors written to {args.dst}')

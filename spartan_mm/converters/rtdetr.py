@@ -1,7 +1,8 @@
 """Official RT-DETR (PyTorch, v1) weights under this package's names.
 
-Pure functions from state dict to state dict. The names that a model has follow from its architecture,
-which is read from the tensors' names and shapes; whatever is missing or left over is an error.
+Pure functions from state dict to state dict. The names that a model has follow from its
+architecture, which is read from the tensors' names and shapes; whatever is missing or left over is
+an error.
 """
 import re
 from collections.abc import Iterable, Mapping
@@ -102,7 +103,8 @@ def encoder_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def decoder_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Our name -> the official one of every tensor in a decoder, with its heads, like the given one.
+    """Our name -> the official one of every tensor in a decoder, with its heads, like the given
+    one.
 
     Args:
         state_dict: The official model's tensors.
@@ -175,8 +177,8 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         state_dict: Tensors under their official names.
 
     Returns:
-        The same tensors under this package's names, and the settings of the `model` in a config that
-        they fit.
+        The same tensors under this package's names, and the settings of the `model` in a config
+        that they fit.
 
     Raises:
         ConversionError: Keys are missing or left over, or the model is none of those above.

@@ -21,7 +21,8 @@ class DenoisingQueries(NamedTuple):
         reference: (N, D, 4), noised boxes as logits of (cx, cy, w, h).
         attn_mask: (D + Q, D + Q), True where attention is blocked.
         num_groups: Groups of [positives, negatives].
-        num_slots: Positives (and negatives) in a group, the largest ground truth count in the batch.
+        num_slots: Positives (and negatives) in a group, the largest ground truth count in the
+            batch.
     """
 
     content: Tensor
@@ -34,8 +35,8 @@ class DenoisingQueries(NamedTuple):
 class DenoisingGenerator(BaseModule):
     """Makes the denoising queries of a batch.
 
-    NOTE mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in the
-    middle of the image (here: a tiny box in the corner), and its boxes' logits are cut at 1e-3
+    NOTE mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in
+    the middle of the image (here: a tiny box in the corner), and its boxes' logits are cut at 1e-3
     (here: 1e-5).
 
     NOTE A batch without any object gets one dummy query of either polarity, so that every rank of a
@@ -142,8 +143,8 @@ def normalized_targets(batch_data_samples: SampleList) -> list[tuple[Tensor, Ten
     """Each image's ground truth as the model sees it.
 
     NOTE Boxes are fractions of the padded image, since the maps cover the padding too. Where images
-    of different sizes share a batch, mmdet's DETRs use the unpadded size and mask the padding; RT-DETR
-    has no mask. Without padding both are the same.
+    of different sizes share a batch, mmdet's DETRs use the unpadded size and mask the padding;
+    RT-DETR has no mask. Without padding both are the same.
 
     Args:
         batch_data_samples: Samples with `gt_instances`, boxes (x1, y1, x2, y2) in pixels.

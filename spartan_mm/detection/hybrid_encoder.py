@@ -1,8 +1,8 @@
 """RT-DETR's hybrid encoder: attention within the coarsest map, convolutions across the maps.
 
 Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_,
-section 4.2. Everything here starts from PyTorch's default initialisation, as the official code does:
-mmcv's ConvModule draws kernels about 2.5 to 5 times as large.
+section 4.2. Everything here starts from PyTorch's default initialisation, as the official code
+does: mmcv's ConvModule draws kernels about 2.5 to 5 times as large.
 """
 from collections.abc import Sequence
 
@@ -111,9 +111,9 @@ def position_embedding(height: int, width: int, dims: int, temperature: float = 
     Four blocks of `dims / 4`: sin(row), cos(row), sin(column), cos(column), each with frequencies
     temperature^(-4 k / dims).
 
-    NOTE The official code numbers the tokens column by column while the tokens themselves lie row by
-    row. On square maps both agree; elsewhere
-    neighbours get unrelated embeddings. Here the numbering always is the tokens' own.
+    NOTE The official code numbers the tokens column by column while the tokens themselves lie row
+    by row. On square maps both agree; elsewhere neighbours get unrelated embeddings. Here
+    the numbering always is the tokens' own.
 
     Args:
         height: Rows of the map.

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 class IoUAwareVarifocalLoss(nn.Module):
     """Varifocal loss whose targets are the IoUs of the matched boxes.
 
-    Sources: `VarifocalNet <https://arxiv.org/abs/2008.13367>`_, equation 2, as RT-DETR (section 4.3)
-    weighs it: t for the matched class, alpha * p^gamma for all others.
+    Sources: `VarifocalNet <https://arxiv.org/abs/2008.13367>`_, equation 2, as RT-DETR (section
+    4.3) weighs it: t for the matched class, alpha * p^gamma for all others.
 
-    NOTE mmdet's VarifocalLoss differs twice: it lets gradients through the weight p^gamma, which makes
-    those of easy negatives three times as large, and it treats a matched pair of IoU 0 as a negative,
-    where RT-DETR gives it weight 0.
+    NOTE mmdet's VarifocalLoss differs twice: it lets gradients through the weight p^gamma, which
+    makes those of easy negatives three times as large, and it treats a matched pair of IoU 0 as a
+    negative, where RT-DETR gives it weight 0.
 
     Args:
         alpha: Weight of the negatives.

@@ -9,8 +9,9 @@ from torch import nn
 class ResNetVd(ResNetV1d):
     """Variant d of `ResNet <https://arxiv.org/abs/1812.01187>`_, with a projection in every stage.
 
-    NOTE mmdet's ResNetV1d leaves the first stage's shortcut an identity in depths 18 and 34. RT-DETR's
-    (and PaddlePaddle's) has a 1x1 convolution there as well. Depths 50 and up are mmdet's.
+    NOTE mmdet's ResNetV1d leaves the first stage's shortcut an identity in depths 18 and 34.
+    RT-DETR's (and PaddlePaddle's) has a 1x1 convolution there as well. Depths 50 and up are
+    mmdet's.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -34,6 +35,6 @@ class ResNetVd(ResNetV1d):
         return stage
 
     def train(self, mode: bool = True) -> 'ResNetVd':
-        """Switch the mode; mmdet's ResNet returns nothing here, so that `.eval()` can't be chained."""
+        """Switch the mode; unlike mmdet's ResNet, return the module, as PyTorch's modules do."""
         super().train(mode)
         return self

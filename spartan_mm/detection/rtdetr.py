@@ -27,8 +27,8 @@ def make_anchors(spatial_shapes: Sequence[tuple[int, int]], base_size: float = 0
         device: Where the result lies.
 
     Returns:
-        Logits (L, 4) of (cx, cy, w, h), +inf for invalid boxes, and (L, 1), True for valid ones, all
-        of whose numbers lie within 0.01 and 0.99.
+        Logits (L, 4) of (cx, cy, w, h), +inf for invalid boxes, and (L, 1), True for valid ones,
+        all of whose numbers lie within 0.01 and 0.99.
     """
     anchors = []
     for level, (height, width) in enumerate(spatial_shapes):

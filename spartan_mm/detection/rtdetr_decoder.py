@@ -16,10 +16,10 @@ from .hybrid_encoder import ConvNorm
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of `x`, computed in float32, `x` clipped to 0 .. 1 and both sides to at least `eps`.
+    """The logit of `x` in float32, with `x` clipped to 0 .. 1 and both sides to at least `eps`.
 
-    NOTE mmdet's decoder uses an eps of 1e-3, which keeps boxes 0.64 pixels away from the border of a
-    640 pixel image; in float16, 1 / 1e-5 would overflow.
+    NOTE mmdet's decoder uses an eps of 1e-3, which keeps boxes 0.64 pixels away from the border of
+    a 640 pixel image; in float16, 1 / 1e-5 would overflow.
     """
     x = x.float().clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
@@ -81,8 +81,8 @@ class RTDETRDecoderLayer(nn.Module):
 class RTDETRDecoder(BaseModule):
     """Decoder with its own projection of the maps.
 
-    The box heads belong to the detection head and are handed in, as mmdet does it: the decoder needs
-    every layer's box to place the next layer's attention.
+    The box heads belong to the detection head and are handed in, as mmdet does it: the decoder
+    needs every layer's box to place the next layer's attention.
 
     Args:
         in_channels: Channels of the neck's maps.

@@ -82,8 +82,8 @@ class RTDETRHead(BaseModule):
             kwargs: What only the loss needs.
 
         Returns:
-            Class logits (N, Q, classes), float32, and boxes (N, Q, 4) of every layer in training, of
-            the last one that ran otherwise.
+            Class logits (N, Q, classes), float32, and boxes (N, Q, 4) of every layer in training,
+            of the last one that ran otherwise.
         """
         layers = range(len(hidden_states))
         if not self.training:
@@ -126,8 +126,8 @@ class RTDETRHead(BaseModule):
             batch_data_samples: The images' `gt_instances`.
 
         Returns:
-            `loss_cls`, `loss_bbox`, `loss_iou` of the last layer; with the prefix `d0.`, `d1.` ... of
-            the layers before it; with `enc_` of the encoder; with `dn_` of the denoising part.
+            `loss_cls`, `loss_bbox`, `loss_iou` of the last layer; with the prefix `d0.`, `d1.` ...
+            of the layers before it; with `enc_` of the encoder; with `dn_` of the denoising part.
         """
         targets = normalized_targets(batch_data_samples)
         img_shapes = [input_shape(sample.metainfo) for sample in batch_data_samples]
@@ -278,7 +278,8 @@ class RTDETRHead(BaseModule):
                         rescale: bool = True) -> InstanceList:
         """The best (query, class) pairs of each image; no threshold, no suppression.
 
-        NOTE As everywhere in mmdet the boxes are clipped to the image, the official code leaves them.
+        NOTE As everywhere in mmdet the boxes are clipped to the image, the official code leaves
+        them.
 
         Args:
             logits: (N, Q, classes).
@@ -287,8 +288,8 @@ class RTDETRHead(BaseModule):
             rescale: Whether boxes refer to the original images instead of the network's input.
 
         Returns:
-            `scores`, `labels` and `bboxes` (x1, y1, x2, y2; pixels) of each image, best first. A query
-            can stand there with several labels.
+            `scores`, `labels` and `bboxes` (x1, y1, x2, y2; pixels) of each image, best first. A
+            query can stand there with several labels.
         """
         scores = logits.sigmoid().flatten(1)  # (N, Q * classes)
         keep = min(self.test_cfg.get('max_per_img', 300), scores.shape[1])
@@ -323,7 +324,7 @@ def collect_matches(per_image: Iterator[tuple[Tensor, Tensor]], counts: list[int
 
 
 def finite(values: Tensor, name: str) -> Tensor:
-    """`values` with 0 for NaN and infinity, which the matcher can't sort; the loss shows them anyway."""
+    """`values` with 0 for NaN and infinity, which can't be matched; the loss shows them anyway."""
     if not values.isfinite().all():
         print_log(f'RT-DETR: the predicted {name} contain NaN or infinite values; the training '
                   'has diverged (lower the learning rate, or check the data)', 'current', 30)

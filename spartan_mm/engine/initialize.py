@@ -23,8 +23,8 @@ class ConvertedPretrained:
 
     Args:
         checkpoint: Path or URL.
-        converter: 'resnet_vd' for RT-DETR's ResNet-vd weights, 'spartan' for the authors' classifiers,
-            whose linear layer is left out.
+        converter: 'resnet_vd' for RT-DETR's ResNet-vd weights, 'spartan' for the authors'
+            classifiers, whose linear layer is left out.
 
     Raises:
         ValueError: Unknown converter, or the checkpoint does not fit.

@@ -15,20 +15,22 @@ class RuleOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     `paramwise_cfg` is `dict(rules=[...])`. A rule is a dict with
 
-    - `pattern`: a regular expression, searched for in the parameter's name; fits any name if missing;
+    - `pattern`: a regular expression, searched for in the parameter's name; fits any name if
+        missing;
     - `norm`: True to fit only parameters of normalisation layers, False to fit only others;
-    - `lr_mult`, `decay_mult`: factors of the optimiser's learning rate and weight decay, 1 if missing.
+    - `lr_mult`, `decay_mult`: factors of the optimiser's learning rate and weight decay, 1 if
+        missing.
 
     Parameters that no rule fits keep the optimiser's values. There is one group for each pair of
     factors, not one for each parameter, so that the optimiser can update many tensors at once.
 
-    NOTE mmengine's own constructor looks at `norm_decay_mult` and `bias_decay_mult` only where none of
-    its `custom_keys` fits a name, and takes only parameters called exactly `bias` for biases; official
-    RT-DETR's groups can't be told to it.
+    NOTE mmengine's own constructor looks at `norm_decay_mult` and `bias_decay_mult` only where none
+    of its `custom_keys` fits a name, and takes only parameters called exactly `bias` for biases;
+    official RT-DETR's groups can't be told to it.
 
     Raises:
-        ValueError: A rule has an unknown entry, or fits no parameter of the model (a slip of the pen
-            would silently train with other settings).
+        ValueError: A rule has an unknown entry, or fits no parameter of the model (a slip of the
+            pen would silently train with other settings).
     """
 
     RULE_KEYS = frozenset({'pattern', 'norm', 'lr_mult', 'decay_mult', 'optional'})
@@ -37,8 +39,8 @@ class RuleOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super()._validate_cfg()
         unknown = set(self.paramwise_cfg) - {'rules'}
         if unknown:
-            raise ValueError(f'{type(self).__name__}: paramwise_cfg has {sorted(unknown)}, but takes '
-                             "only 'rules'")
+            raise ValueError(f'{type(self).__name__}: paramwise_cfg has {sorted(unknown)}, '
+                             "but takes only 'rules'")
         for rule in self.paramwise_cfg.get('rules', ()):
             unknown = set(rule) - self.RULE_KEYS
             if unknown:

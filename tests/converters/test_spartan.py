@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from spartan_mm.backbones import SpaRTAN
@@ -76,6 +77,7 @@ def test_classifier_of_mmpretrain_gives_the_golden_logits(small):
     registry = pytest.importorskip('mmpretrain.registry')
     from mmpretrain.utils import register_all_modules
     register_all_modules(init_default_scope=False)
+    init_default_scope('mmpretrain')
 
     converted, arch = convert_spartan(small)
     classifier = registry.MODELS.build(dict(

@@ -19,7 +19,8 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadCheckedImage'),
+    # mmdet's inferencers look for a loader of this name.
+    dict(type='LoadImageFromFile'),
     resize,
     # After Resize: evaluation wants the original boxes.
     dict(type='LoadAnnotations', with_bbox=True),
@@ -40,8 +41,7 @@ train_dataloader = dict(
         data_prefix=dict(img='train2017/'),
         # The 1,021 images without objects are trained on, too.
         filter_cfg=dict(filter_empty_gt=False),
-        # COCO train2017 itself has a few boxes without height or width.
-        invalid_boxes='drop',
+        invalid_boxes='drop',  # COCO itself has a few boxes without height or width
         pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=8,
@@ -55,6 +55,7 @@ val_dataloader = dict(
         ann_file='annotations/instances_val2017.json',
         data_prefix=dict(img='val2017/'),
         test_mode=True,
+        invalid_boxes='drop',
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
 

@@ -14,7 +14,8 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadCheckedImage'),
+    # mmdet's inferencers look for a loader of this name.
+    dict(type='LoadImageFromFile'),
     resize,
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs',

@@ -1,0 +1,205 @@
+"""Every detection config: sizes, parameter groups, recipe, and one training step."""
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from torch.testing import assert_close
+
+import spartan_mm.detection  # noqa: F401
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
+# Parameters (official denoising table of 81 rows, frozen BatchNorms counted), backbone's of these.
+SIZES = {
+    'rtdetr_r18vd': (20_184_464, 11_199_968),
+    'rtdetr_r34vd': (31_441_668, 21_308_128),
+    'rtdetr_r50vd': (42_891_372 + 53_248, 23_474_016 + 53_248),
+    'rtdetr_r101vd': (76_556_268 + 105_472, 42_413_920 + 105_472),
+    'rtdetr_spartan_t': (22_177_836, 3_820_296 - 257_000),
+    'rtdetr_spartan_xt': (20_619_756, 2_222_792 - 193_000),
+}
+COCO = sorted(SIZES)
+
+
+@pytest.fixture(autouse=True)
+def mmdet_scope():
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+
+
+def load(name):
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def test_every_config_is_tested():
+    assert {path.stem for path in CONFIGS.glob('*.py')} == {*COCO, 'rtdetr_spartan_xt_digits'}
+
+
+def test_leaves_are_short():
+    for path in CONFIGS.glob('*.py'):
+        assert len(path.read_text().splitlines()) <= 45, path.name
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_number_of_parameters(name):
+    model = MODELS.build(load(name).model)
+    total, backbone = SIZES[name]
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(p.numel() for p in model.backbone.parameters()) == backbone
+
+
+def expected_group(name, kind):
+    """Learning rate and weight decay of a parameter by the official rules.
+
+    kind: Whether the parameter is a normalisation's, which the official names of backbones show.
+    """
+    if name.startswith('backbone.'):
+        return 1e-5, 0. if kind else 1e-4
+    # Official names: encoder.input_proj.i.1 and decoder.enc_output.1, neither norm nor bias.
+    if re.fullmatch(r'neck\.input_projs\.\d\.norm\.weight|memory_trans_norm\.weight', name):
+        return 1e-4, 1e-4
+    return 1e-4, 0. if 'norm' in name or 'bias' in name else 1e-4
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_parameter_groups(name):
+    config = load(name)
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[parameter]: (group['lr'], group['weight_decay'])
+             for group in optimizer.param_groups for parameter in group['params']
+             if parameter in names}  # mmengine adds a group that only carries the base rate
+    norms = {f'{module_name}.{leaf}' for module_name, module in model.named_modules()
+             for leaf, _ in module.named_parameters(recurse=False)
+             if 'Norm' in type(module).__name__}
+
+    expected = {}
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = expected_group(parameter_name, parameter_name in norms)
+        if name == 'rtdetr_r101vd':
+            group = (1e-6 if parameter_name.startswith('backbone.') else 1e-4), 1e-4
+        expected[parameter_name] = group
+    assert found.keys() == expected.keys()
+    for parameter_name, group in expected.items():
+        assert found[parameter_name] == pytest.approx(group), parameter_name
+    assert optimizer.defaults['betas'] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize('name, spot_checks', [
+    ('rtdetr_r18vd', {
+        'backbone.stem.1.weight': (1e-5, 0.), 'backbone.layer1.0.downsample.1.bias': (1e-5, 0.),
+        'backbone.layer2.0.conv1.weight': (1e-5, 1e-4),
+        'neck.input_projs.0.norm.weight': (1e-4, 1e-4), 'neck.input_projs.0.norm.bias': (1e-4, 0.),
+        'neck.aifi.self_attn.in_proj_bias': (1e-4, 0.), 'decoder.layers.0.norm2.weight': (1e-4, 0.),
+        'decoder.layers.0.cross_attn.sampling_offsets.bias': (1e-4, 0.),
+        'memory_trans_norm.weight': (1e-4, 1e-4), 'bbox_head.cls_branches.0.bias': (1e-4, 0.),
+        'dn_query_generator.label_embedding.weight': (1e-4, 1e-4)}),
+    ('rtdetr_spartan_t', {
+        'backbone.stages.0.blocks.0.norm1.weight': (1e-5, 0.),
+        'backbone.stages.0.blocks.0.layer_scale1': (1e-5, 1e-4),
+        'backbone.stages.0.blocks.0.cmixer.complex_weight': (1e-5, 1e-4)}),
+])
+def test_parameter_groups_by_hand(name, spot_checks):
+    config = load(name)
+    model = MODELS.build(config.model)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    for parameter_name, expected in spot_checks.items():
+        parameter = model.get_parameter(parameter_name)
+        group, = [g for g in groups if any(p is parameter for p in g['params'])]
+        assert (group['lr'], group['weight_decay']) == pytest.approx(expected), parameter_name
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_recipe(name):
+    config = load(name)
+    assert config.train_cfg.max_epochs == (70 if 'spartan' in name else 72)
+    assert config.train_dataloader.batch_size * 4 == 16 == config.auto_scale_lr.base_batch_size
+    assert config.optim_wrapper.clip_grad.max_norm == 0.1
+    assert config.sync_bn == 'torch'
+    ema, = [hook for hook in config.custom_hooks if hook.type == 'EMAHook']
+    assert (ema.momentum, ema.gamma, ema.update_buffers) == (1e-4, 2000, True)
+    assert config.val_evaluator.proposal_nums == (1, 10, 100)
+    assert config.model.test_cfg.max_per_img == 300
+    assert config.train_dataloader.dataset.filter_cfg.filter_empty_gt is False
+    assert config.train_dataloader.drop_last
+    assert 'batch_sampler' not in config.train_dataloader
+    assert [step.type for step in config.train_dataloader.dataset.pipeline] == [
+        'LoadCheckedImage', 'LoadAnnotations', 'RandomPhotometricDistort', 'RandomZoomOut',
+        'RandomIoUCrop', 'FilterSmallBoxes', 'RandomFlip', 'Resize', 'FilterSmallBoxes',
+        'PackDetInputs']
+    sizes = MODELS.build(config.model).data_preprocessor.batch_augments[0].sizes
+    assert [height for height, _ in sizes] == [480, 512, 544, 576, 608, 640, 640, 640, 672, 704,
+                                               736, 768, 800]
+
+
+@pytest.mark.parametrize('name, layers, eval_idx', [
+    ('rtdetr_r18vd', 3, 2), ('rtdetr_r34vd', 4, 3), ('rtdetr_r50vd', 6, 5), ('rtdetr_r101vd', 6, 5),
+    ('rtdetr_spartan_t', 6, 5), ('rtdetr_spartan_xt', 6, 5)])
+def test_decoder(name, layers, eval_idx):
+    decoder = MODELS.build(load(name).model).decoder
+    assert (decoder.num_layers, decoder.eval_idx) == (layers, eval_idx)
+
+
+@pytest.mark.parametrize('name', [*COCO, 'rtdetr_spartan_xt_digits'])
+def test_takes_a_training_step(name):
+    """Through the data preprocessor with its batch resize, and the optimiser."""
+    from mmdet.structures import DetDataSample
+    config = load(name)
+    if config.model.data_preprocessor.get('batch_augments'):
+        config.model.data_preprocessor.batch_augments[0].sizes = (96, )
+    config.model.backbone.init_cfg = None  # no downloads
+    model = MODELS.build(config.model).train()
+    model.init_weights()
+    optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    sample = DetDataSample(
+        gt_instances=InstanceData(bboxes=torch.tensor([[10., 10., 50., 60.]]),
+                                  labels=torch.tensor([1])),
+        metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.)))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    data = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)] * 2,
+                data_samples=[sample, sample.clone()])
+    logs = model.train_step(data, optim_wrapper)
+    assert all(value.isfinite() for value in logs.values())
+    layers = model.decoder.num_layers
+    assert sum('loss_' in key for key in logs) == 3 * (layers + 1 + layers)
+    unchanged = [n for n, p in model.named_parameters()
+                 if n in before and torch.equal(p, before[n])]
+    # What starts at zero with nothing behind it gets its first gradient in the next step.
+    assert not [n for n in unchanged if not re.search(
+        r'reg_branches\.\d\.[02]|attn|query_pos|linear|bias|norm|backbone|label_embedding', n)]
+
+
+def test_ema_decay_follows_the_official_curve():
+    from mmengine.hooks import EMAHook
+    from mmengine.registry import HOOKS
+    settings, = [hook for hook in load('rtdetr_r18vd').custom_hooks if hook.type == 'EMAHook']
+    settings.pop('priority')  # read by the runner
+    hook = HOOKS.build(settings)
+    assert isinstance(hook, EMAHook)
+    averaged = MODELS.build(hook.ema_cfg, default_args=dict(model=torch.nn.Linear(1, 1)))
+    for step in (1, 2, 100, 2000, 100_000):
+        weight = torch.zeros(1)
+        averaged.avg_func(weight, torch.ones(1), step)
+        decay = 0.9999 * (1 - math.exp(-(step + 1) / 2000))
+        assert_close(weight.item(), 1 - decay, rtol=1e-3, atol=1e-6)
+
+
+def test_users_own_config_needs_only_custom_imports(tmp_path):
+    (tmp_path / 'own.py').write_text(
+        "custom_imports = dict(imports=['spartan_mm.detection'])\n"
+        "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'\n"
+        "model = dict(backbone=dict(_delete_=True, type='SpaRTAN', arch='t',\n"
+        '                           out_indices=(0, 1, 2, 3)),\n'
+        '             neck=dict(in_channels=[32, 64, 128, 256]))\n')
+    model = MODELS.build(Config.fromfile(tmp_path / 'own.py').model)
+    assert [tuple(x.shape[1:]) for x in model.extract_feat(torch.rand(1, 3, 64, 64))] == [
+        (256, size, size) for size in (8, 4, 2, 1, 1)]

@@ -1,0 +1,328 @@
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from torch import nn
+from torch.testing import assert_close
+
+from spartan_mm.converters.rtdetr import convert_rtdetr
+from spartan_mm.detection.rtdetr import make_anchors
+from spartan_mm.detection.rtdetr_decoder import RTDETRDecoder, inverse_sigmoid
+
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
+STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
+
+
+# ------------------------------------------------------------------------------- official outputs
+
+
+def load_golden(case, **neck):
+    """The converted stand-in model, its input and the official outputs."""
+    manifest = json.loads((GOLDEN / f'{case}.json').read_text())
+    meta = manifest['meta']
+    weights, settings = convert_rtdetr({
+        name: torch.from_numpy(value)
+        for name, value in STAND_IN['fill_state_dict'](manifest['shapes']).items()})
+    model = MODELS.build(dict(
+        type='RTDETR', num_queries=meta['num_queries'], backbone=settings['backbone'],
+        neck=dict(type='HybridEncoder', **settings['neck'], **neck), decoder=settings['decoder'],
+        bbox_head=dict(type='RTDETRHead', **settings['bbox_head']),
+        data_preprocessor=dict(type='DetDataPreprocessor'))).eval()
+    model.load_state_dict(weights, strict=True)
+    image = STAND_IN['image'](meta['input_shape'], meta['input_seed'])
+    golden = {name: torch.from_numpy(value)
+              for name, value in np.load(GOLDEN / f'{case}.npz').items()}
+    return model, 0.5 + 0.3 * torch.from_numpy(image), golden
+
+
+@pytest.fixture
+def two_threads():
+    """Sums in the order in which they were made for the golden files.
+
+    In SpaRTAN's case float32 rounding alone moves single logits by 2e-4 (against float64, and so do
+    the official outputs), by one way of splitting the work or another.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures('two_threads')
+@pytest.mark.parametrize('case, neck', [
+    ('rtdetr_r18vd', {}), ('rtdetr_spartan_xt', {}),
+    ('rtdetr_r18vd_nonsquare', dict(legacy_position=True))])
+@torch.no_grad()
+def test_equals_the_official_model(case, neck):
+    model, image, golden = load_golden(case, **neck)
+    feats = model.backbone(image)
+    maps = model.neck(feats)
+    for level in range(3):
+        assert_close(feats[level].mean((2, 3)), golden[f'backbone{level}_mean'],
+                     rtol=1e-5, atol=1e-5)
+        assert_close(maps[level].mean((2, 3)), golden[f'encoder{level}_mean'],
+                     rtol=1e-5, atol=1e-5)
+
+    (logits, ), (boxes, ) = model(image, mode='tensor')
+    for i in range(len(image)):
+        # The order of nearly equal queries is free: pair them by their boxes.
+        order = torch.cdist(golden['pred_boxes'][i], boxes[i]).argmin(1)
+        assert len(order.unique()) == len(order)
+        assert_close(logits[i][order], golden['pred_logits'][i], rtol=2e-5, atol=2e-5)
+        assert_close(boxes[i][order], golden['pred_boxes'][i], rtol=2e-6, atol=2e-6)
+
+
+@torch.no_grad()
+def test_fixed_position_embedding_differs_from_the_official_one_where_not_square():
+    model, image, golden = load_golden('rtdetr_r18vd_nonsquare')
+    means = model.neck(model.backbone(image))[2].mean((2, 3))
+    assert (means - golden['encoder2_mean']).abs().max() > 1e-3
+
+
+# -------------------------------------------------------------------------------- query selection
+
+
+def test_anchors():
+    logits, valid = make_anchors([(2, 4), (1, 2)])
+    assert_close(logits[0].sigmoid(), torch.tensor([0.125, 0.25, 0.05, 0.05]))
+    assert_close(logits[7].sigmoid(), torch.tensor([0.875, 0.75, 0.05, 0.05]))
+    assert_close(logits[9].sigmoid(), torch.tensor([0.75, 0.5, 0.1, 0.1]))
+    assert valid.all()
+
+
+@pytest.mark.parametrize('size, invalid', [(640, 316), (800, 592)])
+def test_anchors_at_the_border_are_invalid(size, invalid):
+    logits, valid = make_anchors([(size // s, size // s) for s in (8, 16, 32)])
+    assert (~valid).sum() == invalid
+    assert logits[~valid[:, 0]].isposinf().all() and logits[valid[:, 0]].isfinite().all()
+
+
+def test_selects_the_tokens_of_the_highest_score(build):
+    model = build(num_queries=3).eval()
+    tokens = torch.randn(1, 5, 32)
+    logits = torch.full((1, 5, 5), -9.)
+    logits[0, [4, 1, 3], [0, 2, 2]] = torch.tensor([3., 2., 1.])
+    box_logits = torch.randn(1, 5, 4)
+    inputs, loss_inputs = model.pre_decoder(tokens, logits, box_logits)
+    assert_close(inputs['query'], tokens[:, [4, 1, 3]])
+    assert_close(inputs['reference'], box_logits[:, [4, 1, 3]])
+    assert loss_inputs == {}
+
+
+def test_queries_are_cut_off_from_the_encoder_but_its_own_loss_is_not(build, make_samples):
+    model = build().train()
+    tokens, logits, box_logits = (torch.randn(1, 30, c, requires_grad=True) for c in (32, 5, 4))
+    inputs, loss_inputs = model.pre_decoder(tokens, logits, box_logits, make_samples([2]))
+    num_queries = model.num_queries
+    assert inputs['query'].shape[1] == num_queries + 2 * 4 * 2
+    inputs['query'].sum().backward()
+    assert tokens.grad is None  # only the denoising part has a gradient
+    assert not inputs['reference'].requires_grad
+    (loss_inputs['enc_logits'].sum() + loss_inputs['enc_boxes'].sum()).backward()
+    assert logits.grad.any() and box_logits.grad.any()
+
+
+def test_small_images_have_fewer_queries(build):
+    model = build(num_queries=300).eval()
+    (logits, ), _ = model(torch.rand(1, 3, 32, 64), mode='tensor')
+    assert logits.shape[1] == 4 * 8 + 2 * 4 + 1 * 2
+
+
+# ----------------------------------------------------------------------------------------- decoder
+
+
+def test_inverse_sigmoid_cuts_at_1e_5_in_float32():
+    x = torch.tensor([-1., 0., 1e-4, 0.5, 1., 2.], dtype=torch.float16)
+    assert_close(inverse_sigmoid(x), torch.tensor(
+        [-11.5129, -11.5129, -9.2099, 0., 11.5129, 11.5129]), rtol=1e-3, atol=1e-4)
+
+
+def decode(decoder, reg_branches, **changes):
+    torch.manual_seed(1)
+    memory = torch.randn(1, 20, 32)
+    inputs = dict(query=torch.randn(1, 6, 32), memory=memory, reference=torch.randn(1, 6, 4),
+                  spatial_shapes=[(4, 4), (2, 2)], reg_branches=reg_branches)
+    return decoder(**(inputs | changes))
+
+
+@pytest.fixture
+def decoder():
+    decoder = RTDETRDecoder([16, 16], 32, num_layers=3, num_heads=4, ffn_dims=16)
+    decoder.init_weights()
+    return decoder
+
+
+@pytest.fixture
+def reg_branches():
+    return nn.ModuleList(nn.Linear(32, 4) for _ in range(4))
+
+
+@pytest.mark.parametrize('eval_idx, layers', [(0, 1), (1, 2), (2, 3), (-1, 3), (-3, 1)])
+def test_stops_at_the_evaluated_layer_only_at_test_time(reg_branches, eval_idx, layers):
+    decoder = RTDETRDecoder([16, 16], 32, num_layers=3, eval_idx=eval_idx, num_heads=4,
+                            ffn_dims=16)
+    states, boxes = decode(decoder.eval(), reg_branches)
+    assert len(states) == len(boxes) == layers
+    states, boxes = decode(decoder.train(), reg_branches)
+    assert len(states) == len(boxes) == 3
+
+
+def test_evaluated_layer_is_rated_by_its_own_branch(build):
+    model = build(**{'decoder.eval_idx': 0}).eval()
+    for index, branch in enumerate(model.bbox_head.cls_branches):
+        nn.init.zeros_(branch.weight)
+        nn.init.constant_(branch.bias, float(index))
+    (logits, ), _ = model(torch.rand(1, 3, 64, 64), mode='tensor')
+    assert_close(logits, torch.zeros_like(logits))
+
+
+def test_eval_idx_must_name_a_layer():
+    with pytest.raises(ValueError, match='eval_idx=3'):
+        RTDETRDecoder(num_layers=3, eval_idx=3)
+
+
+def test_boxes_look_forward_twice(decoder, reg_branches):
+    _, boxes = decode(decoder, reg_branches)
+    for layer in range(3):
+        reg_branches.zero_grad()
+        boxes[layer].sum().backward(retain_graph=True)
+        reached = [branch.bias.grad is not None and bool(branch.bias.grad.any())
+                   for branch in reg_branches]
+        # Its own correction, and through the boxes that it corrects those before it.
+        assert reached == [index <= layer for index in range(4)]
+
+
+def test_layers_start_with_equal_weights(decoder):
+    first, *others = [layer.state_dict() for layer in decoder.layers]
+    for other in others:
+        assert_close(other, first)
+
+
+def test_mask_hides_queries(decoder, reg_branches):
+    query = torch.randn(1, 6, 32)
+    mask = torch.zeros(6, 6, dtype=torch.bool)
+    mask[2:, :2] = True
+    outputs = [decode(decoder.eval(), reg_branches, query=query + changed, attn_mask=mask)[0][-1]
+               for changed in (0, torch.tensor([1., 1, 0, 0, 0, 0])[:, None])]
+    assert_close(outputs[0][:, 2:], outputs[1][:, 2:])
+    assert (outputs[0][:, :2] - outputs[1][:, :2]).abs().max() > 1e-3
+
+
+def test_overflow_is_clamped(decoder, reg_branches):
+    nn.init.constant_(decoder.layers[0].linear2.bias, 1e30)
+    states, _ = decode(decoder.eval(), reg_branches)
+    assert states[-1].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize('counts', [(3, 1), (0, 0), (0, 30), (1, 0)])
+@pytest.mark.parametrize('height, width', [(64, 64), (96, 33), (32, 80)])
+def test_losses_and_gradients_of_any_batch(build, make_samples, counts, height, width):
+    model = build().train()
+    losses = model(torch.rand(2, 3, height, width), make_samples(counts, height, width),
+                   mode='loss')
+    assert len(losses) == 3 * (2 + 1 + 2)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f'{name} takes no part in the loss'
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_images_do_not_influence_each_other(build, make_samples):
+    model = build().eval()
+    images = torch.rand(2, 3, 64, 64)
+    (together, ), (boxes, ) = model(images, mode='tensor')
+    for i in range(2):
+        (alone, ), (box, ) = model(images[i:i + 1], mode='tensor')
+        assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
+        assert_close(box[0], boxes[i], rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_lie_in_the_original_image(build, make_samples):
+    model = build().eval()
+    samples = make_samples([1, 0], 64, 96)
+    for sample in samples:
+        sample.set_metainfo(dict(ori_shape=(128, 96), scale_factor=(1., 0.5)))
+    results = model(torch.rand(2, 3, 64, 96), samples, mode='predict')
+    for result in results:
+        predicted = result.pred_instances
+        assert len(predicted) == 10
+        assert (predicted.scores.diff() <= 0).all()
+        assert predicted.bboxes.min() >= 0
+        assert (predicted.bboxes <= torch.tensor([96., 128.] * 2)).all()
+
+
+def test_padding_does_not_move_ground_truth(build):
+    """A box in a padded image has the same place in the maps as in one that fills its frame."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    from spartan_mm.detection.denoising import normalized_targets
+    sample = DetDataSample(
+        metainfo=dict(img_shape=(32, 64), batch_input_shape=(64, 64)),
+        gt_instances=InstanceData(bboxes=torch.tensor([[0., 0., 32., 32.]]),
+                                  labels=torch.tensor([0])))
+    assert_close(normalized_targets([sample])[0][1], torch.tensor([[.25, .25, .5, .5]]))
+
+
+def test_loss_in_eval_mode_is_refused(build, make_samples):
+    with pytest.raises(RuntimeError, match=r'model\.train\(\)'):
+        build().eval()(torch.rand(1, 3, 64, 64), make_samples([1]), mode='loss')
+
+
+def test_other_backbone_channels_are_named(build):
+    with pytest.raises(ValueError, match=r'neck\.in_channels'):
+        build(**{'neck.in_channels': [16, 24, 48]})(torch.rand(1, 3, 64, 64), mode='tensor')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_step_under_autocast_is_finite_with_boxes_in_float32(build, make_samples, dtype):
+    model = build().train()
+    with torch.autocast('cpu', dtype):
+        feats = model.extract_feat(torch.rand(2, 3, 64, 64))
+        outputs = model.forward_transformer(feats, make_samples([3, 0]))
+        losses = model.bbox_head.loss(**outputs, batch_data_samples=make_samples([3, 0]))
+    for tensor in (*outputs['boxes'], outputs['enc_boxes'], outputs['enc_logits'],
+                   outputs['denoising'].reference, *losses.values()):
+        assert tensor.dtype == torch.float32
+        assert tensor.isfinite().all()
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_initialisation(build):
+    model = build(**{'neck.embed_dims': 256, 'decoder.embed_dims': 256, 'decoder.ffn_dims': 1024,
+                     'decoder.in_channels': [256] * 3, 'bbox_head.embed_dims': 256})
+    deviations = {
+        'decoder.layers.0.self_attn.in_proj_weight': 0.0441,
+        'decoder.layers.0.self_attn.out_proj.weight': 0.0361,
+        'decoder.layers.1.linear1.weight': 0.0361,
+        'decoder.layers.0.cross_attn.value_proj.weight': 0.0625,
+        'decoder.input_projs.0.conv.weight': 0.0361,
+        'decoder.query_pos_head.2.weight': (2 / (512 + 256)) ** 0.5,
+        'memory_trans_fc.weight': 0.0625,
+        'bbox_head.reg_branches.0.0.weight': 0.0361,
+        'bbox_head.cls_branches.0.weight': 0.0361,
+    }
+    for name, std in deviations.items():
+        assert_close(model.get_parameter(name).std().item(), std, rtol=0.04, atol=0)
+    for branch in model.bbox_head.cls_branches:
+        assert_close(branch.bias, torch.full_like(branch.bias, -4.5951), rtol=1e-4, atol=0)
+    for branch in model.bbox_head.reg_branches:
+        assert not branch[-1].weight.any() and not branch[-1].bias.any()
+    embedding = model.dn_query_generator.label_embedding.weight
+    assert embedding.shape == (6, 256) and not embedding[-1].any()
+    assert_close(embedding[:-1].std().item(), 1., rtol=0.1, atol=0)
+
+
+def test_numbers_of_parameters_that_are_not_in_the_original(build):
+    names = {name.split('.')[0] for name, _ in build().named_parameters()}
+    assert names == {'backbone', 'neck', 'decoder', 'memory_trans_fc', 'memory_trans_norm',
+                     'dn_query_generator', 'bbox_head'}
