@@ -6,9 +6,8 @@ model = dict(
         _delete_=True,
         type='SpaRTAN',
         arch='t',
-        out_indices=(1, 2, 3),
-        # Point this to a classifier's checkpoint, for example:
+        # Start from a classifier (a converted checkpoint of the authors, say) by adding
         # init_cfg=dict(type='Pretrained', checkpoint='spartan_t.pth', prefix='backbone.')
-        init_cfg=None),
+        out_indices=(1, 2, 3)),
     neck=dict(in_channels=[64, 128, 256]))
 train_cfg = dict(max_epochs=70)

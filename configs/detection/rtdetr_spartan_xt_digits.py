@@ -13,14 +13,14 @@ model = dict(
     dn_cfg=dict(num_queries=30))
 
 # From scratch: one learning rate for all, a short warm-up, and down to nothing.
-train_cfg = dict(max_epochs=4)
+train_cfg = dict(max_epochs=3)
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3),
     clip_grad=dict(max_norm=1.0),
     paramwise_cfg=dict(_delete_=True, rules=[dict(pattern='norm|bias', decay_mult=0.)]))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=4, eta_min=1e-5,
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=3, eta_min=1e-5,
          convert_to_iter_based=True),
 ]
 custom_hooks = [

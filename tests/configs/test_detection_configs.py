@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from torch.testing import assert_close
 
 import spartan_mm.detection  # noqa: F401
+from spartan_mm.datasets import make_digits
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
 # Parameters (official denoising table of 81 rows, frozen BatchNorms counted), backbone's of these.
@@ -203,3 +204,52 @@ def test_users_own_config_needs_only_custom_imports(tmp_path):
     model = MODELS.build(Config.fromfile(tmp_path / 'own.py').model)
     assert [tuple(x.shape[1:]) for x in model.extract_feat(torch.rand(1, 3, 64, 64))] == [
         (256, size, size) for size in (8, 4, 2, 1, 1)]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp('data') / 'digits', 12, 4, progress=False).root
+
+
+@pytest.mark.parametrize('name, size', [('rtdetr_r50vd', 640), ('rtdetr_spartan_xt_digits', 160)])
+def test_pipelines_on_real_files(name, size, digits):
+    config = load(name)
+    for split, loader in (('train', config.train_dataloader), ('val', config.val_dataloader)):
+        loader.dataset.update(data_root=str(digits), ann_file=f'annotations/{split}.json',
+                              data_prefix=dict(img=split))
+        dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == dict(train=12, val=4)[split]  # pictures without objects included
+        for sample in dataset:
+            assert sample['inputs'].shape == (3, size, size)
+            assert sample['inputs'].dtype == torch.uint8
+            boxes = sample['data_samples'].gt_instances.bboxes.tensor
+            height, width = sample['data_samples'].ori_shape
+            limit = torch.tensor([size, size] * 2 if split == 'train' else [width, height] * 2)
+            assert (boxes >= 0).all() and (boxes <= limit).all()
+
+
+def test_mmdets_inferencer_takes_the_configs():
+    from mmdet.apis import DetInferencer
+    config = load('rtdetr_spartan_xt_digits')
+    config.val_dataloader.dataset.metainfo = config.test_dataloader.dataset.metainfo = dict(
+        classes=tuple('0123456789'))
+    inferencer = DetInferencer(config, device='cpu', show_progress=False)
+    picture = (torch.rand(60, 90, 3) * 255).byte().numpy()
+    result, = inferencer(picture, return_datasamples=True, no_save_vis=True)['predictions']
+    assert len(result.pred_instances) == 300
+
+
+def test_classifier_initialises_the_backbone(tmp_path):
+    from spartan_mm.backbones import SpaRTAN
+    classifier = SpaRTAN('t')
+    torch.save(dict(state_dict={f'backbone.{name}': tensor + 1
+                                for name, tensor in classifier.state_dict().items()}),
+               tmp_path / 'classifier.pth')
+    config = load('rtdetr_spartan_t')
+    config.merge_from_dict({  # as --cfg-options does
+        'model.backbone.init_cfg.type': 'Pretrained', 'model.backbone.init_cfg.prefix': 'backbone.',
+        'model.backbone.init_cfg.checkpoint': str(tmp_path / 'classifier.pth')})
+    model = MODELS.build(config.model)
+    model.init_weights()
+    assert_close(dict(model.backbone.state_dict()),
+                 {name: tensor + 1 for name, tensor in classifier.state_dict().items()})

@@ -1,0 +1,91 @@
+"""Two processes on CPU train the digits config: finite losses, equal weights."""
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from spartan_mm.datasets import make_digits
+
+ROOT = Path(__file__).parents[2]
+
+# A user's config outside the repository, with a hook of their own.
+CONFIG = """
+_base_ = '{root}/configs/detection/rtdetr_spartan_xt_digits.py'
+custom_imports = dict(imports=['spartan_mm.detection', 'rank_weights'])
+custom_hooks = [dict(type='RankWeightsHook')]
+train_cfg = dict(max_epochs=1, val_interval=9)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(data_root='{data}'))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
+val_evaluator = dict(ann_file='{data}/annotations/val.json')
+default_hooks = dict(logger=dict(interval=1))
+"""
+
+HOOK = """
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class RankWeightsHook(Hook):
+    def after_train(self, runner):
+        model = runner.model.module
+        weights = dict(start=runner.start_weights, end=dict(model.named_parameters()))
+        torch.save(weights, f'{runner.work_dir}/rank{get_rank()}.pth')
+
+    def before_train(self, runner):
+        runner.start_weights = {
+            name: weight.detach().clone() for name, weight in runner.model.module.named_parameters()}
+"""
+
+
+def two_ranks_see(which, path):
+    """Leave pictures of which every second one is without objects (rank 1's), or all are."""
+    content = json.loads(path.read_text())
+    with_objects = {entry['image_id'] for entry in content['annotations']}
+    images = [image for image in content['images'] if image['id'] in with_objects][:8]
+    emptied = images[1::2] if which == 'second' else []
+    emptied_ids = {image['id'] for image in emptied}
+    content['images'] = images
+    content['annotations'] = [entry for entry in content['annotations']
+                              if entry['image_id'] in {image['id'] for image in images}
+                              and entry['image_id'] not in emptied_ids]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('empty', ['no', 'second'])
+def test_two_processes(tmp_path, empty):
+    data = make_digits(tmp_path / 'digits', 12, 2, progress=False).root
+    two_ranks_see(empty, data / 'annotations' / 'train.json')
+    (tmp_path / 'own.py').write_text(CONFIG.format(root=ROOT, data=data))
+    (tmp_path / 'rank_weights.py').write_text(HOOK)
+    work_dir = tmp_path / 'run'
+    done = subprocess.run(
+        ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(tmp_path / 'own.py'), '2',
+         '--work-dir', str(work_dir)],
+        env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
+        capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    logs = [json.loads(line) for path in work_dir.glob('*/vis_data/scalars.json')
+            for line in path.read_text().splitlines() if '"loss"' in line]
+    assert len(logs) == 2  # 8 pictures, 2 ranks, 2 a batch
+    for log in logs:
+        assert sum('loss_' in name for name in log) == 3 * (3 + 1 + 3)
+        assert all(torch.tensor(float(value)).isfinite() for name, value in log.items()
+                   if 'loss' in name)
+
+    first, second = (torch.load(work_dir / f'rank{rank}.pth', weights_only=True)
+                     for rank in range(2))
+    assert_close(first['end'], second['end'], rtol=0, atol=0)
+    moved = [name for name, weight in first['end'].items()
+             if not torch.equal(weight, first['start'][name])]
+    assert len(moved) > 0.9 * len(first['end'])
