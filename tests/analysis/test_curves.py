@@ -1,0 +1,194 @@
+"""The log of a training is read as mmengine writes it, and drawn with nothing hidden."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from spartan_mm.analysis.curves import COLOURS, RunLog, draw_curves, read_log
+
+
+def iteration(step, epoch=None, **values):
+    record = dict(lr=1e-3 / step, loss=10 / step, loss_cls=1 / step, loss_bbox=2 / step,
+                  enc_loss_cls=0.5 / step, dn_loss_cls=1 / step, time=0.5)
+    record.update({'d0.loss_cls': 1.5 / step, 'd0.dn_loss_cls': 3 / step, 'd1.loss_cls': 1 / step})
+    return dict(record, **values, step=step, iter=step, **({'epoch': epoch} if epoch else {}))
+
+
+def evaluation(step, ap):
+    return {'coco/bbox_mAP': ap, 'coco/bbox_mAP_50': min(1.5 * ap, 1) if ap > 0 else -1.,
+            'time': 0.1, 'step': step}
+
+
+def assert_close(actual, expected):
+    actual, expected = (torch.tensor(np.array(values, dtype=float))
+                        for values in (actual, expected))
+    torch.testing.assert_close(actual, expected)
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+@pytest.fixture
+def records():
+    return [iteration(10, 1), iteration(20, 1), evaluation(1, 0.2),
+            iteration(30, 2), iteration(40, 2), evaluation(2, 0.3)]
+
+
+@pytest.fixture
+def run(records, tmp_path):
+    return read_log(write(tmp_path / 'scalars.json', records))
+
+
+def test_training_and_evaluations_are_told_apart(run):
+    assert [record['step'] for record in run.train] == [10, 20, 30, 40]
+    assert run.by_epoch
+    steps, values = run.evaluation('coco/bbox_mAP')
+    assert_close(steps, [1, 2])
+    assert_close(values, [0.2, 0.3])
+
+
+def test_a_loop_of_iterations_counts_iterations(tmp_path):
+    log = read_log(write(tmp_path / 'log.json', [iteration(10), evaluation(10, 0.2)]))
+    assert not log.by_epoch
+    assert_close(log.evaluation('coco/bbox_mAP')[0], [10])
+
+
+def test_sums_of_loss_terms(run):
+    steps, values = run.training(r'(d\d+\.)?dn_loss_\w+')
+    assert_close(steps, [10, 20, 30, 40])
+    assert_close(values, 4 / steps)
+    assert all(len(array) == 0 for array in run.training('nothing'))
+
+
+def test_an_undefined_metric_is_left_out(tmp_path):
+    log = read_log(write(tmp_path / 'log.json', [iteration(1, 1), evaluation(1, -1.),
+                                                 evaluation(2, 0.)]))
+    assert_close(log.evaluation('coco/bbox_mAP'), [[2], [0]])
+
+
+@pytest.mark.parametrize('start', ['work_dir', 'run', 'vis_data', 'log'])
+def test_the_latest_run_is_found(start, records, tmp_path):
+    write(tmp_path / '20200101_120000' / 'vis_data' / 'scalars.json', records[:1])
+    log = write(tmp_path / '20200102_120000' / 'vis_data' / 'scalars.json', records)
+    # A test in the same folder writes no scalars.
+    (tmp_path / '20200103_120000' / 'vis_data').mkdir(parents=True)
+    path = dict(work_dir=tmp_path, run=log.parents[1], vis_data=log.parent, log=log)[start]
+    assert len(read_log(path).train) == 4
+
+
+def test_a_line_cut_off_by_a_kill_is_ignored(records, tmp_path):
+    path = write(tmp_path / 'log.json', records)
+    whole = path.read_text()
+    for cut in (1, 30, len(json.dumps(records[-1]))):
+        path.write_text(whole[:-1 - cut])
+        log = read_log(path)
+        assert len(log.train) == 4 and len(log.evaluations) == 1
+
+
+@pytest.mark.parametrize('content, message', [
+    ('', 'is empty'),
+    ('{"step": 1', 'is empty'),
+    ('{"step": 1\n{"lr": 1.0, "step": 2}\n', 'line 1 of'),
+    ('{"lr": 1.0, "step": 2}\n[1]\n', "line 2 of .*not a dict with 'step'"),
+    ('{"categories": []}\n', "line 1 of .*not a dict with 'step'"),
+])
+def test_a_broken_log_is_named(content, message, tmp_path):
+    path = tmp_path / 'log.json'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_log(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('name, message', [('', 'no log of a training'),
+                                           ('nowhere', 'does not exist')])
+def test_a_missing_log_is_named(name, message, tmp_path):
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        read_log(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def lines(axes):
+    return {line.get_label(): line.get_ydata() for line in axes.lines}
+
+
+def test_curves_of_one_run(run):
+    loss, terms, metrics, rate = draw_curves(run).axes
+    steps = np.array([10, 20, 30, 40])
+    drawn = lines(loss)
+    assert list(drawn) == ['total', 'last decoder layer', 'other decoder layers', 'encoder',
+                           'denoising']
+    assert_close(drawn['total'], 10 / steps)
+    # The parts are all there is.
+    assert_close(sum(drawn[name] for name in list(drawn)[1:]), drawn['total'])
+    assert list(lines(terms)) == ['loss_bbox', 'loss_cls']
+    assert_close(lines(metrics)['AP (0.300 at the end)'], [0.2, 0.3])
+    assert_close(lines(metrics)['AP50 (0.450 at the end)'], [0.3, 0.45])
+    assert metrics.get_xlabel() == 'epoch' and loss.get_xlabel() == 'iteration'
+    assert_close(lines(rate)['first parameter group'], 1e-3 / steps)
+
+
+def test_several_runs_have_a_colour_each(run):
+    loss, metrics, _ = draw_curves({'first': run, 'second': run}).axes
+    assert {line.get_label(): line.get_color() for line in loss.lines} == {
+        'first': COLOURS[0], 'second': COLOURS[1]}
+    assert [line.get_color() for line in metrics.lines] == [COLOURS[0]] * 2 + [COLOURS[1]] * 2
+    styles = [line.get_linestyle() for line in metrics.lines]
+    assert styles[:2] == styles[2:] and styles[0] != styles[1]
+
+
+def test_other_metrics(tmp_path):
+    records = [iteration(1, 1), {'accuracy/top1': 71.5, 'step': 1}]
+    log = read_log(write(tmp_path / 'log.json', records))
+    metrics = draw_curves(log, {'accuracy/top1': 'top 1'}).axes[2]
+    assert list(lines(metrics)) == ['top 1 (71.500 at the end)']
+
+
+@pytest.mark.parametrize('train, evaluations', [
+    ([], [evaluation(1, 0.2)]),
+    ([iteration(1, 1)], []),
+    ([iteration(1, 1), iteration(2, 1, loss=float('nan')), iteration(3, 1, loss=float('inf'))],
+     [evaluation(1, -1.)]),
+    ([iteration(1, 1, loss=float('nan'))], [evaluation(1, 0.)]),
+    ([dict(lr=0.1, loss=-2., step=1)], []),
+])
+def test_whatever_is_in_the_log_can_be_drawn(train, evaluations, tmp_path):
+    figure = draw_curves(RunLog(train, evaluations, by_epoch=True))
+    figure.savefig(tmp_path / 'curves.png')
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        for line in axes.lines:
+            values = np.asarray(line.get_ydata(), dtype=float)
+            values = values[np.isfinite(values)]
+            assert (low <= values).all() and (values <= high).all()
+
+
+def test_nothing_overlaps(run, tmp_path):
+    figure = draw_curves(run)
+    figure.savefig(tmp_path / 'curves.png')
+    with Image.open(tmp_path / 'curves.png') as image:
+        assert image.size == tuple(figure.get_size_inches() * figure.dpi)
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    legends = [axes.get_legend().get_window_extent(renderer) for axes in figure.axes]
+    plots = [axes.get_window_extent(renderer) for axes in figure.axes]
+    for i, legend in enumerate(legends):
+        assert not any(legend.overlaps(plot) for plot in plots)
+        assert not any(legend.overlaps(other) for other in legends[i + 1:])
+        assert 0 <= legend.x0 and legend.x1 <= image.width
+    for i, axes in enumerate(figure.axes):
+        around = axes.get_tightbbox(renderer)
+        others = [other.get_tightbbox(renderer) for other in figure.axes[i + 1:]]
+        assert not any(around.overlaps(other) for other in others)
+
+
+def test_no_runs():
+    with pytest.raises(ValueError, match='runs is empty'):
+        draw_curves({})

@@ -1,0 +1,195 @@
+"""The demo runs through, says what it did, and does not call a failure a success."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from spartan_mm.analysis.curves import read_log
+
+DEMO = Path(__file__).parents[2] / 'tools' / 'demo.py'
+
+
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """The names of the demo, and what it changes in the process restored."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    handler = signal.getsignal(signal.SIGTERM)
+    yield runpy.run_path(str(DEMO))
+    signal.signal(signal.SIGTERM, handler)
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(DEMO), *map(str, arguments)], cwd=cwd, text=True,
+        capture_output=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+
+def test_quick_demo(tmp_path):
+    work_dir, data_root = tmp_path / 'out', tmp_path / 'data' / 'digits'
+    result = run('--quick', '--work-dir', work_dir, '--data-root', 'data/digits', cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f'Everything lies in {work_dir}'
+    # The commands, the progress and the whole table; nothing of mmengine's hundreds of lines.
+    assert len(lines) < 50
+    assert [line.split()[2].rpartition('/')[2] for line in lines if line.startswith('$ ')] == [
+        'train.py', 'test.py', 'infer.py']
+    assert re.search(r'^epoch 1 of 1, loss \d+\.\d+: AP \S+, AP50 \S+$', result.stdout, re.M)
+    table = [line for line in lines if line.startswith('Average ')]
+    assert len(table) == 12 and 'maxDets=100' in table[0]
+    assert 'digits, train' in result.stderr
+
+    # What is said at the end is what was measured.
+    ap, ap50 = map(float, re.search(r'^AP (\S+), AP50 (\S+) on 4 validation pictures$',
+                                    result.stdout, re.M).groups())
+    [report] = (work_dir / 'evaluation').glob('*/*.json')
+    metrics = json.loads(report.read_text())
+    assert [ap, ap50] == pytest.approx([metrics['coco/bbox_mAP'], metrics['coco/bbox_mAP_50']],
+                                       abs=5e-4)
+    assert [float(line.split('=')[-1]) for line in table[:2]] == [ap, ap50]
+    assert 'BELOW THE BAR' in result.stdout and 'no error with --quick' in result.stdout
+
+    assert len(list((data_root / 'train').iterdir())) == 8
+    run_log = read_log(work_dir)
+    assert [record['step'] for record in run_log.train] == [1, 2]
+    assert len(run_log.evaluations) == 1
+    for name in ('curves.png', 'gallery.png'):
+        with Image.open(work_dir / name) as image:
+            assert min(image.size) > 500 and len(image.convert('RGB').getcolors(1 << 24)) > 20
+    results = json.loads((work_dir / 'detections' / 'results.json').read_text())
+    assert len(results['results']) == len(list((work_dir / 'detections').glob('*.jpg'))) == 4
+
+
+def test_a_failing_step_ends_the_demo(tmp_path):
+    result = run('--quick', '--work-dir', tmp_path / 'out', '--data-root', tmp_path / 'data',
+                 '--cfg-options', 'model.num_queries=[60,1', cwd=tmp_path)
+    assert result.returncode == 1
+    assert 'error: tools/train.py failed with exit code 1' in result.stderr
+    assert 'Imbalanced brackets exist in [60,1' in result.stderr
+    assert str(tmp_path / 'out' / 'logs') in result.stderr
+    assert 'AP' not in result.stdout and 'Everything lies in' not in result.stdout
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'mine.txt').write_text('mine')
+    result = run('--quick', '--work-dir', tmp_path / 'out', '--data-root', tmp_path / 'data',
+                 cwd=tmp_path)
+    assert result.returncode == 1
+    assert f'error: the data cannot be made: {tmp_path / "data"} is there' in result.stderr
+    assert (tmp_path / 'data' / 'mine.txt').read_text() == 'mine'
+
+
+def test_a_path_that_mmengine_would_change_is_refused(demo, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, 'argv', ['demo.py', '--data-root', str(tmp_path / 'my data')])
+    with pytest.raises(SystemExit) as error:
+        demo['parse_args']()
+    assert error.value.code == 2
+    assert 'my data: mmengine cannot take a path with blanks' in capsys.readouterr().err
+
+
+def test_an_option_without_a_value_is_refused(demo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['demo.py', '--cfg-options', 'model.num_queries'])
+    with pytest.raises(SystemExit) as error:
+        demo['parse_args']()
+    assert error.value.code == 2
+    assert 'model.num_queries must be KEY=VALUE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('ap, ap50, quick, code', [
+    (0.30, 0.55, False, 0),
+    (0.299, 0.55, False, 3),
+    (0.30, 0.549, False, 3),
+    (float('nan'), 0.9, False, 3),
+    (-1., -1., False, 3),
+    (0.1, 0.1, True, 0),
+])
+def test_verdict(ap, ap50, quick, code, demo, monkeypatch, capsys):
+    monkeypatch.setattr(demo['Demo'], 'run', lambda self: (ap, ap50))
+    monkeypatch.setattr(sys, 'argv', ['demo.py', *(['--quick'] if quick else [])])
+    assert demo['main']() == code
+    lines = capsys.readouterr().out.splitlines()
+    reached = ap >= 0.30 and ap50 >= 0.55
+    assert any('BELOW THE BAR' in line for line in lines) != reached
+    assert any('is reached' in line for line in lines) == reached
+    assert lines[-1].startswith('Everything lies in ')
+
+
+def test_interrupted(demo, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo['Demo'], 'run', interrupt)
+    monkeypatch.setattr(sys, 'argv', ['demo.py', '--quick'])
+    assert demo['main']() == 130
+    assert capsys.readouterr().err.strip() == 'interrupted'
+
+
+def test_a_process_is_ended_with_the_demo(demo, tmp_path):
+    def interrupt(line):
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    pids = []
+    command = [sys.executable, '-c', 'import os, time; print(os.getpid()); time.sleep(100)']
+    with pytest.raises(KeyboardInterrupt):
+        demo['_run'](command, tmp_path / 'log', interrupt, demo['Console']())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+PREFIX = '11/20 10:42:01 - mmengine - INFO - '
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('Epoch(train)  [2][ 10/300]  base_lr: 1.0000e-05 lr: 1.0000e-05  eta: 1:02:03  time: 0.8291  '
+     'memory: 3  loss: 25.6350  d0.loss_cls: 0.1',
+     dict(mode='train', epoch=2, done=10, total=300, eta='1:02:03', loss='25.6350')),
+    ('Epoch(train) [12][300/300]  lr: 1.0000e-05  eta: 2 days, 1:02:03  time: 0.8  loss: 2.6350',
+     dict(mode='train', epoch=12, done=300, total=300, eta='2 days, 1:02:03', loss='2.6350')),
+    ('Iter(train) [  10/4000]  lr: 1.0000e-05  eta: 0:02:03  time: 0.8291  loss: nan',
+     dict(mode='train', epoch=None, done=10, total=4000, eta='0:02:03', loss='nan')),
+    ('Epoch(val)  [1][13/13]    coco/bbox_mAP: 0.2570  coco/bbox_mAP_50: 0.3340  time: 0.63',
+     dict(mode='val', epoch=1, done=13, total=13, eta=None, loss=None)),
+    ('Epoch(test) [10/13]    eta: 0:00:02  time: 0.6747  data_time: 0.0337  ',
+     dict(mode='test', epoch=None, done=10, total=13, eta='0:00:02', loss=None)),
+])
+def test_progress_in_a_line_of_mmengine(line, expected, demo):
+    progress = demo['parse_progress'](PREFIX + line + '\n')
+    values = progress.pop('values')
+    assert dict(progress, loss=values.get('loss')) == expected
+    if expected['mode'] == 'val':
+        assert values['coco/bbox_mAP'] == '0.2570' and values['coco/bbox_mAP_50'] == '0.3340'
+
+
+@pytest.mark.parametrize('line', ['', 'Exp name: x', 'backbone.stem.weight - torch.Size([3, 3])'])
+def test_other_lines(line, demo):
+    assert demo['parse_progress'](PREFIX + line) is None
+
+
+def test_a_terminal_shows_progress_in_place(demo, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    config = tmp_path / 'config.py'
+    config.write_text("custom_imports = dict(imports=['not.there'])\n"
+                      'train_cfg = dict(max_epochs=4)')
+    show = demo['TrainingProgress'](demo['Console'](), config)
+    for line in ('Epoch(train)  [2][ 10/300]  lr: 1e-05  eta: 0:10:03  time: 0.82  loss: 9.5',
+                 'a line of no interest',
+                 'Epoch(val)  [2][10/13]    eta: 0:00:02  time: 0.67',
+                 'Epoch(val)  [2][13/13]    coco/bbox_mAP: 0.25  coco/bbox_mAP_50: 0.33'):
+        show(PREFIX + line)
+    shown = [line.strip() for line in re.split('[\r\n]+', capsys.readouterr().out)]
+    assert [line for line in shown if line] == [
+        'epoch 2 of 4, iteration 10 of 300, loss 9.5, 0:10:03 of training left',
+        'epoch 2 of 4, validation, batch 10 of 13',
+        'epoch 2 of 4, loss 9.5: AP 0.25, AP50 0.33']
