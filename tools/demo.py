@@ -30,7 +30,7 @@ sys.path.append(str(ROOT))
 HOME = Path.cwd() if ROOT.name == '.mim' else ROOT
 CONFIG = ROOT / 'configs' / 'detection' / 'rtdetr_spartan_xt_digits.py'
 
-NUM_TRAIN, NUM_VAL = 2400, 200  # pictures
+NUM_TRAIN, NUM_VAL = 2000, 200  # pictures
 MIN_AP, MIN_AP50 = 0.30, 0.55  # what the demo is to reach on the validation pictures
 
 NUM_SHOWN = 8  # pictures in the gallery

@@ -11,6 +11,7 @@ import colorsys
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,9 @@ def make_digits(
         (partial / 'annotations').mkdir()
         for number, split in enumerate(_SPLITS):
             rngs = [np.random.default_rng([seed, number, i]) for i in range(counts[split])]
-            rngs = tqdm(rngs, desc=f'digits, {split}', unit='picture', disable=not progress)
+            rngs = tqdm(rngs, desc=f'digits, {split}', unit='picture', disable=not progress,
+                        # A log file would keep every state of the bar.
+                        mininterval=0.1 if sys.stderr.isatty() else 10)
             content = _write_pictures(partial / split, sources[split], rngs, image_size)
             content['info'].update(stamp=stamp)
             (partial / 'annotations' / f'{split}.json').write_text(json.dumps(content))

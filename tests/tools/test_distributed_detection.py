@@ -42,8 +42,8 @@ class RankWeightsHook(Hook):
         torch.save(weights, f'{runner.work_dir}/rank{get_rank()}.pth')
 
     def before_train(self, runner):
-        runner.start_weights = {
-            name: weight.detach().clone() for name, weight in runner.model.module.named_parameters()}
+        runner.start_weights = {name: weight.detach().clone()
+                                for name, weight in runner.model.module.named_parameters()}
 """
 
 
