@@ -1,0 +1,34 @@
+# make setup   build .venv or bring it up to date (Python 3.10-3.12; PYTHON=... chooses one)
+# make demo    train and evaluate a detector on generated data, with pictures and curves
+# make test    lint and tests
+# make lint    ruff alone
+# make clean   remove .venv and what training, tests and builds leave
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Its date tells whether .venv is older than what decides its content.
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml spartan_mm/version.py requirements/constraints.txt requirements/setup.sh
+	@PYTHON='$(PYTHON)' bash requirements/setup.sh
+	@touch $@
+
+demo: $(READY)
+	$(PY) tools/demo.py $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+# One thread a process: the tensors in tests are small, and CI has few cores.
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info work_dirs .pytest_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""Package metadata, and the step that puts configs and tools into the wheel."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+VERSION: dict[str, str] = {}
+exec((ROOT / 'spartan_mm' / 'version.py').read_text(), VERSION)
+
+# The OpenMMLab packages stand in extras, not in install_requires: two families of distributions
+# (the original mmengine, mmcv, mmdet, mmpretrain and the maintained onedl-*) provide the same
+# modules, and requiring one would overwrite the other where that is installed.
+# spartan_mm/compat.py checks what can be imported. The extras name the family whose wheels install
+# without a compiler.
+MMENGINE = ['onedl-mmengine>=0.10.8', 'opencv-python-headless>=4.5']
+MMCV = [*MMENGINE, 'onedl-mmcv>=2.3', 'torchvision>=0.16']
+EXTRAS = {
+    'backbone': MMENGINE,
+    'detection': [*MMCV, 'onedl-mmdetection>=3.5', 'pycocotools>=2.0.6', 'scipy>=1.9'],
+    'classification': [*MMCV, 'onedl-mmpretrain>=1.3'],
+    'demo': ['scikit-learn>=1.2', 'matplotlib>=3.5'],
+    'tests': ['pytest>=8.2', 'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.5'],
+}
+EXTRAS['all'] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+
+class BuildWithConfigsAndTools(build_py):
+    """Copies ``configs`` and ``tools`` to ``spartan_mm/.mim``, where ``mim`` looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # An editable install uses the checkout's own folders.
+        for folder in ('configs', 'tools'):
+            target = Path(self.build_lib) / 'spartan_mm' / '.mim' / folder
+            # A build directory may hold files that are gone from the checkout by now.
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
+
+
+setup(
+    name='spartan_mm',
+    version=VERSION['__version__'],
+    description='SpaRTAN backbones and RT-DETR detectors for OpenMMLab',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    keywords=['computer vision', 'object detection', 'RT-DETR', 'OpenMMLab'],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+    python_requires='>=3.10',
+    packages=find_packages(include=['spartan_mm', 'spartan_mm.*']),
+    cmdclass={'build_py': BuildWithConfigsAndTools},
+    install_requires=['torch>=2.1', 'numpy>=1.24', 'packaging>=21'],
+    extras_require=EXTRAS,
+)

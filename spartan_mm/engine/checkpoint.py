@@ -1,0 +1,123 @@
+"""Checkpoints for testing and inference: every weight finds its place, or an error says why."""
+
+import re
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import CheckpointLoader, Runner
+from torch import Tensor, nn
+
+# What other programs call the weights in their checkpoints, and the command that converts these.
+FOREIGN_CHECKPOINTS = {
+    'ema': 'tools/model_converters/rtdetr_to_mm.py',
+    'model': 'tools/model_converters/spartan_to_mm.py or tools/model_converters/rtdetr_to_mm.py',
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or belongs to another model."""
+
+
+def load_for_inference(model: nn.Module, path: str) -> dict[str, Any]:
+    """Load the weights that a model is tested with, all of them.
+
+    Of a training with a moving average, mmengine keeps the averaged weights in ``state_dict``:
+    these are loaded.
+
+    Args:
+        model: the model, changed in place.
+        path: the checkpoint, a local path or a URL.
+
+    Returns:
+        The whole checkpoint, with ``meta`` beside the weights.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is no checkpoint, or one of another architecture.
+    """
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'checkpoint {path} does not exist') from error
+    except Exception as error:
+        # torch reports a damaged file by half a dozen exception types.
+        raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
+    load_all_weights(model, checkpoint, path)
+    return checkpoint
+
+
+def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
+    """Load a checkpoint's ``state_dict``, allowing nothing missing, left over or of another shape.
+
+    A counter of batches that a batch norm layer has seen (``num_batches_tracked``) may be missing:
+    old checkpoints and conversions have none, and inference does not read it.
+
+    Args:
+        model: the model, changed in place.
+        checkpoint: the checkpoint, as mmengine writes it, or the bare state dict.
+        name: what to call the checkpoint in an error message.
+
+    Raises:
+        CheckpointError: if the checkpoint belongs to another architecture.
+    """
+    state_dict = _find_state_dict(checkpoint, name)
+    own = model.state_dict()
+    reshaped = {key: (tuple(value.shape), tuple(own[key].shape))
+                for key, value in state_dict.items()
+                if key in own and value.shape != own[key].shape}
+    fitting = {key: value for key, value in state_dict.items() if key not in reshaped}
+    result = model.load_state_dict(fitting, strict=False)
+    missing = [key for key in result.missing_keys
+               if key not in reshaped and not key.endswith('num_batches_tracked')]
+    unexpected = result.unexpected_keys
+
+    problems = []
+    if missing:
+        problems.append(f'{_count(missing)} missing in it ({_first(missing)})')
+    if unexpected:
+        problems.append(f'{_count(unexpected)} unknown to the model ({_first(unexpected)})')
+    if reshaped:
+        shapes = [f'{key}: {theirs} instead of {ours}' for key, (theirs, ours) in reshaped.items()]
+        problems.append(f'{_count(shapes)} of another shape ({_first(shapes)})')
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {name} does not fit the config's {type(model).__name__}: "
+            f"{'; '.join(problems)}. Use the config it was trained with, which lies next to it")
+
+
+@HOOKS.register_module()
+class StrictCheckpointHook(Hook):
+    """Stops a test whose checkpoint does not fit the model, where mmengine only warns."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare the weights with the model's before the runner loads what fits.
+
+        Raises:
+            CheckpointError: if the checkpoint belongs to another architecture.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        load_all_weights(model, checkpoint, str(runner._load_from))
+
+
+def _find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
+        # The prefix that a model in a distributed wrapper leaves.
+        return {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
+    keys = list(checkpoint) if isinstance(checkpoint, dict) else []
+    found = ', '.join(map(str, keys[:5])) or type(checkpoint).__name__
+    message = f"checkpoint {name} has no 'state_dict' with weights (it has: {found})"
+    converter = next((FOREIGN_CHECKPOINTS[key] for key in keys if key in FOREIGN_CHECKPOINTS), None)
+    if converter:
+        message += f'; if it comes from the original authors, convert it with {converter}'
+    raise CheckpointError(message)
+
+
+def _count(items: list[str]) -> str:
+    return f'{len(items)} key{" is" if len(items) == 1 else "s are"}'
+
+
+def _first(items: list[str], limit: int = 3) -> str:
+    return ' | '.join(items[:limit]) + (' | ...' if len(items) > limit else '')

@@ -1,0 +1,247 @@
+"""From command line flags to a runner: what ``tools/train.py`` and ``tools/test.py`` share."""
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+# Per visualization hook: the switch that makes it draw, and the folder it draws into.
+VISUALIZATION_HOOKS = {
+    'DetVisualizationHook': ('draw', 'test_out_dir'),
+    'VisualizationHook': ('enable', 'out_dir'),
+}
+
+
+class UsageError(ValueError):
+    """Flags that do not go with the config or the machine."""
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that training and testing have in common."""
+    parser.add_argument('--work-dir', metavar='DIR',
+                        help='folder for logs and results (default: work_dir of the config, else '
+                             './work_dirs/<name of the config>)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, such as '
+                             'train_dataloader.batch_size=2 "model.backbone.out_indices=(1,2,3)"')
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none',
+                        help='what started the processes (default: %(default)s); dist_train.sh and '
+                             'dist_test.sh set it')
+    # torch.distributed.launch passes the rank as a flag, torchrun as a variable.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
+                launcher: str = 'none') -> Config:
+    """Read a config and apply the flags that every command has.
+
+    Args:
+        path: the config file.
+        work_dir: folder for logs and results; None for the config's own, else
+            ``./work_dirs/<name of the config>``.
+        options: settings to override, with dots in the keys.
+        launcher: what started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        if error.name != 'pkg_resources':
+            raise
+        # mmengine 0.10.7 and older find the package of a base such as mmdet::... with it.
+        raise UsageError(f'reading {path} needs pkg_resources, which setuptools has no more from '
+                         "82 on; install 'setuptools<82' or a newer mmengine") from error
+    if options:
+        cfg.merge_from_dict(options)
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
+    return cfg
+
+
+def use_amp(cfg: Config, dtype: str = 'float16') -> None:
+    """Train in automatic mixed precision.
+
+    Args:
+        cfg: the config, changed in place.
+        dtype: 'float16', with dynamic loss scaling, or 'bfloat16', which needs none.
+
+    Raises:
+        UsageError: without a GPU, or if the config's optimizer wrapper is neither
+            ``OptimWrapper`` nor ``AmpOptimWrapper``.
+    """
+    if get_device() == 'cpu':
+        raise UsageError('--amp needs a GPU, and torch finds none')
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UsageError(f'--amp replaces OptimWrapper by AmpOptimWrapper, but the config has '
+                         f'{wrapper}; drop the flag and set the precision in the config')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.dtype = dtype
+    # bfloat16 has float32's range: gradients do not underflow.
+    cfg.optim_wrapper.loss_scale = 'dynamic' if dtype == 'float16' else 1.0
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Scale the learning rate by the ratio of the real total batch size to the one of the recipe.
+
+    Raises:
+        UsageError: if the config does not state the recipe's total batch size.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise UsageError('--auto-scale-lr needs the total batch size that the learning rate is '
+                         'meant for: set auto_scale_lr = dict(base_batch_size=...) in the config')
+    cfg.auto_scale_lr.enable = True
+
+
+def resume_from(cfg: Config, checkpoint: str) -> None:
+    """Continue an interrupted training.
+
+    Args:
+        cfg: the config, changed in place.
+        checkpoint: a checkpoint of that training, or 'auto' for the latest one in ``work_dir``.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is a local path that does not exist.
+    """
+    cfg.resume = True
+    if checkpoint == 'auto':
+        cfg.load_from = None
+        return
+    _check_exists(checkpoint)
+    cfg.load_from = checkpoint
+
+
+def load_weights(cfg: Config, checkpoint: str) -> None:
+    """Start from the weights of a checkpoint.
+
+    Args:
+        cfg: the config, changed in place.
+        checkpoint: a local path or a URL.
+
+    Raises:
+        FileNotFoundError: if it is a local path that does not exist.
+    """
+    _check_exists(checkpoint)
+    cfg.resume = False
+    cfg.load_from = checkpoint
+
+
+def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = False) -> None:
+    """Fix the random numbers, as far as the arguments go beyond the config's own ``randomness``.
+
+    Args:
+        cfg: the config, changed in place.
+        seed: seed of Python's, NumPy's and torch's generators; None for the config's.
+        deterministic: whether torch may use deterministic algorithms only.
+    """
+    randomness = dict(cfg.get('randomness', dict(seed=None)))
+    if seed is not None:
+        randomness['seed'] = seed
+    if deterministic:
+        randomness['deterministic'] = True
+    cfg.randomness = randomness
+
+
+def keep_predictions(cfg: Config, path: str) -> None:
+    """Write the predictions of a test to a pickle file, beside evaluating them.
+
+    Args:
+        cfg: the config, changed in place.
+        path: the file, ending in .pkl or .pickle.
+    """
+    kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    evaluator = cfg.test_evaluator
+    metrics = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+    cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=path)]
+
+
+def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
+              wait_time: float = 2.) -> None:
+    """Draw predictions while testing.
+
+    Args:
+        cfg: the config, changed in place.
+        show: whether to open a window for each picture.
+        show_dir: folder in ``work_dir`` to write the pictures to.
+        wait_time: how long a window stays open, in seconds.
+
+    Raises:
+        UsageError: if the config has no visualization hook this function knows.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None or hook.type not in VISUALIZATION_HOOKS:
+        raise UsageError(
+            '--show and --show-dir need a visualization hook: set default_hooks = dict('
+            f"visualization=dict(type=...)) in the config, one of {', '.join(VISUALIZATION_HOOKS)}")
+    draw, out_dir = VISUALIZATION_HOOKS[hook.type]
+    hook[draw] = True
+    hook.show = show
+    if show:
+        hook.wait_time = wait_time
+    if show_dir is not None:
+        hook[out_dir] = show_dir
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Set up the processes and build the runner that the config describes."""
+    if cfg.launcher != 'none':
+        _prepare_distributed(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_exists(checkpoint: str) -> None:
+    if '://' not in checkpoint and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f'checkpoint {checkpoint} does not exist')
+
+
+def _prepare_distributed(cfg: Config) -> None:
+    if get_device() != 'cpu':
+        local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        gpus = torch.cuda.device_count()
+        if gpus and local_rank >= gpus:
+            raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
+                             'Start as many processes as there are GPUs')
+        return
+
+    if cfg.launcher != 'pytorch':
+        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, and torch finds none; to run '
+                         'several processes on CPUs, use tools/dist_train.sh or dist_test.sh')
+    # mmengine sets a CUDA device before it joins the group, so the group is made here: it keeps
+    # one that is there.
+    dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}), backend='gloo')
+    timeout = {'timeout': timedelta(seconds=dist_cfg['timeout'])} if 'timeout' in dist_cfg else {}
+    torch.distributed.init_process_group('gloo', **timeout)
+    cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
+
+    # mmengine's own default wrapper names a device id, which torch refuses for a model on the CPU.
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
+
+    if cfg.get('sync_bn') is not None:
+        print_log('sync_bn is ignored: synchronized batch norm needs GPUs', 'current')
+        cfg.sync_bn = None

@@ -1,0 +1,363 @@
+"""Detections in images, folders of images and videos: what ``tools/infer.py`` calls."""
+
+import colorsys
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from rich.progress import track
+
+from .engine.checkpoint import load_for_inference
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+
+
+class InputError(ValueError):
+    """An image, a folder, a video or a config that nothing can be detected in or with."""
+
+
+@dataclass
+class Detections:
+    """What was found in one image.
+
+    Args:
+        boxes: corners x1, y1, x2, y2 in pixels of the image, shape (N, 4).
+        labels: class indices, shape (N,).
+        scores: from 0 to 1, shape (N,), highest first.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+    def above(self, threshold: float) -> 'Detections':
+        """Keep the detections with at least this score."""
+        keep = self.scores >= threshold
+        return Detections(self.boxes[keep], self.labels[keep], self.scores[keep])
+
+    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Describe each detection by a dict fit for JSON."""
+        return [
+            dict(bbox=[round(float(corner), 2) for corner in box], label=int(label),
+                 class_name=class_name(classes, label), score=round(float(score), 4))
+            for box, label, score in zip(self.boxes, self.labels, self.scores, strict=True)
+        ]
+
+
+@dataclass
+class Source:
+    """Where images come from.
+
+    Args:
+        root: the folder that the names in the results start from.
+        images: image files, all under ``root``.
+        video: a video file, in place of images.
+    """
+
+    root: Path
+    images: list[Path] = field(default_factory=list)
+    video: Path | None = None
+
+
+@dataclass
+class Report:
+    """What a run over images or frames gave.
+
+    Args:
+        results: one dict for each image or frame, fit for JSON.
+        failures: for each image that could not be read, what is wrong with it.
+    """
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Detector:
+    """A detector and the test pipeline of its config.
+
+    Args:
+        config: the config file.
+        checkpoint: its weights, a local path or a URL.
+        device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: if the config or the checkpoint does not exist.
+        InputError: if the config describes something else than a detector.
+        CheckpointError: if the checkpoint belongs to another architecture.
+    """
+
+    def __init__(self, config: str, checkpoint: str, device: str | None = None) -> None:
+        if not Path(config).is_file():
+            raise FileNotFoundError(f'config {config} does not exist')
+        cfg = Config.fromfile(config)
+        scope = cfg.get('default_scope')
+        if scope != 'mmdet':
+            raise InputError(f'{config} describes no detector (its default_scope is {scope!r}, not '
+                             "'mmdet'); other models are not supported yet")
+        with DefaultScope.overwrite_default_scope(scope):
+            self._build(cfg, checkpoint, device)
+
+    def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
+        # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        meta = load_for_inference(model, checkpoint).get('meta', {})
+        self.model = model.to(device or get_device()).eval()
+
+        dataset = cfg.test_dataloader.dataset
+        while 'dataset' in dataset:
+            dataset = dataset.dataset
+        self.classes = _class_names(meta.get('dataset_meta', {}), dataset, model)
+        loader, *steps = dataset.pipeline
+        self._decoding = dict(flag=loader.get('color_type', 'color'),
+                              backend=loader.get('imdecode_backend'))
+        self._pipeline = Compose([
+            dict(type='LoadImageFromNDArray', to_float32=loader.get('to_float32', False)),
+            *(step for step in steps if step['type'] != 'LoadAnnotations'),
+        ])
+
+    def read(self, path: Path) -> np.ndarray:
+        """Read an image the way the config's pipeline does.
+
+        Returns:
+            The image in BGR order, shape (H, W, 3).
+
+        Raises:
+            InputError: if the file cannot be read or is no image.
+        """
+        try:
+            image = mmcv.imfrombytes(path.read_bytes(), **self._decoding)
+        except OSError as error:
+            raise InputError(f'{path} cannot be read: {error.strerror or error}') from error
+        except Exception as error:  # each decoder has exceptions of its own
+            raise InputError(f'{path} cannot be decoded as an image: {error}') from error
+        if image is None:
+            raise InputError(f'{path} cannot be decoded as an image')
+        return image
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Find objects in a batch of images.
+
+        Args:
+            images: in BGR order, each of shape (H, W, 3); sizes may differ.
+
+        Returns:
+            Detections in pixels of the images as they came.
+        """
+        batch = [self._pipeline(dict(img=image, img_id=0)) for image in images]
+        samples = self.model.test_step({key: [item[key] for item in batch] for key in batch[0]})
+        found = []
+        for sample in samples:
+            objects = sample.pred_instances.cpu().numpy()
+            best_first = np.argsort(-objects.scores, kind='stable')
+            found.append(Detections(objects.bboxes[best_first], objects.labels[best_first],
+                                    objects.scores[best_first]))
+        return found
+
+
+def find_source(path: str | Path, out_dir: str | Path) -> Source:
+    """See what there is to process.
+
+    Args:
+        path: an image, a video, or a folder that is searched for images, subfolders included.
+        out_dir: where the results are to be written; if it lies in the folder, it is not searched.
+
+    Raises:
+        InputError: if there is nothing at ``path``, a folder has no images, or the results would
+            overwrite the input.
+    """
+    path, own_results = Path(path), Path(out_dir).resolve()
+    if not path.exists():
+        raise InputError(f'input {path} does not exist')
+    root = path if path.is_dir() else path.parent
+    if root.resolve() == own_results:
+        raise InputError(f'the results would overwrite the input in {root}: choose another folder '
+                         'to write to')
+    if path.is_dir():
+        skip = own_results if path.resolve() in own_results.parents else None
+        images = sorted(file for file in path.rglob('*')
+                        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+                        and skip not in file.resolve().parents)
+        if not images:
+            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+        return Source(root, images)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return Source(root, video=path)
+    return Source(root, [path])
+
+
+def infer(detector: Detector, source: Source, out_dir: str | Path, score_threshold: float = 0.3,
+          batch_size: int = 1) -> Report:
+    """Detect objects in images or a video; write pictures and ``results.json``.
+
+    Pictures keep their names and subfolders; a video becomes an .mp4 file.
+
+    Args:
+        detector: what detects.
+        source: what :func:`find_source` found.
+        out_dir: where to write.
+        score_threshold: the least score of a detection that is written and drawn.
+        batch_size: number of images or frames in one pass through the model.
+
+    Raises:
+        InputError: if a video cannot be opened or has no frames. An image that cannot be decoded is
+            noted in the report and in the file, and the others are processed.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    process = _infer_images if source.video is None else _infer_video
+    report = process(detector, source, out_dir, score_threshold, batch_size)
+    content = dict(source=str(source.video or source.root), classes=list(detector.classes),
+                   score_threshold=score_threshold, results=report.results,
+                   failures=report.failures)
+    (out_dir / 'results.json').write_text(json.dumps(content, ensure_ascii=False, indent=1),
+                                          encoding='utf-8')
+    return report
+
+
+def draw_detections(image: np.ndarray, detections: Detections,
+                    classes: Sequence[str]) -> np.ndarray:
+    """Draw boxes, class names and scores on a copy of an image.
+
+    Args:
+        image: in BGR order, shape (H, W, 3).
+        detections: what to draw.
+        classes: names by class index.
+    """
+    canvas = image.copy()
+    height, width = canvas.shape[:2]
+    thickness = max(1, round(min(height, width) / 300))
+    scale = max(0.35, min(height, width) / 1200)
+    # The best detections last, on top.
+    for box, label, score in list(zip(detections.boxes, detections.labels, detections.scores,
+                                      strict=True))[::-1]:
+        colour = _colour(int(label))
+        left, top, right, bottom = (int(round(float(corner))) for corner in box)
+        cv2.rectangle(canvas, (left, top), (right, bottom), colour, thickness)
+
+        text = f'{class_name(classes, label)} {score:.2f}'
+        (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+        # Above the box if there is room, and never beyond the picture.
+        x = max(0, min(left, width - text_width))
+        y = top - base if top >= text_height + 2 * base else max(top, 0) + text_height + base
+        cv2.rectangle(canvas, (x, y - text_height - base), (x + text_width, y + base), colour, -1)
+        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1,
+                    cv2.LINE_AA)
+    return canvas
+
+
+def class_name(classes: Sequence[str], label: int) -> str:
+    """Name a class, by its number if it has no name."""
+    return classes[label] if label < len(classes) else f'class {label}'
+
+
+def _infer_images(detector: Detector, source: Source, out_dir: Path, score_threshold: float,
+                  batch_size: int) -> Report:
+    report = Report()
+    for start in track(range(0, len(source.images), batch_size), description='detecting'):
+        names, images = [], []
+        for path in source.images[start:start + batch_size]:
+            name = path.relative_to(source.root).as_posix()
+            try:
+                images.append(detector.read(path))
+                names.append(name)
+            except InputError as error:
+                report.failures[name] = str(error)
+        for name, image, found in zip(names, images, _detect(detector, images, score_threshold),
+                                      strict=True):
+            target = out_dir / name
+            if target.suffix.lower() not in IMAGE_SUFFIXES:
+                target = target.with_name(f'{target.name}.png')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write_image(target, draw_detections(image, found, detector.classes))
+            height, width = image.shape[:2]
+            report.results.append(dict(file=name, width=width, height=height,
+                                       detections=found.as_records(detector.classes)))
+    return report
+
+
+def _infer_video(detector: Detector, source: Source, out_dir: Path, score_threshold: float,
+                 batch_size: int) -> Report:
+    path = source.video
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise InputError(f'{path} cannot be opened as a video')
+    # Some containers tell neither rate nor length.
+    rate = video.get(cv2.CAP_PROP_FPS) or 25.
+    length = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    frames = _frames(video)
+    progress = iter(track(frames, description='detecting', total=length if length > 0 else None))
+    report, writer = Report(), None
+    try:
+        while batch := list(islice(progress, batch_size)):
+            for image, found in zip(batch, _detect(detector, batch, score_threshold), strict=True):
+                height, width = image.shape[:2]
+                if writer is None:
+                    target = out_dir / f'{path.stem}.mp4'
+                    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
+                                             (width, height))
+                    if not writer.isOpened():
+                        raise InputError(f'{target} cannot be written: this OpenCV has no video '
+                                         'encoder')
+                writer.write(draw_detections(image, found, detector.classes))
+                report.results.append(dict(file=path.name, frame=len(report.results), width=width,
+                                           height=height,
+                                           detections=found.as_records(detector.classes)))
+    finally:
+        video.release()
+        if writer is not None:
+            writer.release()
+    if not report.results:
+        raise InputError(f'{path} has no frame that can be decoded')
+    return report
+
+
+def _detect(detector: Detector, images: list[np.ndarray], threshold: float) -> list[Detections]:
+    return [found.above(threshold) for found in detector.detect(images)] if images else []
+
+
+def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        more, frame = video.read()
+        if not more:
+            return
+        yield frame
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    # cv2.imwrite cannot write to names beyond ASCII on Windows.
+    _, content = cv2.imencode(path.suffix, image)
+    path.write_bytes(content.tobytes())
+
+
+def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],
+                 model: torch.nn.Module) -> tuple[str, ...]:
+    """Find the names of the classes: in the checkpoint, else in the config, else COCO's if 80."""
+    for meta in (dataset_meta, dataset.get('metainfo', {}),
+                 getattr(DATASETS.get(dataset.type), 'METAINFO', {})):
+        classes = meta.get('classes') or meta.get('CLASSES')
+        if classes:
+            return (classes, ) if isinstance(classes, str) else tuple(classes)
+    if getattr(getattr(model, 'bbox_head', None), 'num_classes', None) == 80:
+        from mmdet.evaluation import get_classes
+        return tuple(get_classes('coco'))
+    return ()
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    """Give each class a colour, neighbours far apart: hue moves by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0)
+    return int(255 * blue), int(255 * green), int(255 * red)

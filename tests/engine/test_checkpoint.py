@@ -1,0 +1,66 @@
+"""Checkpoints that fit, and those that do not."""
+
+import pytest
+import torch
+from torch import nn
+
+from spartan_mm.engine.checkpoint import CheckpointError, load_all_weights, load_for_inference
+
+
+def make_model(width=4, extra=False):
+    layers = [nn.Conv2d(3, width, 1), nn.BatchNorm2d(width)] + [nn.PReLU()] * extra
+    return nn.Sequential(*layers)
+
+
+def test_loads_weights_and_returns_the_rest(tmp_path):
+    source, target = make_model(), make_model()
+    meta = dict(dataset_meta=dict(classes=('cat', 'dog')))
+    torch.save(dict(meta=meta, state_dict=source.state_dict()), tmp_path / 'checkpoint.pth')
+    checkpoint = load_for_inference(target, str(tmp_path / 'checkpoint.pth'))
+    assert checkpoint['meta'] == meta
+    torch.testing.assert_close(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: state,
+    lambda state: dict(state_dict={f'module.{key}': value for key, value in state.items()}),
+    lambda state: {key: value for key, value in state.items() if 'num_batches' not in key},
+], ids=['bare state dict', 'of a distributed model', 'without batch counters'])
+def test_accepts(wrap):
+    source, target = make_model(), make_model()
+    load_all_weights(target, wrap(source.state_dict()), 'checkpoint')
+    torch.testing.assert_close(target[0].weight, source[0].weight)
+
+
+@pytest.mark.parametrize('model, message', [
+    (make_model(extra=True), r'does not fit .* Sequential: 1 key is missing in it \(2\.'),
+    (make_model()[:1], r'5 keys are unknown to the model \(1\.weight \| 1\.bias \| .* \| \.\.\.'),
+    (make_model(width=6), r'6 keys are of another shape \(0\.weight: \(4, 3, 1, 1\) instead of '
+                          r'\(6, 3, 1, 1\)'),
+], ids=['missing', 'unexpected', 'shape'])
+def test_other_architecture(model, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_all_weights(model, make_model().state_dict(), 'checkpoint')
+
+
+@pytest.mark.parametrize('content, message', [
+    (dict(ema=dict(module={})), r'no .state_dict. .* \(it has: ema\).*rtdetr_to_mm\.py'),
+    (dict(model={}, epoch=3), r'spartan_to_mm\.py'),
+    (dict(epoch=3), r'\(it has: epoch\)$'),
+    (dict(state_dict={}), r'no .state_dict. with weights'),
+    ([1, 2], r'\(it has: list\)'),
+])
+def test_no_weights(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_all_weights(make_model(), content, 'checkpoint')
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth does not exist'):
+        load_for_inference(make_model(), str(tmp_path / 'none.pth'))
+
+
+def test_damaged_file(tmp_path):
+    (tmp_path / 'damaged.pth').write_bytes(b'PK\x03\x04 and then nothing')
+    with pytest.raises(CheckpointError, match=r'damaged\.pth cannot be read as a checkpoint'):
+        load_for_inference(make_model(), str(tmp_path / 'damaged.pth'))

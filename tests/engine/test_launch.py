@@ -1,0 +1,145 @@
+"""What the flags of the commands do to a config."""
+
+import pytest
+from mmengine.config import Config
+
+from spartan_mm.engine import launch
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / 'my_config.py'
+    path.write_text('optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=0.1))\n')
+    return str(path)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+
+
+class TestLoadConfig:
+
+    def test_work_dir(self, config_file):
+        assert launch.load_config(config_file).work_dir == 'work_dirs/my_config'
+        options = dict(work_dir='from config')
+        assert launch.load_config(config_file, options=options).work_dir == 'from config'
+        assert launch.load_config(config_file, 'flag', options).work_dir == 'flag'
+
+    def test_options(self, config_file):
+        cfg = launch.load_config(config_file, options={'optim_wrapper.optimizer.lr': 0.5},
+                                 launcher='pytorch')
+        assert cfg.optim_wrapper.optimizer.lr == 0.5
+        assert cfg.launcher == 'pytorch'
+
+    def test_old_mmengine_with_new_setuptools(self, config_file, monkeypatch):
+        def fail(path):
+            raise ModuleNotFoundError("No module named 'pkg_resources'", name='pkg_resources')
+
+        monkeypatch.setattr(launch.Config, 'fromfile', fail)
+        with pytest.raises(launch.UsageError, match=r"needs pkg_resources.*'setuptools<82'"):
+            launch.load_config(config_file)
+
+    def test_no_file(self):
+        with pytest.raises(FileNotFoundError, match='config no_such.py does not exist'):
+            launch.load_config('no_such.py')
+
+
+class TestAmp:
+
+    @pytest.mark.parametrize('dtype, loss_scale', [('float16', 'dynamic'), ('bfloat16', 1.0)])
+    def test_wrapper(self, config_file, with_gpu, dtype, loss_scale):
+        cfg = launch.load_config(config_file)
+        launch.use_amp(cfg, dtype)
+        assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', optimizer=dict(lr=0.1),
+                                         dtype=dtype, loss_scale=loss_scale)
+
+    def test_other_wrapper(self, config_file, with_gpu):
+        cfg = launch.load_config(config_file, options={'optim_wrapper.type': 'ApexOptimWrapper'})
+        with pytest.raises(launch.UsageError, match='but the config has ApexOptimWrapper'):
+            launch.use_amp(cfg)
+
+    def test_needs_gpu(self, config_file, monkeypatch):
+        monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+        with pytest.raises(launch.UsageError, match='--amp needs a GPU'):
+            launch.use_amp(launch.load_config(config_file))
+
+
+def test_learning_rate_scaling(config_file):
+    cfg = launch.load_config(config_file)
+    with pytest.raises(launch.UsageError, match='base_batch_size'):
+        launch.scale_learning_rate(cfg)
+    cfg.auto_scale_lr = dict(enable=False, base_batch_size=16)
+    launch.scale_learning_rate(cfg)
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
+
+
+@pytest.mark.parametrize('checkpoint', ['file', 'https://example.org/checkpoint.pth'])
+def test_resume_from_checkpoint(config_file, checkpoint):
+    checkpoint = config_file if checkpoint == 'file' else checkpoint
+    cfg = launch.load_config(config_file)
+    launch.resume_from(cfg, checkpoint)
+    assert (cfg.resume, cfg.load_from) == (True, checkpoint)
+
+
+def test_resume_latest(config_file):
+    cfg = launch.load_config(config_file, options=dict(load_from='weights.pth'))
+    launch.resume_from(cfg, 'auto')
+    assert (cfg.resume, cfg.load_from) == (True, None)
+
+
+@pytest.mark.parametrize('function', [launch.resume_from, launch.load_weights])
+def test_no_checkpoint(config_file, function):
+    with pytest.raises(FileNotFoundError, match='checkpoint no_such.pth does not exist'):
+        function(launch.load_config(config_file), 'no_such.pth')
+
+
+def test_randomness(config_file):
+    cfg = launch.load_config(config_file)
+    launch.set_randomness(cfg)
+    assert cfg.randomness == dict(seed=None)
+    launch.set_randomness(cfg, 3, deterministic=True)
+    assert cfg.randomness == dict(seed=3, deterministic=True)
+    launch.set_randomness(cfg)
+    assert cfg.randomness == dict(seed=3, deterministic=True)
+
+
+@pytest.mark.parametrize('scope, kind', [('mmdet', 'DumpDetResults'),
+                                         ('mmpretrain', 'DumpResults')])
+@pytest.mark.parametrize('several', [False, True])
+def test_keep_predictions(scope, kind, several):
+    metric = dict(type='SomeMetric')
+    cfg = Config(dict(default_scope=scope, test_evaluator=[metric] if several else metric))
+    launch.keep_predictions(cfg, 'out.pkl')
+    assert cfg.test_evaluator == [metric, dict(type=kind, out_file_path='out.pkl')]
+
+
+class TestVisualize:
+
+    @pytest.mark.parametrize('kind, draw, folder', [
+        ('DetVisualizationHook', 'draw', 'test_out_dir'),
+        ('VisualizationHook', 'enable', 'out_dir'),
+    ])
+    def test_hook(self, kind, draw, folder):
+        cfg = Config(dict(default_hooks=dict(visualization=dict(type=kind))))
+        launch.visualize(cfg, show_dir='pictures')
+        assert cfg.default_hooks.visualization == {
+            'type': kind, draw: True, folder: 'pictures', 'show': False}
+
+    def test_no_hook(self, config_file):
+        with pytest.raises(launch.UsageError, match='need a visualization hook'):
+            launch.visualize(launch.load_config(config_file), show=True)
+
+
+class TestDistributed:
+
+    def test_more_processes_than_gpus(self, config_file, with_gpu, monkeypatch):
+        monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+        monkeypatch.setenv('LOCAL_RANK', '2')
+        with pytest.raises(launch.UsageError, match=r'process 2 .* has no GPU: torch sees 2\.'):
+            launch.build_runner(launch.load_config(config_file, launcher='pytorch'))
+
+    def test_slurm_launcher_needs_gpus(self, config_file, monkeypatch):
+        monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+        with pytest.raises(launch.UsageError, match='--launcher slurm needs GPUs'):
+            launch.build_runner(launch.load_config(config_file, launcher='slurm'))

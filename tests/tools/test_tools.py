@@ -1,0 +1,217 @@
+"""The commands, run as a user runs them: from the user's folder, on the user's config."""
+
+import os
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+def run(command, cwd):
+    """Run a command in processes of its own, without a GPU; return what it printed."""
+    environment = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
+                       PYTHON=sys.executable)
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def run_here(user_project, monkeypatch, capfd):
+    """Run a command in this process, which spares the imports; return what it printed."""
+    monkeypatch.chdir(user_project)
+
+    def run_tool(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [name, *(str(argument) for argument in arguments)])
+        runpy.run_path(str(TOOLS / name), run_name='__main__')
+        return ''.join(capfd.readouterr())
+
+    return run_tool
+
+
+@pytest.fixture(scope='module')
+def trained(user_project):
+    """Two epochs of the user's detector."""
+    output = run([sys.executable, TOOLS / 'train.py', 'user_detector.py', '--seed', 1,
+                  '--auto-scale-lr'], cwd=user_project)
+    return user_project / 'work_dirs' / 'user_detector', output
+
+
+def scores_in(output):
+    return re.findall('bbox_mAP_copypaste: (.*)', output)
+
+
+class TestTrainAndTest:
+
+    def test_training_leaves_checkpoints_in_the_default_folder(self, trained):
+        work_dir, output = trained
+        assert {'epoch_1.pth', 'epoch_2.pth', 'user_detector.py'} <= set(os.listdir(work_dir))
+        assert 'LR is set based on batch size of 4 and the current batch size is 2' in output
+        assert 'seed: 1' in output
+
+    def test_resume(self, trained, run_here):
+        work_dir, _ = trained
+        output = run_here('train.py', 'user_detector.py', '--resume', '--cfg-options',
+                          'train_cfg.max_epochs=3')
+        assert 'resumed epoch: 2, iter: 4' in output
+        assert (work_dir / 'epoch_3.pth').exists()
+
+    def test_evaluation_of_averaged_weights(self, trained, user_project, run_here):
+        """What is tested is what training evaluated: the moving average."""
+        work_dir, training_output = trained
+        output = run_here('test.py', 'user_detector.py', work_dir / 'epoch_2.pth', '--out',
+                          'predictions.pkl', '--show-dir', 'shown')
+        assert scores_in(output) == scores_in(training_output)[1:]
+        predictions = pickle.loads((user_project / 'predictions.pkl').read_bytes())
+        assert len(predictions) == 4
+        assert len(list(work_dir.glob('*/shown/*.png'))) == 4
+
+    def test_checkpoint_of_another_architecture(self, trained, run_here):
+        work_dir, _ = trained
+        with pytest.raises(SystemExit) as stopped:
+            run_here('test.py', 'user_detector.py', work_dir / 'epoch_2.pth', '--cfg-options',
+                     'model.decoder.num_layers=1')
+        message = str(stopped.value.code)
+        assert message.startswith(f'error: checkpoint {work_dir / "epoch_2.pth"} does not fit')
+        assert 'keys are unknown to the model (' in message
+
+    def test_classifier(self, user_project, run_here):
+        output = run_here('train.py', 'user_classifier.py', '--work-dir', 'classified')
+        assert 'accuracy/top1' in output
+        assert (user_project / 'classified' / 'epoch_1.pth').exists()
+
+    @pytest.mark.parametrize('tool, arguments, message', [
+        ('train.py', ['none.py'], 'error: config none.py does not exist'),
+        ('train.py', ['user_detector.py', '--resume', 'none.pth'],
+         'error: checkpoint none.pth does not exist'),
+        ('test.py', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
+        ('infer.py', ['none.jpg', 'user_detector.py', 'none.pth'],
+         'error: input none.jpg does not exist'),
+    ])
+    def test_mistakes(self, run_here, tool, arguments, message):
+        with pytest.raises(SystemExit) as stopped:
+            run_here(tool, *arguments)
+        assert stopped.value.code == message
+
+
+class TestInfer:
+
+    def test_folder(self, trained, user_project, run_here, tmp_path):
+        work_dir, _ = trained
+        output = run_here('infer.py', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
+                          '--out-dir', tmp_path, '--score-thr', 0, '--batch-size', 3)
+        assert '80 detections in 4 pictures' in output
+        assert {path.name for path in tmp_path.iterdir()} == {
+            '0.png', '1.png', '2.png', '3.png', 'results.json'}
+
+    def test_broken_picture(self, trained, run_here, tmp_path):
+        work_dir, _ = trained
+        (tmp_path / 'broken.jpg').write_text('no picture')
+        with pytest.raises(SystemExit) as stopped:
+            run_here('infer.py', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
+                     '--out-dir', tmp_path / 'out')
+        assert stopped.value.code == (f'error: {tmp_path}/broken.jpg cannot be decoded as an image')
+
+
+class TestDistributed:
+
+    def test_two_processes_without_gpu(self, trained, user_project):
+        work_dir, training_output = trained
+        output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', work_dir / 'epoch_2.pth',
+                      2], cwd=user_project)
+        assert 'GPU number: 2' in output
+        assert 'sync_bn is ignored' in output
+        assert scores_in(output) == scores_in(training_output)[1:]
+
+    @pytest.fixture
+    def recorder(self, tmp_path):
+        """A program that prints its arguments, one a line."""
+        path = tmp_path / 'recorder'
+        path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+        path.chmod(0o755)
+        return path
+
+    def dry_run(self, recorder, script, *arguments, **variables):
+        environment = dict(os.environ, PYTHON=str(recorder), **variables)
+        done = subprocess.run(['bash', TOOLS / script, *arguments], env=environment, text=True,
+                              capture_output=True, check=True)
+        return done.stdout.splitlines()
+
+    def test_one_node(self, recorder):
+        words = self.dry_run(recorder, 'dist_train.sh', 'a config.py', '4', '--amp', 'bfloat16')
+        assert words == ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '4',
+                         f'{TOOLS}/train.py', 'a config.py', '--amp', 'bfloat16', '--launcher',
+                         'pytorch']
+
+    def test_one_node_with_port(self, recorder):
+        words = self.dry_run(recorder, 'dist_test.sh', 'config.py', 'a.pth', '4', PORT='12345')
+        assert words == ['-m', 'torch.distributed.run', '--nnodes', '1', '--node_rank', '0',
+                         '--master_addr', '127.0.0.1', '--master_port', '12345', '--nproc_per_node',
+                         '4', f'{TOOLS}/test.py', 'config.py', 'a.pth', '--launcher', 'pytorch']
+
+    def test_several_nodes(self, recorder):
+        words = self.dry_run(recorder, 'dist_train.sh', 'config.py', '8', NNODES='2', NODE_RANK='1',
+                             MASTER_ADDR='10.0.0.1')
+        assert words[2:10] == ['--nnodes', '2', '--node_rank', '1', '--master_addr', '10.0.0.1',
+                               '--master_port', '29500']
+
+    @pytest.mark.parametrize('arguments, variables, message', [
+        (['config.py'], {}, 'usage: '),
+        (['config.py', 'four'], {}, "positive number, not 'four'"),
+        (['config.py', '0'], {}, "positive number, not '0'"),
+        (['config.py', '8'], dict(NNODES='2'), 'NNODES=2 needs MASTER_ADDR'),
+    ])
+    def test_mistakes(self, recorder, arguments, variables, message):
+        environment = dict(os.environ, PYTHON=str(recorder), **variables)
+        done = subprocess.run(['bash', TOOLS / 'dist_train.sh', *arguments], env=environment,
+                              text=True, capture_output=True)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+    @pytest.fixture
+    def slurm(self, tmp_path):
+        """A cluster of programs: srun notes its options and runs the command as the last node."""
+        (tmp_path / 'srun').write_text(
+            '#!/usr/bin/env bash\n'
+            'while [[ "$1" == -* ]]; do echo "srun $1"; shift; done\n'
+            'SLURM_NODEID=$((NNODES - 1)) SLURM_JOB_NODELIST=node[1-2] "$@"\n')
+        (tmp_path / 'scontrol').write_text('#!/usr/bin/env bash\nprintf "node1\\nnode2\\n"\n')
+        for name in ('srun', 'scontrol'):
+            (tmp_path / name).chmod(0o755)
+        return dict(PATH=f'{tmp_path}:{os.environ["PATH"]}')
+
+    def test_slurm_train(self, recorder, slurm):
+        words = self.dry_run(recorder, 'slurm_train.sh', 'part', 'job', 'config.py', 'a work dir',
+                             '--resume', GPUS='16', SRUN_ARGS='--qos=high --mem=0', **slurm)
+        assert words == [
+            'srun --partition=part', 'srun --job-name=job', 'srun --nodes=2', 'srun --ntasks=2',
+            'srun --ntasks-per-node=1', 'srun --gres=gpu:8', 'srun --cpus-per-task=40',
+            'srun --kill-on-bad-exit=1', 'srun --qos=high', 'srun --mem=0',
+            '-m', 'torch.distributed.run', '--nnodes', '2', '--node_rank', '1', '--master_addr',
+            'node1', '--master_port', '29500', '--nproc_per_node', '8', f'{TOOLS}/train.py',
+            'config.py', '--work-dir', 'a work dir', '--resume', '--launcher', 'pytorch']
+
+    def test_slurm_test(self, recorder, slurm):
+        words = self.dry_run(recorder, 'slurm_test.sh', 'part', 'job', 'config.py', 'a.pth',
+                             GPUS='2', CPUS_PER_TASK='3', **slurm)
+        assert 'srun --nodes=1' in words and 'srun --cpus-per-task=6' in words
+        assert words[8:] == ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+                             f'{TOOLS}/test.py', 'config.py', 'a.pth', '--launcher', 'pytorch']
+
+
+def test_commands_work_from_a_checkout_that_is_not_installed(tmp_path):
+    """The interpreter is told to forget what is installed in editable mode."""
+    code = ('import runpy, sys\n'
+            'sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]\n'
+            f'sys.path = [p for p in sys.path if p not in ("", {str(TOOLS.parent)!r})]\n'
+            f'sys.argv = [{str(TOOLS / "train.py")!r}, "--help"]\n'
+            'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+    output = run([sys.executable, '-c', code], cwd=tmp_path)
+    assert output.startswith('usage: train.py')

@@ -1,0 +1,54 @@
+"""Detect objects in an image, a folder of images or a video.
+
+Writes pictures (or a video) with boxes, and results.json with boxes, classes and scores.
+"""
+
+import argparse
+import os
+import sys
+
+# A checkout that is not installed; what is installed comes first.
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from spartan_mm.engine.checkpoint import CheckpointError  # noqa: E402
+from spartan_mm.inference import Detector, InputError, find_source, infer  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('input',
+                        help='an image, a video, or a folder; it is searched with its subfolders')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out-dir', default='outputs', metavar='DIR',
+                        help='where to write (default: %(default)s)')
+    parser.add_argument('--device',
+                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
+                        help='least score of a detection that counts (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N',
+                        help='images or frames in one pass (default: %(default)s)')
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error(f'--batch-size {args.batch_size}: must be at least 1')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        source = find_source(args.input, args.out_dir)
+        detector = Detector(args.config, args.checkpoint, args.device)
+        report = infer(detector, source, args.out_dir, args.score_thr, args.batch_size)
+    except (FileNotFoundError, InputError, CheckpointError) as error:
+        sys.exit(f'error: {error}')
+
+    detections = sum(len(result['detections']) for result in report.results)
+    print(f'{detections} detections in {len(report.results)} pictures; see {args.out_dir}')
+    if report.failures:
+        sys.exit('\n'.join(f'error: {failure}' for failure in report.failures.values()))
+
+
+if __name__ == '__main__':
+    main()
