@@ -1,5 +1,6 @@
 # make setup   build .venv or bring it up to date (Python 3.10-3.12; PYTHON=... chooses one)
 # make demo    train and evaluate a detector on generated data, with pictures and curves
+# make demo-classification   the same for a classifier, on real handwritten digits
 # make test    lint and tests
 # make lint    ruff alone
 # make clean   remove .venv and what training, tests and builds leave
@@ -9,7 +10,7 @@ PY := $(VENV)/bin/python
 # Its date tells whether .venv is older than what decides its content.
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-classification test lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -23,6 +24,9 @@ $(READY): setup.py pyproject.toml spartan_mm/version.py requirements/constraints
 demo: $(READY)
 	$(PY) tools/demo.py $(ARGS)
 
+demo-classification: $(READY)
+	$(PY) tools/demo_classification.py $(ARGS)
+
 lint: $(READY)
 	$(PY) -m ruff check .
 
@@ -31,4 +35,4 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info work_dirs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

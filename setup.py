@@ -19,10 +19,12 @@ MMENGINE = ['onedl-mmengine>=0.10.8', 'opencv-python-headless>=4.5']
 MMCV = [*MMENGINE, 'onedl-mmcv>=2.3', 'torchvision>=0.16']
 EXTRAS = {
     'backbone': MMENGINE,
-    'detection': [*MMCV, 'onedl-mmdetection>=3.5', 'pycocotools>=2.0.6', 'scipy>=1.9'],
+    'detection': [*MMCV, 'onedl-mmdetection>=3.5', 'pycocotools>=2.0.6', 'scipy>=1.9',
+                  'rich>=10'],
     'classification': [*MMCV, 'onedl-mmpretrain>=1.3'],
-    'demo': ['scikit-learn>=1.2', 'matplotlib>=3.5'],
-    'tests': ['pytest>=8.2', 'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.5'],
+    'demo': ['scikit-learn>=1.2', 'matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60'],
+    'tests': ['pytest>=8.2', 'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6',
+              'tqdm>=4.60'],
 }
 EXTRAS['all'] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

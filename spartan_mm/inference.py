@@ -1,4 +1,4 @@
-"""Detections in images, folders of images and videos: what ``tools/infer.py`` calls."""
+"""Detections and classes in images, folders and videos: what ``tools/infer.py`` calls."""
 
 import colorsys
 import json
@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
+import matplotlib
 import mmcv
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
 from .engine.checkpoint import load_for_inference
@@ -25,8 +27,16 @@ IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
 
+# Of a picture with bars, in pixels: the least longer side of the image, the least height of a bar
+# with its text, and the largest size of the text.
+_MIN_SIDE, _MIN_ROW, _MAX_TEXT = 240, 36, 40
+
+# What a model makes of an image: a picture to look at, and a record fit for JSON.
+Processed = tuple[np.ndarray, dict[str, Any]]
+
+
 class InputError(ValueError):
-    """An image, a folder, a video or a config that nothing can be detected in or with."""
+    """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
 @dataclass
@@ -58,6 +68,29 @@ class Detections:
 
 
 @dataclass
+class Classification:
+    """What an image is taken for.
+
+    Args:
+        labels: class indices, shape (K,).
+        scores: from 0 to 1, shape (K,), highest first.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+
+    def top(self, count: int) -> 'Classification':
+        """Keep the classes with the highest scores."""
+        return Classification(self.labels[:count], self.scores[:count])
+
+    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Describe each class by a dict fit for JSON."""
+        return [dict(label=int(label), class_name=class_name(classes, label),
+                     score=round(float(score), 4))
+                for label, score in zip(self.labels, self.scores, strict=True)]
+
+
+@dataclass
 class Source:
     """Where images come from.
 
@@ -85,8 +118,8 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-class Detector:
-    """A detector and the test pipeline of its config.
+class Model:
+    """A model and the test pipeline of its config; subclasses are for a task each.
 
     Args:
         config: the config file.
@@ -95,18 +128,21 @@ class Detector:
 
     Raises:
         FileNotFoundError: if the config or the checkpoint does not exist.
-        InputError: if the config describes something else than a detector.
+        InputError: if the config is for another task.
         CheckpointError: if the checkpoint belongs to another architecture.
     """
 
+    #: The default scope of the configs, what the model is called, and what it does.
+    scope: ClassVar[str]
+    kind: ClassVar[str]
+    doing: ClassVar[str]
+
     def __init__(self, config: str, checkpoint: str, device: str | None = None) -> None:
-        if not Path(config).is_file():
-            raise FileNotFoundError(f'config {config} does not exist')
-        cfg = Config.fromfile(config)
+        cfg = _read_config(config)
         scope = cfg.get('default_scope')
-        if scope != 'mmdet':
-            raise InputError(f'{config} describes no detector (its default_scope is {scope!r}, not '
-                             "'mmdet'); other models are not supported yet")
+        if scope != self.scope:
+            raise InputError(f'{config} describes no {self.kind} (its default_scope is {scope!r}, '
+                             f'not {self.scope!r})')
         with DefaultScope.overwrite_default_scope(scope):
             self._build(cfg, checkpoint, device)
 
@@ -123,10 +159,9 @@ class Detector:
         loader, *steps = dataset.pipeline
         self._decoding = dict(flag=loader.get('color_type', 'color'),
                               backend=loader.get('imdecode_backend'))
-        self._pipeline = Compose([
-            dict(type='LoadImageFromNDArray', to_float32=loader.get('to_float32', False)),
-            *(step for step in steps if step['type'] != 'LoadAnnotations'),
-        ])
+        self._float = loader.get('to_float32', False)
+        self._pipeline = Compose(
+            [step for step in steps if step['type'] != 'LoadAnnotations'])
 
     def read(self, path: Path) -> np.ndarray:
         """Read an image the way the config's pipeline does.
@@ -147,7 +182,27 @@ class Detector:
             raise InputError(f'{path} cannot be decoded as an image')
         return image
 
+    def process(self, images: Sequence[np.ndarray], **options: Any) -> list[Processed]:
+        """Make of each image a picture to look at and a record."""
+        raise NotImplementedError
+
     @torch.inference_mode()
+    def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Run a batch of images through the pipeline and the model."""
+        batch = []
+        for image in images:
+            size = image.shape[:2]
+            image = image.astype(np.float32) if self._float else image
+            batch.append(self._pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
+                                             img_path=None)))
+        return self.model.test_step({key: [item[key] for item in batch] for key in batch[0]})
+
+
+class Detector(Model):
+    """A detector: boxes, classes and scores. Everything else is said of :class:`Model`."""
+
+    scope, kind, doing = 'mmdet', 'detector', 'detecting'
+
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """Find objects in a batch of images.
 
@@ -157,15 +212,61 @@ class Detector:
         Returns:
             Detections in pixels of the images as they came.
         """
-        batch = [self._pipeline(dict(img=image, img_id=0)) for image in images]
-        samples = self.model.test_step({key: [item[key] for item in batch] for key in batch[0]})
         found = []
-        for sample in samples:
+        for sample in self._predict(images):
             objects = sample.pred_instances.cpu().numpy()
             best_first = np.argsort(-objects.scores, kind='stable')
             found.append(Detections(objects.bboxes[best_first], objects.labels[best_first],
                                     objects.scores[best_first]))
         return found
+
+    def process(self, images: Sequence[np.ndarray], score_threshold: float = 0.3
+                ) -> list[Processed]:
+        """Draw and describe the detections with at least a score."""
+        found = [detections.above(score_threshold) for detections in self.detect(images)]
+        return [(draw_detections(image, detections, self.classes),
+                 dict(detections=detections.as_records(self.classes)))
+                for image, detections in zip(images, found, strict=True)]
+
+
+class Classifier(Model):
+    """A classifier: a score for each class. Everything else is said of :class:`Model`."""
+
+    scope, kind, doing = 'mmpretrain', 'classifier', 'classifying'
+
+    def classify(self, images: Sequence[np.ndarray]) -> list[Classification]:
+        """Score the classes of a batch of images.
+
+        Args:
+            images: in BGR order, each of shape (H, W, 3); sizes may differ, as far as the config's
+                pipeline makes them equal.
+
+        Returns:
+            All classes of each image.
+        """
+        found = []
+        for sample in self._predict(images):
+            scores = sample.pred_score.float().cpu().numpy()
+            best_first = np.argsort(-scores, kind='stable')
+            found.append(Classification(best_first, scores[best_first]))
+        return found
+
+    def process(self, images: Sequence[np.ndarray], top: int = 5) -> list[Processed]:
+        """Draw and describe the classes with the highest scores."""
+        found = [classes.top(top) for classes in self.classify(images)]
+        return [(draw_classification(image, classes, self.classes),
+                 dict(predictions=classes.as_records(self.classes)))
+                for image, classes in zip(images, found, strict=True)]
+
+
+def load_model(config: str, checkpoint: str, device: str | None = None) -> Detector | Classifier:
+    """Load the detector or classifier that a config describes; see :class:`Model`."""
+    scope = _read_config(config).get('default_scope')
+    tasks = {task.scope: task for task in (Detector, Classifier)}
+    if scope not in tasks:
+        raise InputError(f'{config} describes neither a detector nor a classifier (its '
+                         f'default_scope is {scope!r}, not one of {", ".join(map(repr, tasks))})')
+    return tasks[scope](config, checkpoint, device)
 
 
 def find_source(path: str | Path, out_dir: str | Path) -> Source:
@@ -199,18 +300,20 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     return Source(root, [path])
 
 
-def infer(detector: Detector, source: Source, out_dir: str | Path, score_threshold: float = 0.3,
-          batch_size: int = 1) -> Report:
-    """Detect objects in images or a video; write pictures and ``results.json``.
+def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
+          score_threshold: float = 0.3, batch_size: int = 1, top: int = 5) -> Report:
+    """Process images or a video; write pictures and ``results.json``.
 
     Pictures keep their names and subfolders; a video becomes an .mp4 file.
 
     Args:
-        detector: what detects.
+        model: what detects or classifies.
         source: what :func:`find_source` found.
         out_dir: where to write.
         score_threshold: the least score of a detection that is written and drawn.
         batch_size: number of images or frames in one pass through the model.
+        top: number of classes that are written and drawn; the classifier's counterpart of
+            ``score_threshold``.
 
     Raises:
         InputError: if a video cannot be opened or has no frames. An image that cannot be decoded is
@@ -218,11 +321,12 @@ def infer(detector: Detector, source: Source, out_dir: str | Path, score_thresho
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    options = dict(top=top) if isinstance(model, Classifier) else dict(
+        score_threshold=score_threshold)
     process = _infer_images if source.video is None else _infer_video
-    report = process(detector, source, out_dir, score_threshold, batch_size)
-    content = dict(source=str(source.video or source.root), classes=list(detector.classes),
-                   score_threshold=score_threshold, results=report.results,
-                   failures=report.failures)
+    report = process(model, source, out_dir, batch_size, options)
+    content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
+                   results=report.results, failures=report.failures)
     (out_dir / 'results.json').write_text(json.dumps(content, ensure_ascii=False, indent=1),
                                           encoding='utf-8')
     return report
@@ -259,38 +363,85 @@ def draw_detections(image: np.ndarray, detections: Detections,
     return canvas
 
 
+def draw_classification(image: np.ndarray, found: Classification,
+                        classes: Sequence[str]) -> np.ndarray:
+    """Draw a bar for each class beside an image, as long as its score is high.
+
+    Args:
+        image: in BGR order, shape (H, W, 3); a small one is enlarged.
+        found: the classes to draw, in this order.
+        classes: names by class index.
+
+    Returns:
+        The picture in BGR order.
+    """
+    factor = max(1, _MIN_SIDE // max(image.shape[:2]))
+    # Each pixel a square, which hides nothing of a small image.
+    image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    height, width = image.shape[:2]
+    total_height = max(height, _MIN_SIDE, _MIN_ROW * len(found.labels))
+    row = min(total_height / max(len(found.labels), 1), 2.6 * _MAX_TEXT)
+    text = int(row / 2.6)
+    panel, margin = 18 * text, text
+
+    canvas = Image.new('RGB', (width + panel, total_height), 'white')
+    canvas.paste(Image.fromarray(np.ascontiguousarray(image[..., ::-1])), (0, 0))
+    draw, font = ImageDraw.Draw(canvas), load_font(text)
+    length = panel - 2 * margin
+    for rank, (label, score) in enumerate(zip(found.labels, found.scores, strict=True)):
+        left, top = width + margin, rank * row + 0.15 * row
+        percentage = f'{100 * score:.1f} %'
+        room = length - font.getlength(percentage) - margin
+        draw.text((left, top), _fit(class_name(classes, label), font, room), 'black', font)
+        draw.text((left + length, top), percentage, 'black', font, anchor='ra')
+        bar = left, top + 0.52 * row, left + length, top + 0.72 * row
+        draw.rectangle(bar, fill=(230, 230, 230))
+        red_green_blue = _colour(int(label))[::-1]
+        draw.rectangle((*bar[:2], left + max(length * float(score), 1), bar[3]), red_green_blue)
+    return np.asarray(canvas)[..., ::-1].copy()
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font that matplotlib brings along, the same on every machine.
+
+    Args:
+        size: in pixels.
+    """
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'), size)
+
+
 def class_name(classes: Sequence[str], label: int) -> str:
     """Name a class, by its number if it has no name."""
     return classes[label] if label < len(classes) else f'class {label}'
 
 
-def _infer_images(detector: Detector, source: Source, out_dir: Path, score_threshold: float,
-                  batch_size: int) -> Report:
+def _infer_images(model: Model, source: Source, out_dir: Path, batch_size: int,
+                  options: dict[str, Any]) -> Report:
     report = Report()
-    for start in track(range(0, len(source.images), batch_size), description='detecting'):
+    for start in track(range(0, len(source.images), batch_size), description=model.doing):
         names, images = [], []
         for path in source.images[start:start + batch_size]:
             name = path.relative_to(source.root).as_posix()
             try:
-                images.append(detector.read(path))
+                images.append(model.read(path))
                 names.append(name)
             except InputError as error:
                 report.failures[name] = str(error)
-        for name, image, found in zip(names, images, _detect(detector, images, score_threshold),
-                                      strict=True):
+        processed = model.process(images, **options) if images else []
+        for name, image, (picture, record) in zip(names, images, processed, strict=True):
             target = out_dir / name
             if target.suffix.lower() not in IMAGE_SUFFIXES:
                 target = target.with_name(f'{target.name}.png')
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write_image(target, draw_detections(image, found, detector.classes))
+            _write_image(target, picture)
             height, width = image.shape[:2]
-            report.results.append(dict(file=name, width=width, height=height,
-                                       detections=found.as_records(detector.classes)))
+            report.results.append(dict(file=name, width=width, height=height, **record))
     return report
 
 
-def _infer_video(detector: Detector, source: Source, out_dir: Path, score_threshold: float,
-                 batch_size: int) -> Report:
+def _infer_video(model: Model, source: Source, out_dir: Path, batch_size: int,
+                 options: dict[str, Any]) -> Report:
     path = source.video
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
@@ -299,23 +450,23 @@ def _infer_video(detector: Detector, source: Source, out_dir: Path, score_thresh
     rate = video.get(cv2.CAP_PROP_FPS) or 25.
     length = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     frames = _frames(video)
-    progress = iter(track(frames, description='detecting', total=length if length > 0 else None))
+    progress = iter(track(frames, description=model.doing, total=length if length > 0 else None))
     report, writer = Report(), None
     try:
         while batch := list(islice(progress, batch_size)):
-            for image, found in zip(batch, _detect(detector, batch, score_threshold), strict=True):
-                height, width = image.shape[:2]
+            for image, (picture, record) in zip(batch, model.process(batch, **options),
+                                                strict=True):
                 if writer is None:
                     target = out_dir / f'{path.stem}.mp4'
                     writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
-                                             (width, height))
+                                             picture.shape[1::-1])
                     if not writer.isOpened():
                         raise InputError(f'{target} cannot be written: this OpenCV has no video '
                                          'encoder')
-                writer.write(draw_detections(image, found, detector.classes))
+                writer.write(picture)
+                height, width = image.shape[:2]
                 report.results.append(dict(file=path.name, frame=len(report.results), width=width,
-                                           height=height,
-                                           detections=found.as_records(detector.classes)))
+                                           height=height, **record))
     finally:
         video.release()
         if writer is not None:
@@ -323,10 +474,6 @@ def _infer_video(detector: Detector, source: Source, out_dir: Path, score_thresh
     if not report.results:
         raise InputError(f'{path} has no frame that can be decoded')
     return report
-
-
-def _detect(detector: Detector, images: list[np.ndarray], threshold: float) -> list[Detections]:
-    return [found.above(threshold) for found in detector.detect(images)] if images else []
 
 
 def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
@@ -341,6 +488,21 @@ def _write_image(path: Path, image: np.ndarray) -> None:
     # cv2.imwrite cannot write to names beyond ASCII on Windows.
     _, content = cv2.imencode(path.suffix, image)
     path.write_bytes(content.tobytes())
+
+
+def _read_config(path: str) -> Config:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist')
+    return Config.fromfile(path)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Cut a text where it is too long."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f'{text}…') > width:
+        text = text[:-1]
+    return f'{text}…'
 
 
 def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],

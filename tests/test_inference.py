@@ -12,12 +12,16 @@ from mmengine.registry import MODELS, DefaultScope
 
 from spartan_mm.engine.checkpoint import CheckpointError
 from spartan_mm.inference import (
+    Classification,
+    Classifier,
     Detections,
     Detector,
     InputError,
+    draw_classification,
     draw_detections,
     find_source,
     infer,
+    load_model,
 )
 
 
@@ -36,6 +40,23 @@ def checkpoint(user_project):
 @pytest.fixture(scope='module')
 def detector(user_project, checkpoint):
     return Detector(str(user_project / 'user_detector.py'), checkpoint, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def classifier(user_project):
+    """An untrained classifier of the user, of seven classes."""
+    torch.manual_seed(0)
+    config = Config.fromfile(user_project / 'user_classifier.py')
+    config.model.head.num_classes = 7
+    path = user_project / 'seven_classes.py'
+    config.dump(path)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config.model)
+    torch.nn.init.normal_(model.head.fc.weight)
+    names = ('one, eins', 'twö', 'three', 'four', 'five', 'six', 'seven')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=names))),
+               user_project / 'untrained_classifier.pth')
+    return load_model(str(path), str(user_project / 'untrained_classifier.pth'), device='cpu')
 
 
 @pytest.fixture
@@ -89,9 +110,107 @@ class TestDetector:
         with pytest.raises(CheckpointError, match=r'does not fit .* RTDETR: .* of another shape'):
             Detector(str(tmp_path / 'three.py'), checkpoint)
 
+    def test_load_model(self, user_project, checkpoint, tmp_path):
+        assert isinstance(load_model(str(user_project / 'user_detector.py'), checkpoint, 'cpu'),
+                          Detector)
+        (tmp_path / 'other.py').write_text("default_scope = 'mmseg'")
+        with pytest.raises(InputError, match="neither a detector nor a classifier .*'mmseg', not "
+                                             "one of 'mmdet', 'mmpretrain'"):
+            load_model(str(tmp_path / 'other.py'), checkpoint)
+
     def test_no_config(self, checkpoint):
         with pytest.raises(FileNotFoundError, match='config none.py does not exist'):
             Detector('none.py', checkpoint)
+
+
+class TestClassifier:
+
+    def test_equals_the_test_of_the_config(self, user_project, classifier):
+        """As mmpretrain's own way from the file through the config's pipeline."""
+        from mmpretrain.apis import ImageClassificationInferencer
+        path = user_project / 'pictures' / '2.png'
+        assert isinstance(classifier, Classifier)
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            inferencer = ImageClassificationInferencer(
+                str(user_project / 'seven_classes.py'),
+                str(user_project / 'untrained_classifier.pth'), device='cpu')
+            expected = inferencer(str(path))[0]
+        found, = classifier.classify([classifier.read(path)])
+        assert found.labels[0] == expected['pred_label']
+        torch.testing.assert_close(torch.from_numpy(found.scores),
+                                   torch.from_numpy(expected['pred_scores'][found.labels]))
+        assert len(found.scores) == 7 and (np.diff(found.scores) <= 0).all()
+
+    @pytest.mark.parametrize('batch_size', [1, 3])
+    def test_folder(self, classifier, pictures, tmp_path, batch_size):
+        out = tmp_path / 'out'
+        (pictures / 'broken.jpg').write_text('no picture')
+        infer(classifier, find_source(pictures, out), out, batch_size=batch_size)
+
+        results = read_results(out)
+        assert list(results['failures']) == ['broken.jpg']
+        assert results['top'] == 5 and 'score_threshold' not in results
+        assert [result['file'] for result in results['results']] == [
+            '0.png', '1.png', '2.png', 'süb folder/drei 3.png']
+        for result in results['results']:
+            scores = [entry['score'] for entry in result['predictions']]
+            assert len(scores) == 5 and scores == sorted(scores, reverse=True)
+            assert all(results['classes'][entry['label']] == entry['class_name']
+                       for entry in result['predictions'])
+            picture = read_picture(out / result['file'])
+            assert picture.shape[0] >= result['height'] and picture.shape[1] > result['width']
+
+    def test_fewer_classes(self, classifier, pictures, tmp_path):
+        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
+        assert len(report.results[0]['predictions']) == 2
+        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=50)
+        assert sum(entry['score'] for entry in report.results[0]['predictions']) == pytest.approx(
+            1, abs=1e-3)
+
+    def test_detector(self, user_project, checkpoint):
+        with pytest.raises(InputError, match="describes no classifier .*'mmdet'"):
+            Classifier(str(user_project / 'user_detector.py'), checkpoint)
+
+    def test_other_architecture(self, user_project):
+        with pytest.raises(CheckpointError, match=r"does not fit the config's ImageClassifier: .*"
+                                                  r'head\.fc\.weight: \(7, 32\) instead of'):
+            Classifier(str(user_project / 'user_classifier.py'),
+                       str(user_project / 'untrained_classifier.pth'))
+
+    def test_video(self, classifier, tmp_path):
+        writer = cv2.VideoWriter(str(tmp_path / 'film.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 10,
+                                 (96, 64))
+        for grey in (0, 100, 200):
+            writer.write(np.full((64, 96, 3), grey, np.uint8))
+        writer.release()
+        out = tmp_path / 'out'
+        report = infer(classifier, find_source(tmp_path / 'film.avi', out), out, batch_size=2)
+        assert [result['frame'] for result in report.results] == [0, 1, 2]
+        assert all(len(result['predictions']) == 5 for result in report.results)
+        assert cv2.VideoCapture(str(out / 'film.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+class TestBars:
+
+    @pytest.mark.parametrize('shape', [(8, 8), (300, 500), (20, 900), (700, 50)], ids=str)
+    @pytest.mark.parametrize('count', [1, 5, 20])
+    def test_image_keeps_its_pixels(self, shape, count):
+        image = np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)
+        found = Classification(np.arange(count), np.linspace(1, 0, count))
+        picture = draw_classification(image, found, ('a' * 90, ) * count)
+        factor = max(1, 240 // max(shape))
+        shown = picture[:shape[0] * factor:factor, :shape[1] * factor:factor]
+        assert (shown == image).all()
+        assert picture.shape[0] >= max(240, 36 * count)
+        # Nothing reaches the edge of the picture.
+        assert (picture[:, -4:] == 255).all() and (picture[-2:, shape[1] * factor:] == 255).all()
+
+    def test_bars_are_as_long_as_scores_are_high(self):
+        found = Classification(np.array([3, 0]), np.array([0.75, 0.25]))
+        picture = draw_classification(np.zeros((240, 240, 3), np.uint8), found, ())
+        coloured = np.ptp(picture[:, 240:].astype(int), axis=2) > 50
+        first, second = coloured[:110].sum(1).max(), coloured[110:].sum(1).max()
+        assert second > 50 and first == pytest.approx(3 * second, rel=0.05)
 
 
 class TestImages:

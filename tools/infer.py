@@ -1,6 +1,8 @@
-"""Detect objects in an image, a folder of images or a video.
+"""Detect objects in an image, a folder of images or a video, or classify them.
 
-Writes pictures (or a video) with boxes, and results.json with boxes, classes and scores.
+A detector writes pictures (or a video) with boxes, and results.json with boxes, classes and scores;
+a classifier writes pictures with a bar for each of the likeliest classes, and results.json with
+these and their scores. The config says which of the two it is.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from spartan_mm.engine.checkpoint import CheckpointError  # noqa: E402
-from spartan_mm.inference import Detector, InputError, find_source, infer  # noqa: E402
+from spartan_mm.inference import InputError, find_source, infer, load_model  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,11 +29,14 @@ def parse_args() -> argparse.Namespace:
                         help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
                         help='least score of a detection that counts (default: %(default)s)')
+    parser.add_argument('--top', type=int, default=5, metavar='N',
+                        help='number of classes that a classifier names (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=1, metavar='N',
                         help='images or frames in one pass (default: %(default)s)')
     args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error(f'--batch-size {args.batch_size}: must be at least 1')
+    for flag, value in (('--batch-size', args.batch_size), ('--top', args.top)):
+        if value < 1:
+            parser.error(f'{flag} {value}: must be at least 1')
     return args
 
 
@@ -39,13 +44,17 @@ def main() -> None:
     args = parse_args()
     try:
         source = find_source(args.input, args.out_dir)
-        detector = Detector(args.config, args.checkpoint, args.device)
-        report = infer(detector, source, args.out_dir, args.score_thr, args.batch_size)
+        model = load_model(args.config, args.checkpoint, args.device)
+        report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
     except (FileNotFoundError, InputError, CheckpointError) as error:
         sys.exit(f'error: {error}')
 
-    detections = sum(len(result['detections']) for result in report.results)
-    print(f'{detections} detections in {len(report.results)} pictures; see {args.out_dir}')
+    pictures = f'{len(report.results)} pictures'
+    if model.kind == 'detector':
+        detections = sum(len(result['detections']) for result in report.results)
+        print(f'{detections} detections in {pictures}; see {args.out_dir}')
+    else:
+        print(f'{pictures} classified; see {args.out_dir}')
     if report.failures:
         sys.exit('\n'.join(f'error: {failure}' for failure in report.failures.values()))
 

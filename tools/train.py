@@ -8,6 +8,7 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from spartan_mm.engine import launch  # noqa: E402
+from spartan_mm.engine.checkpoint import CheckpointError, StrictCheckpointHook  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,6 +17,8 @@ def parse_args() -> argparse.Namespace:
     launch.add_common_arguments(parser)
     parser.add_argument('--amp', nargs='?', const='float16', choices=('float16', 'bfloat16'),
                         help='train in automatic mixed precision, float16 unless said otherwise')
+    parser.add_argument('--channels-last', action='store_true',
+                        help='lay weights and maps out with the channels last')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate to the real total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
@@ -23,7 +26,7 @@ def parse_args() -> argparse.Namespace:
                              'the work dir')
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
     parser.add_argument('--deterministic', action='store_true',
-                        help='let torch use deterministic algorithms only')
+                        help='let torch use deterministic algorithms wherever it has them')
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -35,15 +38,19 @@ def main() -> None:
         cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
         if args.amp:
             launch.use_amp(cfg, args.amp)
+        if args.channels_last:
+            launch.use_channels_last(cfg)
         if args.auto_scale_lr:
             launch.scale_learning_rate(cfg)
         if args.resume:
             launch.resume_from(cfg, args.resume)
         launch.set_randomness(cfg, args.seed, args.deterministic)
         runner = launch.build_runner(cfg)
-    except (FileNotFoundError, launch.UsageError) as error:
+        if cfg.get('resume'):
+            runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+        runner.train()
+    except (FileNotFoundError, launch.UsageError, CheckpointError) as error:
         sys.exit(f'error: {error}')
-    runner.train()
     launch.shut_down()
 
 

@@ -11,5 +11,5 @@ model = dict(
     neck=dict(embed_dims=384, ffn_dims=2048),
     decoder=dict(in_channels=[384, 384, 384]))
 
-# NOTE The official config replaces the list of groups by this one: norms and biases decay.
+# NOTE: The official config replaces the list of groups by this one: norms and biases decay.
 optim_wrapper = dict(paramwise_cfg=dict(rules=[dict(pattern=r'^backbone\.', lr_mult=0.01)]))

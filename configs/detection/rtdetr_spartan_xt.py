@@ -6,8 +6,10 @@ model = dict(
         _delete_=True,
         type='SpaRTAN',
         arch='xt',
-        # Start from a classifier (a converted checkpoint of the authors, say) by adding
-        # init_cfg=dict(type='Pretrained', checkpoint='spartan_xt.pth', prefix='backbone.')
-        out_indices=(1, 2, 3)),
+        out_indices=(1, 2, 3),
+        # A classifier to start from, for example a converted checkpoint of the authors; another
+        # one: --cfg-options model.backbone.init_cfg.checkpoint=FILE
+        init_cfg=dict(type='CheckedPretrained', checkpoint='checkpoints/spartan_xt.pth',
+                      prefix='backbone.')),
     neck=dict(in_channels=[64, 96, 192]))
 train_cfg = dict(max_epochs=70)

@@ -20,9 +20,12 @@ optim_wrapper = dict(
     paramwise_cfg=dict(_delete_=True, rules=[dict(pattern='norm|bias', decay_mult=0.)]))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=3, eta_min=1e-5,
+    # Stays high for long, and falls steeply towards the end of however many epochs there are.
+    dict(type='PolyLR', power=0.4, by_epoch=True, begin=0, eta_min=1e-5,
          convert_to_iter_based=True),
 ]
+auto_scale_lr = dict(base_batch_size=8)
+randomness = dict(seed=0)
 custom_hooks = [
     dict(type='ClassCountCheckHook'),
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=2e-3, gamma=100, update_buffers=True,

@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-#: Metrics that are drawn, by their name in the log.
-METRICS = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
+#: Metrics that are drawn where a run has them, by their name in the log.
+METRICS = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50', 'accuracy/top1': 'top-1 in %',
+           'accuracy/top5': 'top-5 in %'}
 
 # The colours that Okabe and Ito chose to be told apart by everybody; yellow, which is too pale for
 # a line on white, left out.
@@ -119,7 +120,8 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog],
 
     Args:
         runs: a run, or several by name.
-        metrics: what to call the metrics to draw, by their name in the log.
+        metrics: what to call the metrics to draw, by their name in the log; those that no run has
+            are left out.
 
     Returns:
         The figure; its ``savefig`` writes it.
@@ -166,6 +168,8 @@ def _draw_terms(axes: Axes, run: RunLog, terms: list[str]) -> None:
 
 
 def _draw_metrics(axes: Axes, runs: Mapping[str, RunLog], metrics: Mapping[str, str]) -> None:
+    metrics = {key: metric for key, metric in metrics.items()
+               if any(len(run.evaluation(key)[0]) for run in runs.values())}
     lines = []
     for name, run in runs.items():
         for key, metric in metrics.items():

@@ -9,10 +9,7 @@ ids with gaps.
 
 import colorsys
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from tqdm import tqdm
+
+from .once import Stamp, is_missing, make_once, refuse_to_replace
 
 _NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 # gaps, so that a mistake in mapping ids to labels shows
@@ -83,7 +82,7 @@ class DigitsPaths:
 def make_digits(
     root: str | Path,
     num_train: int = 2000,
-    num_val: int = 300,
+    num_val: int = 200,
     seed: int = 0,
     image_size: tuple[int, int] = (320, 256),
     progress: bool = True,
@@ -117,39 +116,62 @@ def make_digits(
         raise ValueError(
             f'image_size={tuple(image_size)}: digits need pictures of at least 64x64 pixels.'
         )
-    root = Path(root).resolve()
     counts = dict(train=num_train, val=num_val)
     stamp = dict(version=_VERSION, seed=seed, image_size=list(image_size), **counts)
-    if _find_stamp(root) == stamp:
-        return DigitsPaths(root)
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
-    try:
+    def write(folder: Path) -> None:
         sources = _load_sources(seed)
-        (partial / 'annotations').mkdir()
+        (folder / 'annotations').mkdir()
         for number, split in enumerate(_SPLITS):
             rngs = [np.random.default_rng([seed, number, i]) for i in range(counts[split])]
             rngs = tqdm(rngs, desc=f'digits, {split}', unit='picture', disable=not progress,
                         # A log file would keep every state of the bar.
                         mininterval=0.1 if sys.stderr.isatty() else 10)
-            content = _write_pictures(partial / split, sources[split], rngs, image_size)
+            content = _write_pictures(folder / split, sources[split], rngs, image_size)
             content['info'].update(stamp=stamp)
-            (partial / 'annotations' / f'{split}.json').write_text(json.dumps(content))
-        partial.chmod(0o755)  # mkdtemp lets nobody else read
-        _move(partial, root, stamp)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return DigitsPaths(root)
+            (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
+
+    return DigitsPaths(make_once(root, stamp, _find_stamp, write))
 
 
-def _find_stamp(root: Path) -> dict | None:
+def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """Load scikit-learn's digits and share them out to the splits, disjointly.
+
+    Args:
+        seed: of the shares; a fifth of each class is for validation.
+
+    Returns:
+        The samples (1797, 8, 8), ink from 0 to 1; and for each split and class, the indices of its
+        samples.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'The digits dataset is made of the samples that come with scikit-learn: '
+            'pip install scikit-learn.'
+        ) from error
+    digits = load_digits()
+    rng = np.random.default_rng(seed)
+    indices = {split: [] for split in _SPLITS}
+    for label in range(10):
+        of_class = rng.permutation(np.flatnonzero(digits.target == label))
+        num_val = round(_VAL_DIGITS * len(of_class))
+        indices['val'].append(of_class[:num_val])
+        indices['train'].append(of_class[num_val:])
+    return digits.images / digits.images.max(), indices
+
+
+def _find_stamp(root: Path) -> Stamp | None:
     """Read with which arguments the dataset at ``root`` was made; None if there is none.
 
     Raises:
         FileExistsError: there is something else.
     """
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if is_missing(root):
         return None
     try:
         strange = {path.name for path in root.iterdir()} - {'annotations', *_SPLITS}
@@ -167,27 +189,7 @@ def _find_stamp(root: Path) -> dict | None:
             )
     except (OSError, ValueError, KeyError, TypeError):
         strange = set()
-    holds = f'has {", ".join(sorted(strange))} in it' if strange else 'is no digits dataset'
-    raise FileExistsError(
-        f'{root} is there already and {holds}, so it is not replaced: '
-        'name another folder, or remove it.'
-    )
-
-
-def _move(partial: Path, root: Path, stamp: dict) -> None:
-    """Move the complete dataset to ``root``, in place of an earlier one."""
-    if root.exists() and any(root.iterdir()):
-        # Another process may have made the same in the meantime.
-        if _find_stamp(root) == stamp:
-            return
-        replaced = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
-        os.rename(root, replaced / root.name)
-        shutil.rmtree(replaced)
-    try:
-        os.rename(partial, root)
-    except OSError:
-        if _find_stamp(root) != stamp:
-            raise
+    raise refuse_to_replace(root, strange, 'digits dataset')
 
 
 @dataclass(frozen=True)
@@ -207,23 +209,10 @@ class _Source:
 
 def _load_sources(seed: int) -> dict[str, _Source]:
     """Load digits and photographs and share them out to the splits, disjointly."""
-    try:
-        from sklearn.datasets import load_digits, load_sample_images
-    except ImportError as error:
-        raise ImportError(
-            'The digits dataset is made of the samples that come with scikit-learn: '
-            'pip install scikit-learn.'
-        ) from error
-    digits = load_digits()
+    samples, indices = share_out_digits(seed)
+    from sklearn.datasets import load_sample_images
     photos = load_sample_images().images
 
-    rng = np.random.default_rng(seed)
-    indices = dict(train=[], val=[])
-    for label in range(10):
-        of_class = rng.permutation(np.flatnonzero(digits.target == label))
-        num_val = round(_VAL_DIGITS * len(of_class))
-        indices['val'].append(of_class[:num_val])
-        indices['train'].append(of_class[num_val:])
     borders = [round((1 - _VAL_PHOTO) * photo.shape[1]) for photo in photos]
     parts = dict(
         train=[photo[:, :border] for photo, border in zip(photos, borders, strict=True)],
@@ -232,7 +221,7 @@ def _load_sources(seed: int) -> dict[str, _Source]:
     return {
         split: _Source(
             photos=parts[split],
-            digits=[digits.images[of_class] / digits.images.max() for of_class in indices[split]],
+            digits=[samples[of_class] for of_class in indices[split]],
             indices=indices[split],
         )
         for split in _SPLITS

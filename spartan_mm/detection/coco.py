@@ -7,7 +7,7 @@ culprit, or, where the user says so, is dropped and counted in the log.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mmcv
@@ -40,6 +40,9 @@ class CheckedCocoDataset(CocoDataset):
     loading; mmdet leaves them. Boxes with a side between 0 and 1 pixel are valid but not trained
     on, in both.
 
+    A pipeline's ``LoadImageFromFile`` becomes ``LoadCheckedImage``, which names a missing or broken
+    image.
+
     Crowds (``iscrowd=1``) carry ``ignore_flag=1``, so that mmdet packs them apart from the ground
     truth: detectors of the DETR family do not train on them, and evaluation reads them from the
     annotation file.
@@ -70,6 +73,12 @@ class CheckedCocoDataset(CocoDataset):
         if invalid_boxes not in ('error', 'drop'):
             raise ValueError(f"invalid_boxes={invalid_boxes!r} must be 'error' or 'drop'.")
         self.invalid_boxes = invalid_boxes
+        # NOTE: the config keeps mmcv's name, which mmdet's inferencers look for.
+        kwargs['pipeline'] = [
+            dict(step, type='LoadCheckedImage')
+            if isinstance(step, Mapping) and step['type'] == 'LoadImageFromFile' else step
+            for step in kwargs.get('pipeline', ())
+        ]
         self.allow_no_objects = allow_no_objects
         super().__init__(*args, **kwargs)
 

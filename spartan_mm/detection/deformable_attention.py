@@ -59,7 +59,7 @@ class MultiScaleDeformableAttention(BaseModule):
 
     Source: `Deformable DETR <https://arxiv.org/abs/2010.04159>`_, section 4.1, equation 3.
 
-    NOTE The interface is that of mmcv's module (names, layouts, the residual added inside); there
+    NOTE: The interface is that of mmcv's module (names, layouts, the residual added inside); there
     is no `im2col_step`, which only steers mmcv's CUDA kernel.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmengine.model import BaseModule
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from .rtdetr_decoder import inverse_sigmoid
@@ -39,8 +40,8 @@ class DenoisingGenerator(BaseModule):
     the middle of the image (here: a tiny box in the corner), and its boxes' logits are cut at 1e-3
     (here: 1e-5).
 
-    NOTE A batch without any object gets one dummy query of either polarity, so that every rank of a
-    distributed training has the same graph; the class loss sees them as background. The first
+    NOTE: A batch without any object gets one dummy query of either polarity, so that every rank of
+    a distributed training has the same graph; the class loss sees them as background. The first
     official version left the denoising out, which hangs or fails in distributed training.
 
     Args:
@@ -50,7 +51,7 @@ class DenoisingGenerator(BaseModule):
         label_noise: Twice the share of labels that are drawn anew.
         box_noise: Size of the box noise; 1 moves a side of a positive by up to half the box' side.
         skip_empty_batch: Make no denoising queries for a batch without objects, as the first
-            official version.
+            official version. Distributed training then needs `find_unused_parameters=True`.
     """
 
     def __init__(self, num_classes: int, embed_dims: int = 256, num_queries: int = 100,
@@ -63,6 +64,8 @@ class DenoisingGenerator(BaseModule):
         self.skip_empty_batch = skip_empty_batch
         # The last row stands for padding and stays zero.
         self.label_embedding = nn.Embedding(num_classes + 1, embed_dims, padding_idx=num_classes)
+        # Without denoising nothing would give it a gradient, which distributed training waits for.
+        self.label_embedding.requires_grad_(num_queries > 0)
 
     def forward(self, targets: list[tuple[Tensor, Tensor]],
                 num_matching: int) -> DenoisingQueries | None:
@@ -142,9 +145,9 @@ class DenoisingGenerator(BaseModule):
 def normalized_targets(batch_data_samples: SampleList) -> list[tuple[Tensor, Tensor]]:
     """Each image's ground truth as the model sees it.
 
-    NOTE Boxes are fractions of the padded image, since the maps cover the padding too. Where images
-    of different sizes share a batch, mmdet's DETRs use the unpadded size and mask the padding;
-    RT-DETR has no mask. Without padding both are the same.
+    NOTE: Boxes are fractions of the padded image, since the maps cover the padding too. Where
+    images of different sizes share a batch, mmdet's DETRs use the unpadded size and mask the
+    padding; RT-DETR has no mask. Without padding both are the same.
 
     Args:
         batch_data_samples: Samples with `gt_instances`, boxes (x1, y1, x2, y2) in pixels.
@@ -155,11 +158,15 @@ def normalized_targets(batch_data_samples: SampleList) -> list[tuple[Tensor, Ten
     targets = []
     for sample in batch_data_samples:
         height, width = input_shape(sample.metainfo)
-        boxes = sample.gt_instances.bboxes
-        boxes = getattr(boxes, 'tensor', boxes).float()
+        boxes = boxes_tensor(sample.gt_instances).float()
         boxes = bbox_xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
         targets.append((sample.gt_instances.labels, boxes))
     return targets
+
+
+def boxes_tensor(instances: InstanceData) -> Tensor:
+    """The instances' boxes (G, 4) as a plain tensor, whichever of mmdet's box types they are."""
+    return getattr(instances.bboxes, 'tensor', instances.bboxes)
 
 
 def input_shape(img_meta: dict) -> tuple[int, int]:

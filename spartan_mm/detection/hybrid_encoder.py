@@ -40,7 +40,7 @@ class ConvNorm(nn.Module):
 class RepVGGBlock(nn.Module):
     """A 3x3 and a 1x1 convolution in parallel, one 3x3 convolution once fused.
 
-    NOTE Unlike `RepVGG <https://arxiv.org/abs/2101.03697>`_'s block there is no identity branch.
+    NOTE: Unlike `RepVGG <https://arxiv.org/abs/2101.03697>`_'s block there is no identity branch.
 
     Args:
         channels: Channels of input and output.
@@ -63,8 +63,10 @@ class RepVGGBlock(nn.Module):
         """Replace both branches by the one convolution that equals them in eval mode.
 
         The branches are gone afterwards: a fused model can't be trained, nor saved as a training
-        checkpoint.
+        checkpoint. Fusing once more changes nothing.
         """
+        if hasattr(self, 'fused'):
+            return
         kernel, bias = 0, 0
         for branch, pad in ((self.dense, 0), (self.pointwise, 1)):
             scale = branch.norm.weight / (branch.norm.running_var + branch.norm.eps).sqrt()
@@ -80,7 +82,7 @@ class RepVGGBlock(nn.Module):
 class CSPRepLayer(nn.Module):
     """Two 1x1 paths, RepVGG blocks on one of them, summed.
 
-    NOTE The paths are added; mmdet's own CSPLayer concatenates them.
+    NOTE: The paths are added; mmdet's own CSPLayer concatenates them.
 
     Args:
         in_channels: Channels of the input.
@@ -111,7 +113,7 @@ def position_embedding(height: int, width: int, dims: int, temperature: float = 
     Four blocks of `dims / 4`: sin(row), cos(row), sin(column), cos(column), each with frequencies
     temperature^(-4 k / dims).
 
-    NOTE The official code numbers the tokens column by column while the tokens themselves lie row
+    NOTE: The official code numbers the tokens column by column while the tokens themselves lie row
     by row. On square maps both agree; elsewhere neighbours get unrelated embeddings. Here
     the numbering always is the tokens' own.
 
@@ -252,7 +254,7 @@ class HybridEncoder(BaseModule):
         for step, level in enumerate(range(len(maps) - 1, 0, -1)):
             # The lateral output takes the map's place, also for the way up.
             maps[level] = self.lateral_convs[step](maps[level])
-            # NOTE The official code upsamples by a factor of 2, which fails where a side was odd.
+            # NOTE: The official code upsamples by a factor of 2, which fails where a side was odd.
             upsampled = F.interpolate(maps[level], size=maps[level - 1].shape[-2:], mode='nearest')
             maps[level - 1] = self.top_down_blocks[step](
                 torch.cat([upsampled, maps[level - 1]], 1))

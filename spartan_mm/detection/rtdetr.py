@@ -46,8 +46,9 @@ def make_anchors(spatial_shapes: Sequence[tuple[int, int]], base_size: float = 0
 class RTDETR(DetectionTransformer):
     """Real-time detection transformer on any backbone.
 
-    NOTE In mmdet's scheme (pre_transformer, encoder, pre_decoder, decoder) the neck is the encoder:
-    what attention RT-DETR has before the decoder is part of it. There is no padding mask, hence
+    NOTE: In mmdet's scheme (pre_transformer, encoder, pre_decoder, decoder) the neck is the
+    encoder: what attention RT-DETR has before the decoder is part of it. There is no padding mask,
+        hence
     `img_shape` may differ within a batch, but the padding is looked at.
 
     Args:
@@ -61,6 +62,9 @@ class RTDETR(DetectionTransformer):
         test_cfg: `max_per_img`, handed to the head.
         data_preprocessor: See mmdet's DetDataPreprocessor.
         init_cfg: See mmengine's BaseModule.
+
+    Raises:
+        ValueError: Decoder and head differ in `embed_dims`.
     """
 
     def __init__(self, backbone: dict, neck: dict, decoder: dict, bbox_head: dict,
@@ -79,6 +83,9 @@ class RTDETR(DetectionTransformer):
         """Build what lies between neck and head."""
         self.decoder = RTDETRDecoder(**self.decoder)
         self.embed_dims = self.decoder.embed_dims
+        if self.bbox_head.embed_dims != self.embed_dims:
+            raise ValueError(f'bbox_head.embed_dims={self.bbox_head.embed_dims} must be '
+                             f'decoder.embed_dims={self.embed_dims}')
         self.memory_trans_fc = nn.Linear(self.embed_dims, self.embed_dims)
         self.memory_trans_norm = nn.LayerNorm(self.embed_dims)
         self.dn_query_generator = DenoisingGenerator(
@@ -143,6 +150,9 @@ class RTDETR(DetectionTransformer):
         Returns:
             Arguments of the decoder (query, reference, attn_mask), and, in training, of the loss
             (encoder outputs of the selected tokens, denoising part).
+
+        Raises:
+            ValueError: There are no samples in training mode.
         """
         num_queries = min(self.num_queries, tokens.shape[1])
         index = logits.amax(-1).topk(num_queries, dim=1).indices[..., None]  # (N, Q, 1)
@@ -156,6 +166,9 @@ class RTDETR(DetectionTransformer):
         if not self.training:
             return decoder_inputs, {}
 
+        if batch_data_samples is None:
+            raise ValueError('RTDETR in training mode needs data samples with ground truth to make '
+                             'its queries; call model.eval() to run it on images alone')
         denoising = self.dn_query_generator(normalized_targets(batch_data_samples), num_queries)
         if denoising is not None:
             decoder_inputs = self.prepend(denoising, **decoder_inputs)

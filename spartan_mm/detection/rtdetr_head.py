@@ -1,6 +1,7 @@
 """RT-DETR's detection head: class and box branches, matching, losses and post-processing."""
-from collections.abc import Iterator
+import logging
 
+import numpy as np
 import torch
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures import SampleList
@@ -9,9 +10,10 @@ from mmdet.utils import InstanceList, reduce_mean
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, bias_init_with_prob
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .denoising import DenoisingQueries, input_shape, normalized_targets
+from .denoising import DenoisingQueries, boxes_tensor, input_shape, normalized_targets
 
 LayerMatches = tuple[Tensor, Tensor, Tensor]
 """Image, query and ground truth index (P,) of each matched pair; the last counts over the batch."""
@@ -24,10 +26,10 @@ class RTDETRHead(BaseModule):
     The last of the `num_pred_layer` branches rates the encoder's tokens (query selection), the ones
     before it belong to the decoder's layers.
 
-    NOTE The matching and the box losses are mmdet's own parts. DETRHead's loss is not reused: it
-    normalises denoising terms by each rank's own number of groups, computes the IoU targets on
-    normalised boxes with an eps that biases small ones, and its box branch runs in float16 under
-    autocast.
+    NOTE: The costs of the matching and the box losses are mmdet's own parts. DINOHead's loss is not
+    reused: it divides denoising terms by the ranks' mean of objects times groups (officially: the
+    ranks' mean of objects, times the own groups), takes IoU targets from normalised boxes with an
+    eps that biases small ones, and its box branch runs in float16 under autocast.
 
     Args:
         num_classes: Categories.
@@ -36,7 +38,7 @@ class RTDETRHead(BaseModule):
         loss_cls: Classification loss, called as :class:`IoUAwareVarifocalLoss`.
         loss_bbox: Loss of boxes (cx, cy, w, h) as fractions of the image.
         loss_iou: Loss of boxes (x1, y1, x2, y2) in pixels.
-        train_cfg: `assigner` matches queries and ground truth; the detector sets it.
+        train_cfg: `assigner` has the costs of the matching; the detector sets it.
         test_cfg: `max_per_img` is the number of detections that an image keeps.
         init_cfg: See mmengine's BaseModule.
     """
@@ -149,14 +151,16 @@ class RTDETRHead(BaseModule):
         sets = [('loss_{}' if layer == last else f'd{layer}.loss_{{}}',
                  logits[layer][:, num_denoising:], boxes[layer][:, num_denoising:])
                 for layer in (last, *range(last))]
-        for prefix, set_logits, set_boxes in (*sets, ('enc_loss_{}', enc_logits, enc_boxes)):
-            add(prefix, set_logits, set_boxes,
-                self.match(set_logits, set_boxes, batch_data_samples), num_objects)
+        sets.append(('enc_loss_{}', enc_logits, enc_boxes))
+        matched = self.match([(set_logits, set_boxes) for _, set_logits, set_boxes in sets],
+                             batch_data_samples)
+        for (prefix, set_logits, set_boxes), matches in zip(sets, matched, strict=True):
+            add(prefix, set_logits, set_boxes, matches, num_objects)
 
         if denoising is not None:
             matches = self.denoising_matches(targets, denoising)
             for layer in (last, *range(last)):
-                # NOTE Each rank counts its own groups, on top of the ranks' mean number of objects.
+                # NOTE: each rank counts its own groups, on top of the ranks' mean of objects.
                 add('dn_loss_{}' if layer == last else f'd{layer}.dn_loss_{{}}',
                     logits[layer][:, :num_denoising], boxes[layer][:, :num_denoising], matches,
                     num_objects * denoising.num_groups)
@@ -205,35 +209,52 @@ class RTDETRHead(BaseModule):
         return loss_cls, loss_bbox, loss_iou
 
     @torch.no_grad()
-    def match(self, logits: Tensor, boxes: Tensor, batch_data_samples: SampleList) -> LayerMatches:
-        """Match queries and ground truth one to one, image by image.
+    def match(self, sets: list[tuple[Tensor, Tensor]],
+              batch_data_samples: SampleList) -> list[LayerMatches]:
+        """Match queries and ground truth one to one, image by image, for each set of predictions.
+
+        The costs are the assigner's. All of them travel to the CPU, where they are solved, at once:
+        a matcher that is asked image by image makes the GPU wait for every single one.
 
         Args:
-            logits: (N, Q, classes).
-            boxes: (N, Q, 4) (cx, cy, w, h; 0 to 1).
+            sets: Logits (N, Q, classes) and boxes (N, Q, 4) (cx, cy, w, h; 0 to 1) of each set.
             batch_data_samples: The images' `gt_instances`.
 
         Returns:
-            The matched pairs.
+            The matched pairs of each set.
         """
-        def of_image(image: int) -> tuple[Tensor, Tensor]:
-            sample = batch_data_samples[image]
-            height, width = input_shape(sample.metainfo)
-            corners = bbox_cxcywh_to_xyxy(boxes[image].float())
-            corners = corners * corners.new_tensor([width, height, width, height])
-            predicted = InstanceData(scores=finite(logits[image].float(), 'class logits'),
-                                     bboxes=finite(corners, 'boxes'))
-            truth = InstanceData(labels=sample.gt_instances.labels,
-                                 bboxes=getattr(sample.gt_instances.bboxes, 'tensor',
-                                                sample.gt_instances.bboxes))
-            assigned = self.assigner.assign(predicted, truth,
-                                            dict(img_shape=(height, width))).gt_inds
-            query = assigned.nonzero().flatten()
-            return query, assigned[query] - 1
+        logits = torch.stack([set_logits.float() for set_logits, _ in sets], 1)  # (N, S, Q, C)
+        corners = bbox_cxcywh_to_xyxy(torch.stack([boxes.float() for _, boxes in sets], 1))
+        num_sets, num_queries = logits.shape[1:3]
 
+        costs = []
+        for image, sample in enumerate(batch_data_samples):
+            height, width = input_shape(sample.metainfo)
+            predicted = InstanceData(
+                scores=logits[image].flatten(0, 1),
+                bboxes=corners[image].flatten(0, 1) * corners.new_tensor([width, height] * 2))
+            truth = InstanceData(labels=sample.gt_instances.labels,
+                                 bboxes=boxes_tensor(sample.gt_instances))
+            cost = sum(match_cost(pred_instances=predicted, gt_instances=truth,
+                                  img_meta=dict(img_shape=(height, width)))
+                       for match_cost in self.assigner.match_costs)
+            costs.append(cost.flatten())  # (S * Q * G)
         counts = [len(sample.gt_instances) for sample in batch_data_samples]
-        return collect_matches((of_image(image) for image in range(len(counts))), counts,
-                               logits.device)
+        joint = torch.cat(costs).cpu()
+        if not joint.isfinite().all():
+            # The loss shows it, too; the matcher only must not fail on it.
+            print_log('RT-DETR: predictions contain NaN or infinite values, the training has '
+                      'diverged: lower the learning rate, or check the data', 'current',
+                      logging.WARNING)
+            joint = joint.nan_to_num(0., 0., 0.)
+
+        solved = [
+            [linear_sum_assignment(cost) for cost in image_costs.view(num_sets, num_queries, count)]
+            for image_costs, count in zip(
+                joint.split([num_sets * num_queries * count for count in counts]), counts,
+                strict=True)]
+        return [collect_matches([image[number] for image in solved], counts, logits.device)
+                for number in range(num_sets)]
 
     @staticmethod
     def denoising_matches(targets: list[tuple[Tensor, Tensor]],
@@ -247,15 +268,11 @@ class RTDETRHead(BaseModule):
         Returns:
             The pairs: object k of an image is positive k of every group.
         """
-        device = denoising.reference.device
-        group_starts = torch.arange(denoising.num_groups, device=device) * 2 * denoising.num_slots
+        group_starts = np.arange(denoising.num_groups) * 2 * denoising.num_slots
         counts = [len(labels) for labels, _ in targets]
-
-        def of_image(count: int) -> tuple[Tensor, Tensor]:
-            target = torch.arange(count, device=device)
-            return (group_starts[:, None] + target).flatten(), target.repeat(len(group_starts))
-
-        return collect_matches(map(of_image, counts), counts, device)
+        pairs = [((group_starts[:, None] + np.arange(count)).ravel(),
+                  np.tile(np.arange(count), denoising.num_groups)) for count in counts]
+        return collect_matches(pairs, counts, denoising.reference.device)
 
     def predict(self, hidden_states: list[Tensor], boxes: list[Tensor],
                 batch_data_samples: SampleList, rescale: bool = True) -> InstanceList:
@@ -278,7 +295,7 @@ class RTDETRHead(BaseModule):
                         rescale: bool = True) -> InstanceList:
         """The best (query, class) pairs of each image; no threshold, no suppression.
 
-        NOTE As everywhere in mmdet the boxes are clipped to the image, the official code leaves
+        NOTE: As everywhere in mmdet the boxes are clipped to the image, the official code leaves
         them.
 
         Args:
@@ -310,23 +327,12 @@ class RTDETRHead(BaseModule):
         return results
 
 
-def collect_matches(per_image: Iterator[tuple[Tensor, Tensor]], counts: list[int],
+def collect_matches(pairs: list[tuple[np.ndarray, np.ndarray]], counts: list[int],
                     device: torch.device) -> LayerMatches:
     """Join the images' (query, ground truth) pairs, ground truth numbered over the batch."""
-    images, queries, targets = [], [], []
-    start = 0
-    for image, (query, target) in enumerate(per_image):
-        images.append(torch.full_like(query, image))
-        queries.append(query)
-        targets.append(target + start)
-        start += counts[image]
-    return torch.cat(images), torch.cat(queries), torch.cat(targets)
-
-
-def finite(values: Tensor, name: str) -> Tensor:
-    """`values` with 0 for NaN and infinity, which can't be matched; the loss shows them anyway."""
-    if not values.isfinite().all():
-        print_log(f'RT-DETR: the predicted {name} contain NaN or infinite values; the training '
-                  'has diverged (lower the learning rate, or check the data)', 'current', 30)
-        values = values.nan_to_num(0., 0., 0.)
-    return values
+    starts = np.cumsum([0, *counts])
+    joint = np.concatenate([
+        np.stack([np.full_like(query, image), query, target + starts[image]])
+        for image, (query, target) in enumerate(pairs)], 1)
+    image, query, target = torch.from_numpy(joint).to(device)
+    return image, query, target

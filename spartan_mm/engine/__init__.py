@@ -1,6 +1,11 @@
 """What trains the models: initialisation, parameter groups and hooks."""
-from .hooks import ClassCountCheckHook
+from .amp import CPUAmpOptimWrapper
+from .hooks import ChannelsLastHook, ClassCountCheckHook
 from .initialize import ConvertedPretrained
 from .optim import RuleOptimWrapperConstructor
+from .pretrained import CheckedPretrained
 
-__all__ = ['ClassCountCheckHook', 'ConvertedPretrained', 'RuleOptimWrapperConstructor']
+__all__ = [
+    'CPUAmpOptimWrapper', 'ChannelsLastHook', 'CheckedPretrained', 'ClassCountCheckHook',
+    'ConvertedPretrained', 'RuleOptimWrapperConstructor'
+]

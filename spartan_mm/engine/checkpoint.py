@@ -1,6 +1,7 @@
 """Checkpoints for testing and inference: every weight finds its place, or an error says why."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -20,7 +21,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or belongs to another model."""
 
 
-def load_for_inference(model: nn.Module, path: str) -> dict[str, Any]:
+def load_for_inference(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load the weights that a model is tested with, all of them.
 
     Of a training with a moving average, mmengine keeps the averaged weights in ``state_dict``:
@@ -38,17 +39,19 @@ def load_for_inference(model: nn.Module, path: str) -> dict[str, Any]:
         CheckpointError: if it is no checkpoint, or one of another architecture.
     """
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'checkpoint {path} does not exist') from error
     except Exception as error:
         # torch reports a damaged file by half a dozen exception types.
         raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
-    load_all_weights(model, checkpoint, path)
+    load_all_weights(model, checkpoint, str(path))
     return checkpoint
 
 
-def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) -> None:
+def load_all_weights(
+        model: nn.Module, checkpoint: dict[str, Any], name: str,
+        remedy: str = 'Use the config it was trained with, which lies next to it') -> None:
     """Load a checkpoint's ``state_dict``, allowing nothing missing, left over or of another shape.
 
     A counter of batches that a batch norm layer has seen (``num_batches_tracked``) may be missing:
@@ -58,17 +61,23 @@ def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) ->
         model: the model, changed in place.
         checkpoint: the checkpoint, as mmengine writes it, or the bare state dict.
         name: what to call the checkpoint in an error message.
+        remedy: what to do if it does not fit.
 
     Raises:
         CheckpointError: if the checkpoint belongs to another architecture.
     """
-    state_dict = _find_state_dict(checkpoint, name)
+    does_not_fit = f"checkpoint {name} does not fit the config's {type(model).__name__}"
+    state_dict = find_state_dict(checkpoint, name)
     own = model.state_dict()
     reshaped = {key: (tuple(value.shape), tuple(own[key].shape))
                 for key, value in state_dict.items()
                 if key in own and value.shape != own[key].shape}
     fitting = {key: value for key, value in state_dict.items() if key not in reshaped}
-    result = model.load_state_dict(fitting, strict=False)
+    try:
+        result = model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:
+        # A part of the model that checks what it is given, as SpaRTAN does.
+        raise CheckpointError(f'{does_not_fit}: {error}. {remedy}') from error
     missing = [key for key in result.missing_keys
                if key not in reshaped and not key.endswith('num_batches_tracked')]
     unexpected = result.unexpected_keys
@@ -82,26 +91,38 @@ def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str) ->
         shapes = [f'{key}: {theirs} instead of {ours}' for key, (theirs, ours) in reshaped.items()]
         problems.append(f'{_count(shapes)} of another shape ({_first(shapes)})')
     if problems:
-        raise CheckpointError(
-            f"checkpoint {name} does not fit the config's {type(model).__name__}: "
-            f"{'; '.join(problems)}. Use the config it was trained with, which lies next to it")
+        raise CheckpointError(f'{does_not_fit}: {"; ".join(problems)}. {remedy}')
 
 
 @HOOKS.register_module()
 class StrictCheckpointHook(Hook):
-    """Stops a test whose checkpoint does not fit the model, where mmengine only warns."""
+    """Stops a run whose checkpoint does not fit the model, where mmengine only warns."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare the weights with the model's before the runner loads what fits.
+
+        The checkpoint's own are replaced by what was compared: a name that still has its prefix
+        would fit nothing where other hooks load it, and leave random weights.
 
         Raises:
             CheckpointError: if the checkpoint belongs to another architecture.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        load_all_weights(model, checkpoint, str(runner._load_from))
+        name = runner._load_from or f'in {runner.work_dir}'
+        checkpoint['state_dict'] = find_state_dict(checkpoint, name)
+        load_all_weights(model, checkpoint, name)
 
 
-def _find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+def find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint, as mmengine writes it, or the bare state dict.
+        name: what to call it in an error message.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
         # The prefix that a model in a distributed wrapper leaves.

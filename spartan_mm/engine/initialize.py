@@ -1,10 +1,14 @@
 """Initialisation from checkpoints that other code bases published."""
+import os
+from pathlib import Path
+
+import torch
+from mmengine import dist
 from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from ..converters.common import pick_state_dict
+from ..converters.common import load_checkpoint, pick_state_dict
 from ..converters.rtdetr import convert_resnet_vd
 from ..converters.spartan import convert_spartan_backbone
 
@@ -19,7 +23,8 @@ CONVERTERS = {
 class ConvertedPretrained:
     """Loads a backbone's original checkpoint, renaming its tensors on the way.
 
-    For `init_cfg`. Everything must fit: names, shapes, nothing missing, nothing left over.
+    For `init_cfg`. Everything must fit: names, shapes, nothing missing, nothing left over. No code
+    in the file is executed.
 
     Args:
         checkpoint: Path or URL.
@@ -39,12 +44,32 @@ class ConvertedPretrained:
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into `module`."""
-        checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, map_location='cpu')
-        weights = pick_state_dict(checkpoint, ('ema.module', 'model', 'state_dict'))
         try:
+            weights = pick_state_dict(load_checkpoint(local_file(self.checkpoint)),
+                                      ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f'{self.checkpoint} does not fit {type(module).__name__}: {error}') \
                 from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
                   'current')
+
+
+def local_file(checkpoint: str) -> Path:
+    """Where a checkpoint lies; one behind a URL is downloaded to torch's cache first.
+
+    Args:
+        checkpoint: Path or URL.
+
+    Returns:
+        The path of the file.
+    """
+    if '://' not in checkpoint:
+        return Path(checkpoint)
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / checkpoint.rsplit('/', 1)[-1]
+    # One process of each node; the others wait for it.
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(checkpoint, str(path), progress=dist.is_main_process())
+    dist.barrier()
+    return path

@@ -83,19 +83,33 @@ def use_amp(cfg: Config, dtype: str = 'float16') -> None:
         dtype: 'float16', with dynamic loss scaling, or 'bfloat16', which needs none.
 
     Raises:
-        UsageError: without a GPU, or if the config's optimizer wrapper is neither
-            ``OptimWrapper`` nor ``AmpOptimWrapper``.
+        UsageError: if the config's optimizer wrapper is neither ``OptimWrapper`` nor
+            ``AmpOptimWrapper``, or without a GPU, if torch is too old.
     """
-    if get_device() == 'cpu':
-        raise UsageError('--amp needs a GPU, and torch finds none')
     wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UsageError(f'--amp replaces OptimWrapper by AmpOptimWrapper, but the config has '
                          f'{wrapper}; drop the flag and set the precision in the config')
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.dtype = dtype
+    if get_device() == 'cpu':
+        if not hasattr(torch.amp, 'GradScaler'):
+            raise UsageError('--amp needs a GPU, or torch 2.3 for a CPU; torch finds no GPU')
+        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale', None)
+        return
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
     # bfloat16 has float32's range: gradients do not underflow.
     cfg.optim_wrapper.loss_scale = 'dynamic' if dtype == 'float16' else 1.0
+
+
+def use_channels_last(cfg: Config) -> None:
+    """Lay weights and maps out with the channels last.
+
+    Args:
+        cfg: the config, changed in place.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    cfg.custom_hooks = [*hooks, dict(type='ChannelsLastHook', priority='VERY_HIGH')]
 
 
 def scale_learning_rate(cfg: Config) -> None:
@@ -149,7 +163,7 @@ def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = F
     Args:
         cfg: the config, changed in place.
         seed: seed of Python's, NumPy's and torch's generators; None for the config's.
-        deterministic: whether torch may use deterministic algorithms only.
+        deterministic: whether torch uses deterministic algorithms wherever it has them.
     """
     randomness = dict(cfg.get('randomness', dict(seed=None)))
     if seed is not None:
@@ -203,7 +217,12 @@ def build_runner(cfg: Config) -> Runner:
     """Set up the processes and build the runner that the config describes."""
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if cfg.get('randomness', {}).get('deterministic'):
+        # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
+        # grid_sample on a GPU, which deformable attention needs.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return runner
 
 
 def shut_down() -> None:

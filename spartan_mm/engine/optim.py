@@ -18,6 +18,7 @@ class RuleOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - `pattern`: a regular expression, searched for in the parameter's name; fits any name if
         missing;
     - `norm`: True to fit only parameters of normalisation layers, False to fit only others;
+    - `optional`: True if the rule may fit no parameter of the model;
     - `lr_mult`, `decay_mult`: factors of the optimiser's learning rate and weight decay, 1 if
         missing.
 

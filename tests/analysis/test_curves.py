@@ -151,6 +151,13 @@ def test_other_metrics(tmp_path):
     assert list(lines(metrics)) == ['top 1 (71.500 at the end)']
 
 
+def test_metrics_of_a_classifier_are_found(tmp_path):
+    records = [dict(lr=1e-3, loss=1., step=1, epoch=1), {'accuracy/top1': 71.5, 'step': 1}]
+    loss, metrics, _ = draw_curves(read_log(write(tmp_path / 'log.json', records))).axes
+    assert list(lines(loss)) == ['total']
+    assert list(lines(metrics)) == ['top-1 in % (71.500 at the end)']
+
+
 @pytest.mark.parametrize('train, evaluations', [
     ([], [evaluation(1, 0.2)]),
     ([iteration(1, 1)], []),

@@ -134,7 +134,7 @@ def test_recipe(name):
     assert config.train_dataloader.drop_last
     assert 'batch_sampler' not in config.train_dataloader
     assert [step.type for step in config.train_dataloader.dataset.pipeline] == [
-        'LoadCheckedImage', 'LoadAnnotations', 'RandomPhotometricDistort', 'RandomZoomOut',
+        'LoadImageFromFile', 'LoadAnnotations', 'RandomPhotometricDistort', 'RandomZoomOut',
         'RandomIoUCrop', 'FilterSmallBoxes', 'RandomFlip', 'Resize', 'FilterSmallBoxes',
         'PackDetInputs']
     sizes = MODELS.build(config.model).data_preprocessor.batch_augments[0].sizes
@@ -168,15 +168,18 @@ def test_takes_a_training_step(name):
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     data = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)] * 2,
                 data_samples=[sample, sample.clone()])
-    logs = model.train_step(data, optim_wrapper)
-    assert all(value.isfinite() for value in logs.values())
+    for _ in range(3):  # what starts at zero with zeros behind it moves later than the rest
+        logs = model.train_step(data, optim_wrapper)
+        assert all(value.isfinite() for value in logs.values())
     layers = model.decoder.num_layers
     assert sum('loss_' in key for key in logs) == 3 * (layers + 1 + layers)
-    unchanged = [n for n, p in model.named_parameters()
-                 if n in before and torch.equal(p, before[n])]
-    # What starts at zero with nothing behind it gets its first gradient in the next step.
-    assert not [n for n in unchanged if not re.search(
-        r'reg_branches\.\d\.[02]|attn|query_pos|linear|bias|norm|backbone|label_embedding', n)]
+    unchanged = {n for n, p in model.named_parameters()
+                 if n in before and torch.equal(p, before[n])}
+    if name in ('rtdetr_r50vd', 'rtdetr_r101vd'):
+        # Without pretrained weights the residual branches end in frozen scales of zero.
+        unchanged = {n for n in unchanged if not n.startswith('backbone.')}
+    # The coarsest map is a few pixels here: queries may lie wholly elsewhere. All else has moved.
+    assert len(unchanged) <= 0.02 * len(before), sorted(unchanged)
 
 
 def test_ema_decay_follows_the_official_curve():
@@ -247,9 +250,23 @@ def test_classifier_initialises_the_backbone(tmp_path):
                tmp_path / 'classifier.pth')
     config = load('rtdetr_spartan_t')
     config.merge_from_dict({  # as --cfg-options does
-        'model.backbone.init_cfg.type': 'Pretrained', 'model.backbone.init_cfg.prefix': 'backbone.',
         'model.backbone.init_cfg.checkpoint': str(tmp_path / 'classifier.pth')})
     model = MODELS.build(config.model)
     model.init_weights()
     assert_close(dict(model.backbone.state_dict()),
                  {name: tensor + 1 for name, tensor in classifier.state_dict().items()})
+
+
+def test_missing_classifier_is_an_error_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'init_cfg\.checkpoint=FILE'):
+        MODELS.build(load('rtdetr_spartan_t').model).init_weights()
+
+
+@pytest.mark.parametrize('name, fused', [('rtdetr_spartan_t', 21.38), ('rtdetr_spartan_xt', 19.82)])
+def test_number_of_parameters_of_the_fused_form(name, fused):
+    model = MODELS.build(load(name).model)
+    model.neck.fuse()
+    model.neck.fuse()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(fused, abs=0.005)

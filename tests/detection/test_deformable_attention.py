@@ -87,3 +87,14 @@ def test_bad_input_is_named(change, message):
 def test_channels_must_fit_the_heads():
     with pytest.raises(ValueError, match='embed_dims=30'):
         MultiScaleDeformableAttention(embed_dims=30, num_heads=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_equals_cpu():
+    module = pair(True)[0]
+    query, memory = torch.randn(1, 5, 16), torch.randn(1, LENGTH, 16)
+    reference = torch.rand(1, 5, 1, 4)
+    expected = module(query, value=memory, reference_points=reference, spatial_shapes=SHAPES)
+    found = module.cuda()(query.cuda(), value=memory.cuda(), reference_points=reference.cuda(),
+                          spatial_shapes=SHAPES)
+    assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)

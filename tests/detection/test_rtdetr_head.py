@@ -134,8 +134,24 @@ def test_small_boxes_have_an_unbiased_iou(head):
 def test_matcher_survives_nan(head, make_samples):
     logits, boxes = torch.randn(1, 6, 5), torch.rand(1, 6, 4)
     logits[0, 2], boxes[0, 3] = float('nan'), float('inf')
-    image, query, target = head.match(logits, boxes, make_samples([3]))
+    (image, query, target), = head.match([(logits, boxes)], make_samples([3]))
     assert len(image) == 3 and sorted(target.tolist()) == [0, 1, 2]
+
+
+def test_matching_all_sets_at_once_equals_mmdets_assigner_one_by_one(head, make_samples):
+    samples = make_samples([3, 0, 9], 40, 80)
+    sets = [(torch.randn(3, 6, 5), torch.rand(3, 6, 4)) for _ in range(2)]
+    for (logits, boxes), matches in zip(sets, head.match(sets, samples), strict=True):
+        expected = []
+        for index, sample in enumerate(samples):
+            start = sum(len(other.gt_instances) for other in samples[:index])
+            corners = bbox_cxcywh_to_xyxy(boxes[index]) * torch.tensor([80, 40, 80, 40])
+            found = head.assigner.assign(
+                InstanceData(scores=logits[index], bboxes=corners), sample.gt_instances,
+                dict(img_shape=(40, 80))).gt_inds
+            expected += [(index, query, target - 1 + start)
+                         for query, target in enumerate(found.tolist()) if target > 0]
+        assert sorted(zip(*(part.tolist() for part in matches), strict=True)) == sorted(expected)
 
 
 def test_prediction_keeps_the_best_pairs_of_query_and_class(head):

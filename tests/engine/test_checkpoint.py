@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from spartan_mm import SpaRTAN
 from spartan_mm.engine.checkpoint import CheckpointError, load_all_weights, load_for_inference
 
 
@@ -41,6 +42,14 @@ def test_accepts(wrap):
 def test_other_architecture(model, message):
     with pytest.raises(CheckpointError, match=message):
         load_all_weights(model, make_model().state_dict(), 'checkpoint')
+
+
+def test_another_spartan():
+    t = nn.ModuleDict(dict(backbone=SpaRTAN('t')))
+    xt = nn.ModuleDict(dict(backbone=SpaRTAN('xt')))
+    message = r"a\.pth does not fit the config's ModuleDict: .* stage 3 has 12 blocks instead of 10"
+    with pytest.raises(CheckpointError, match=f'{message}.*Use the other'):
+        load_all_weights(xt, t.state_dict(), 'a.pth', 'Use the other')
 
 
 @pytest.mark.parametrize('content, message', [

@@ -94,6 +94,18 @@ def test_wrapped_dataset(wrapper):
         ClassCountCheckHook().before_val(make_runner(make_model(4), val=wrapper))
 
 
+def test_more_classes_in_validation_and_no_head():
+    val = make_dataset(('cat', 'dog', 'bird', 'emu'), 'val.json')
+    with pytest.raises(ValueError, match="label 3 is none in the one and 'emu' in the other"):
+        ClassCountCheckHook().before_train(make_runner(Part(), make_dataset(), val))
+
+
+def test_a_dataset_of_folders():
+    dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b')), ann_file='', img_prefix='data/val')
+    with pytest.raises(ValueError, match='val_dataloader, SimpleNamespace of data/val, has 2'):
+        ClassCountCheckHook().before_val(make_runner(make_model(3), val=dataset))
+
+
 def test_heads_in_a_list_and_behind_a_wrapper():
     model = Part(roi_head=Part(bbox_head=nn.ModuleList([Part(3), Part(7)])))
     wrapped = nn.DataParallel(model)

@@ -1,6 +1,7 @@
 """What the flags of the commands do to a config."""
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from spartan_mm.engine import launch
@@ -16,6 +17,11 @@ def config_file(tmp_path):
 @pytest.fixture
 def with_gpu(monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
 
 
 class TestLoadConfig:
@@ -59,10 +65,25 @@ class TestAmp:
         with pytest.raises(launch.UsageError, match='but the config has ApexOptimWrapper'):
             launch.use_amp(cfg)
 
-    def test_needs_gpu(self, config_file, monkeypatch):
-        monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
-        with pytest.raises(launch.UsageError, match='--amp needs a GPU'):
+    @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+    def test_without_gpu(self, config_file, without_gpu, dtype):
+        options = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.loss_scale': 'dynamic'}
+        cfg = launch.load_config(config_file, options=options)
+        launch.use_amp(cfg, dtype)
+        assert cfg.optim_wrapper == dict(type='CPUAmpOptimWrapper', optimizer=dict(lr=0.1),
+                                         dtype=dtype)
+
+    def test_without_gpu_and_with_an_old_torch(self, config_file, without_gpu, monkeypatch):
+        monkeypatch.delattr(torch.amp, 'GradScaler')
+        with pytest.raises(launch.UsageError, match='needs a GPU, or torch 2.3'):
             launch.use_amp(launch.load_config(config_file))
+
+
+@pytest.mark.parametrize('hooks', [[], [dict(type='EMAHook')]])
+def test_channels_last(config_file, hooks):
+    cfg = launch.load_config(config_file, options=dict(custom_hooks=hooks) if hooks else None)
+    launch.use_channels_last(cfg)
+    assert cfg.custom_hooks == [*hooks, dict(type='ChannelsLastHook', priority='VERY_HIGH')]
 
 
 def test_learning_rate_scaling(config_file):

@@ -93,7 +93,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
 def test_a_path_that_mmengine_would_change_is_refused(demo, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['demo.py', '--data-root', str(tmp_path / 'my data')])
     with pytest.raises(SystemExit) as error:
-        demo['parse_args']()
+        demo['main']()
     assert error.value.code == 2
     assert 'my data: mmengine cannot take a path with blanks' in capsys.readouterr().err
 
@@ -101,7 +101,7 @@ def test_a_path_that_mmengine_would_change_is_refused(demo, monkeypatch, capsys,
 def test_an_option_without_a_value_is_refused(demo, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['demo.py', '--cfg-options', 'model.num_queries'])
     with pytest.raises(SystemExit) as error:
-        demo['parse_args']()
+        demo['main']()
     assert error.value.code == 2
     assert 'model.num_queries must be KEY=VALUE' in capsys.readouterr().err
 
@@ -133,63 +133,3 @@ def test_interrupted(demo, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['demo.py', '--quick'])
     assert demo['main']() == 130
     assert capsys.readouterr().err.strip() == 'interrupted'
-
-
-def test_a_process_is_ended_with_the_demo(demo, tmp_path):
-    def interrupt(line):
-        pids.append(int(line))
-        raise KeyboardInterrupt
-
-    pids = []
-    command = [sys.executable, '-c', 'import os, time; print(os.getpid()); time.sleep(100)']
-    with pytest.raises(KeyboardInterrupt):
-        demo['_run'](command, tmp_path / 'log', interrupt, demo['Console']())
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
-
-
-PREFIX = '11/20 10:42:01 - mmengine - INFO - '
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('Epoch(train)  [2][ 10/300]  base_lr: 1.0000e-05 lr: 1.0000e-05  eta: 1:02:03  time: 0.8291  '
-     'memory: 3  loss: 25.6350  d0.loss_cls: 0.1',
-     dict(mode='train', epoch=2, done=10, total=300, eta='1:02:03', loss='25.6350')),
-    ('Epoch(train) [12][300/300]  lr: 1.0000e-05  eta: 2 days, 1:02:03  time: 0.8  loss: 2.6350',
-     dict(mode='train', epoch=12, done=300, total=300, eta='2 days, 1:02:03', loss='2.6350')),
-    ('Iter(train) [  10/4000]  lr: 1.0000e-05  eta: 0:02:03  time: 0.8291  loss: nan',
-     dict(mode='train', epoch=None, done=10, total=4000, eta='0:02:03', loss='nan')),
-    ('Epoch(val)  [1][13/13]    coco/bbox_mAP: 0.2570  coco/bbox_mAP_50: 0.3340  time: 0.63',
-     dict(mode='val', epoch=1, done=13, total=13, eta=None, loss=None)),
-    ('Epoch(test) [10/13]    eta: 0:00:02  time: 0.6747  data_time: 0.0337  ',
-     dict(mode='test', epoch=None, done=10, total=13, eta='0:00:02', loss=None)),
-])
-def test_progress_in_a_line_of_mmengine(line, expected, demo):
-    progress = demo['parse_progress'](PREFIX + line + '\n')
-    values = progress.pop('values')
-    assert dict(progress, loss=values.get('loss')) == expected
-    if expected['mode'] == 'val':
-        assert values['coco/bbox_mAP'] == '0.2570' and values['coco/bbox_mAP_50'] == '0.3340'
-
-
-@pytest.mark.parametrize('line', ['', 'Exp name: x', 'backbone.stem.weight - torch.Size([3, 3])'])
-def test_other_lines(line, demo):
-    assert demo['parse_progress'](PREFIX + line) is None
-
-
-def test_a_terminal_shows_progress_in_place(demo, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    config = tmp_path / 'config.py'
-    config.write_text("custom_imports = dict(imports=['not.there'])\n"
-                      'train_cfg = dict(max_epochs=4)')
-    show = demo['TrainingProgress'](demo['Console'](), config)
-    for line in ('Epoch(train)  [2][ 10/300]  lr: 1e-05  eta: 0:10:03  time: 0.82  loss: 9.5',
-                 'a line of no interest',
-                 'Epoch(val)  [2][10/13]    eta: 0:00:02  time: 0.67',
-                 'Epoch(val)  [2][13/13]    coco/bbox_mAP: 0.25  coco/bbox_mAP_50: 0.33'):
-        show(PREFIX + line)
-    shown = [line.strip() for line in re.split('[\r\n]+', capsys.readouterr().out)]
-    assert [line for line in shown if line] == [
-        'epoch 2 of 4, iteration 10 of 300, loss 9.5, 0:10:03 of training left',
-        'epoch 2 of 4, validation, batch 10 of 13',
-        'epoch 2 of 4, loss 9.5: AP 0.25, AP50 0.33']

@@ -21,7 +21,7 @@ train_cfg = dict(max_epochs=1, val_interval=9)
 train_dataloader = dict(
     batch_size=2, num_workers=0, persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(data_root='{data}'))
+    dataset=dict(data_root='{data}', allow_no_objects=True))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
 val_evaluator = dict(ann_file='{data}/annotations/val.json')
 default_hooks = dict(logger=dict(interval=1))
@@ -48,11 +48,11 @@ class RankWeightsHook(Hook):
 
 
 def two_ranks_see(which, path):
-    """Leave pictures of which every second one is without objects (rank 1's), or all are."""
+    """Leave 8 pictures, of which none, every second one (rank 1's) or all are without objects."""
     content = json.loads(path.read_text())
     with_objects = {entry['image_id'] for entry in content['annotations']}
     images = [image for image in content['images'] if image['id'] in with_objects][:8]
-    emptied = images[1::2] if which == 'second' else []
+    emptied = {'no': [], 'second': images[1::2], 'all': images}[which]
     emptied_ids = {image['id'] for image in emptied}
     content['images'] = images
     content['annotations'] = [entry for entry in content['annotations']
@@ -61,7 +61,7 @@ def two_ranks_see(which, path):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize('empty', ['no', 'second'])
+@pytest.mark.parametrize('empty', ['no', 'second', 'all'])
 def test_two_processes(tmp_path, empty):
     data = make_digits(tmp_path / 'digits', 12, 2, progress=False).root
     two_ranks_see(empty, data / 'annotations' / 'train.json')

@@ -2,13 +2,13 @@
 
 import os
 import pickle
-import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
@@ -40,12 +40,34 @@ def run_here(user_project, monkeypatch, capfd):
 def trained(user_project):
     """Two epochs of the user's detector."""
     output = run([sys.executable, TOOLS / 'train.py', 'user_detector.py', '--seed', 1,
-                  '--auto-scale-lr'], cwd=user_project)
+                  '--auto-scale-lr', '--cfg-options', 'optim_wrapper.optimizer.lr=0.05'],
+                 cwd=user_project)
     return user_project / 'work_dirs' / 'user_detector', output
 
 
-def scores_in(output):
-    return re.findall('bbox_mAP_copypaste: (.*)', output)
+def best_scores(path):
+    """The best score of each picture in a file of predictions."""
+    return [float(item['pred_instances']['scores'][0])
+            for item in sorted(pickle.loads(path.read_bytes()), key=lambda item: item['img_path'])]
+
+
+@pytest.fixture(scope='module')
+def averaged_scores(trained, user_project):
+    """The best score of each picture by the moving average; the trained weights give others."""
+    from spartan_mm.inference import Detector
+    work_dir, _ = trained
+    checkpoint = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
+    checkpoint['state_dict'] = {name.removeprefix('module.'): value
+                                for name, value in checkpoint.pop('ema_state_dict').items()
+                                if name != 'steps'}
+    torch.save(checkpoint, user_project / 'trained.pth')
+    pictures = sorted((user_project / 'pictures').glob('*.png'))
+    averaged, trained = (
+        [float(found.scores[0]) for found in detector.detect([detector.read(p) for p in pictures])]
+        for detector in (Detector(user_project / 'user_detector.py', file)
+                         for file in (work_dir / 'epoch_2.pth', user_project / 'trained.pth')))
+    assert averaged != pytest.approx(trained, abs=1e-5)
+    return averaged
 
 
 class TestTrainAndTest:
@@ -63,15 +85,36 @@ class TestTrainAndTest:
         assert 'resumed epoch: 2, iter: 4' in output
         assert (work_dir / 'epoch_3.pth').exists()
 
-    def test_evaluation_of_averaged_weights(self, trained, user_project, run_here):
-        """What is tested is what training evaluated: the moving average."""
-        work_dir, training_output = trained
+    def test_evaluation_of_averaged_weights(self, trained, averaged_scores, user_project,
+                                            run_here):
+        """What is tested is the moving average."""
+        work_dir, _ = trained
         output = run_here('test.py', 'user_detector.py', work_dir / 'epoch_2.pth', '--out',
                           'predictions.pkl', '--show-dir', 'shown')
-        assert scores_in(output) == scores_in(training_output)[1:]
+        assert 'bbox_mAP_copypaste' in output
+        assert best_scores(user_project / 'predictions.pkl') == pytest.approx(averaged_scores,
+                                                                              abs=1e-6)
         predictions = pickle.loads((user_project / 'predictions.pkl').read_bytes())
         assert len(predictions) == 4
         assert len(list(work_dir.glob('*/shown/*.png'))) == 4
+
+    @pytest.mark.parametrize('form', ['prefixed', 'bare'])
+    def test_other_forms_of_a_checkpoint(self, trained, averaged_scores, user_project, run_here,
+                                         form):
+        """A name's prefix, or a file without meta data, must not leave random weights."""
+        work_dir, _ = trained
+        weights = torch.load(work_dir / 'epoch_2.pth', weights_only=False)['state_dict']
+        torch.save(weights if form == 'bare' else
+                   dict(state_dict={f'module.{name}': value for name, value in weights.items()}),
+                   user_project / f'{form}.pth')
+        run_here('test.py', 'user_detector.py', f'{form}.pth', '--out', f'{form}.pkl')
+        assert best_scores(user_project / f'{form}.pkl') == pytest.approx(averaged_scores, abs=1e-6)
+
+    def test_resuming_another_architecture(self, trained, run_here):
+        work_dir, _ = trained
+        with pytest.raises(SystemExit, match='epoch_2.pth does not fit'):
+            run_here('train.py', 'user_detector.py', '--resume', work_dir / 'epoch_2.pth',
+                     '--cfg-options', 'model.decoder.num_layers=1', 'train_cfg.max_epochs=3')
 
     def test_checkpoint_of_another_architecture(self, trained, run_here):
         work_dir, _ = trained
@@ -122,13 +165,13 @@ class TestInfer:
 
 class TestDistributed:
 
-    def test_two_processes_without_gpu(self, trained, user_project):
-        work_dir, training_output = trained
+    def test_two_processes_without_gpu(self, trained, averaged_scores, user_project):
+        work_dir, _ = trained
         output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', work_dir / 'epoch_2.pth',
-                      2], cwd=user_project)
+                      2, '--out', 'two.pkl'], cwd=user_project)
         assert 'GPU number: 2' in output
         assert 'sync_bn is ignored' in output
-        assert scores_in(output) == scores_in(training_output)[1:]
+        assert best_scores(user_project / 'two.pkl') == pytest.approx(averaged_scores, abs=1e-6)
 
     @pytest.fixture
     def recorder(self, tmp_path):

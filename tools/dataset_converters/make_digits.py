@@ -16,7 +16,7 @@ def main() -> None:
     )
     parser.add_argument('root', nargs='?', default='data/digits', help='folder to make')
     parser.add_argument('--num-train', type=int, default=2000, help='number of training pictures')
-    parser.add_argument('--num-val', type=int, default=300, help='number of validation pictures')
+    parser.add_argument('--num-val', type=int, default=200, help='number of validation pictures')
     parser.add_argument('--seed', type=int, default=0, help='seed of everything that is drawn')
     parser.add_argument(
         '--image-size',

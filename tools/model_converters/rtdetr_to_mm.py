@@ -1,5 +1,8 @@
 """Convert an official RT-DETR checkpoint (PyTorch, v1) into one that this package's configs load.
 
+A file does not say at which decoder layer a model is evaluated: for R50-m (the third of six) set
+model.decoder.eval_idx=2, all others are evaluated at their last.
+
 The averaged weights are taken where the file has them (`ema.module`), the trained ones (`model`)
 otherwise. The backbone is a ResNet-vd 18, 34, 50 or 101, or the authors' SpaRTAN.
 """

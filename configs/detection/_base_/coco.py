@@ -7,7 +7,7 @@ resize = dict(type='Resize', scale=(640, 640), keep_ratio=False, interpolation='
               backend='pillow')  # antialiased, as torchvision resizes PIL images
 
 train_pipeline = [
-    dict(type='LoadCheckedImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomPhotometricDistort', prob=0.5),
     dict(type='RandomZoomOut', prob=0.5),
@@ -19,7 +19,6 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    # mmdet's inferencers look for a loader of this name.
     dict(type='LoadImageFromFile'),
     resize,
     # After Resize: evaluation wants the original boxes.

@@ -5,7 +5,7 @@ resize = dict(type='Resize', scale=(160, 160), keep_ratio=False, interpolation='
               backend='pillow')
 
 train_pipeline = [
-    dict(type='LoadCheckedImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomPhotometricDistort', prob=0.5),
     # No flip: a mirrored digit is none. No crop: every picture is seen a few times only.
@@ -14,7 +14,6 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    # mmdet's inferencers look for a loader of this name.
     dict(type='LoadImageFromFile'),
     resize,
     dict(type='LoadAnnotations', with_bbox=True),

@@ -13,11 +13,11 @@ optim_wrapper = dict(
     paramwise_cfg=dict(rules=[
         dict(pattern=r'^backbone\.', norm=True, lr_mult=0.1, decay_mult=0., optional=True),
         dict(pattern=r'^backbone\.', lr_mult=0.1),
-        # NOTE The official rule goes by names, in which these norms aren't called so: they decay.
+        # NOTE: The official rule goes by names, in which these norms aren't called so: they decay.
         dict(pattern=r'^neck\.input_projs\.\d+\.norm\.weight$|^memory_trans_norm\.weight$'),
         dict(pattern='norm|bias', decay_mult=0.),
     ]))
-# NOTE The first PyTorch version had no warm-up; the published weights were trained with this one.
+# NOTE: The first PyTorch version had no warm-up; the published weights were trained with this one.
 param_scheduler = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=2000)]
 
 custom_hooks = [

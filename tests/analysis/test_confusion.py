@@ -1,0 +1,140 @@
+"""Predictions of a classifier are read as they are written, counted right, and drawn."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmpretrain.structures import DataSample
+from PIL import Image
+
+from spartan_mm.analysis.confusion import (
+    Outcomes,
+    collect_outcomes,
+    count_confusions,
+    draw_confusion,
+    read_outcomes,
+)
+from spartan_mm.analysis.mistakes import draw_mistakes, find_mistakes
+
+CLASSES = ('cat', 'dog', 'a long name, with a second one')
+# The class that is predicted, how sure, and the class that it is.
+CASES = [(0, 0.9, 0), (1, 0.8, 0), (1, 0.6, 1), (2, 0.95, 1), (0, 0.5, 2), (1, 0.7, 1)]
+
+
+def make_sample(index, predicted, score, truth, folder='.'):
+    scores = torch.full((3, ), (1 - score) / 2)
+    scores[predicted] = score
+    return DataSample(metainfo=dict(img_path=f'{folder}/{index}.png')).set_gt_label(
+        truth).set_pred_score(scores).set_pred_label(predicted)
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    for index in range(len(CASES)):
+        Image.new('RGB', (8, 8), (40 * index, 0, 0)).save(tmp_path / f'{index}.png')
+    return collect_outcomes([make_sample(index, *case, tmp_path)
+                             for index, case in enumerate(CASES)])
+
+
+@pytest.mark.parametrize('form', ['samples', 'file'])
+def test_predictions(form, tmp_path):
+    samples = [make_sample(index, *case) for index, case in enumerate(CASES)]
+    if form == 'file':
+        path = tmp_path / 'predictions.pkl'
+        path.write_bytes(pickle.dumps([sample.to_dict() for sample in samples]))
+        outcomes = read_outcomes(path)
+    else:
+        outcomes = collect_outcomes(samples)
+    assert outcomes.paths == tuple(f'./{index}.png' for index in range(6))
+    assert outcomes.truths.tolist() == [0, 0, 1, 1, 2, 1]
+    assert outcomes.predicted.tolist() == [0, 1, 1, 2, 0, 1]
+    expected = torch.stack([sample.pred_score for sample in samples])
+    torch.testing.assert_close(torch.from_numpy(outcomes.scores), expected)
+
+
+@pytest.mark.parametrize('content', [[], dict(a=1), [1], [dict(img_path='a', pred_score=1)]])
+def test_a_file_of_something_else(content, tmp_path):
+    path = tmp_path / 'predictions.pkl'
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match='predictions.pkl holds no predictions of a classifier'):
+        read_outcomes(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.pkl do not exist'):
+        read_outcomes(tmp_path / 'nowhere.pkl')
+
+
+def test_counts(outcomes):
+    assert count_confusions(outcomes).tolist() == [[1, 1, 0], [0, 2, 1], [1, 0, 0]]
+
+
+def test_matrix(outcomes):
+    counts = count_confusions(outcomes)
+    axes = draw_confusion(counts, CLASSES).axes[0]
+    assert axes.get_title(loc='left') == '3 of 6 right (50.00 %)'
+    shares = np.array(axes.images[0].get_array())
+    np.testing.assert_allclose(shares, [[1 / 2, 1 / 2, 0], [0, 2 / 3, 1 / 3], [1, 0, 0]])
+    written = {text.get_position()[::-1]: int(text.get_text()) for text in axes.texts}
+    assert written == {(row, column): count for (row, column), count in np.ndenumerate(counts)
+                       if count}
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        'cat (2)', 'dog (3)', 'a long name, with a second one (1)']
+
+
+@pytest.mark.parametrize('num_classes, written', [(30, True), (100, False)])
+def test_matrix_of_many_classes(num_classes, written, tmp_path):
+    figure = draw_confusion(np.eye(num_classes, dtype=int), [str(i) for i in range(num_classes)])
+    assert bool(figure.axes[0].texts) == written
+    figure.savefig(tmp_path / 'matrix.png')
+
+
+def test_a_class_without_pictures():
+    figure = draw_confusion(np.array([[0, 0], [1, 2]]), ('a', 'b'))
+    assert np.isfinite(np.array(figure.axes[0].images[0].get_array())).all()
+
+
+def test_another_number_of_names():
+    with pytest.raises(ValueError, match='3 classes in the counts, but 2 names'):
+        draw_confusion(np.eye(3), ('a', 'b'))
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def test_mistakes_are_sorted_by_confidence(outcomes):
+    assert find_mistakes(outcomes).tolist() == [3, 1, 4]
+
+
+def test_sheet(outcomes, tmp_path):
+    figure = draw_mistakes(outcomes, CLASSES)
+    assert figure._suptitle.get_text() == '3 of 6 misclassified, the most confident first'
+    assert titles(figure) == [
+        'true: dog (0.03)\ntaken for: a long name (0.95)',
+        'true: cat (0.10)\ntaken for: dog (0.80)',
+        'true: a long name (0.25)\ntaken for: cat (0.50)',
+    ]
+    # Each beside its picture.
+    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes] == [120, 40, 160]
+    figure.savefig(tmp_path / 'sheet.png')
+
+
+def test_too_many_mistakes(outcomes):
+    figure = draw_mistakes(outcomes, CLASSES, limit=2, columns=1)
+    assert figure._suptitle.get_text() == '3 of 6 misclassified, the 2 most confident'
+    assert len(figure.axes) == 2
+
+
+def test_no_mistakes(tmp_path):
+    outcomes = Outcomes(('a.png', ), np.array([1]), np.array([[0.1, 0.9]]))
+    figure = draw_mistakes(outcomes, ('a', 'b'))
+    assert figure._suptitle.get_text() == 'None of 1 pictures is misclassified'
+    figure.savefig(tmp_path / 'sheet.png')
+
+
+def test_a_missing_picture(outcomes, tmp_path):
+    (tmp_path / '3.png').unlink()
+    with pytest.raises(FileNotFoundError, match=r'3\.png'):
+        draw_mistakes(outcomes, CLASSES)

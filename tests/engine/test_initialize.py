@@ -1,0 +1,66 @@
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from spartan_mm.backbones import SpaRTAN
+from spartan_mm.engine.initialize import ConvertedPretrained, local_file
+
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A file as the authors write it, their config object included, and the converted backbone."""
+    import json
+
+    from spartan_mm.converters.spartan import convert_spartan
+    manifest = json.loads((GOLDEN / 'spartan_small.json').read_text())
+    fill = runpy.run_path(str(GOLDEN / 'fill.py'))['fill_state_dict']
+    weights = {name: torch.from_numpy(value) for name, value in fill(manifest['shapes']).items()}
+    module = types.ModuleType('their_config')
+    module.Settings = type('Settings', (), dict(__module__='their_config'))
+    sys.modules['their_config'] = module
+    torch.save(dict(model=weights, config=module.Settings()), tmp_path / 'released.pth')
+    del sys.modules['their_config']
+    converted, arch = convert_spartan(weights)
+    return tmp_path / 'released.pth', arch, {
+        name.removeprefix('backbone.'): value for name, value in converted.items()
+        if name.startswith('backbone.')}
+
+
+def test_released_classifier_loads_without_the_packages_it_was_written_with(released):
+    path, arch, expected = released
+    backbone = SpaRTAN(arch, init_cfg=dict(
+        type='ConvertedPretrained', converter='spartan', checkpoint=str(path)))
+    backbone.init_weights()
+    assert_close(dict(backbone.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_other_architecture_names_the_file(released):
+    path, *_ = released
+    with pytest.raises(ValueError, match=r'released\.pth does not fit SpaRTAN'):
+        ConvertedPretrained(str(path), 'spartan')(SpaRTAN('xt'))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r'none\.pth does not exist'):
+        ConvertedPretrained(str(tmp_path / 'none.pth'), 'spartan')(SpaRTAN('xt'))
+
+
+def test_url_is_downloaded_once(tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, target, progress):
+        calls.append(url)
+        Path(target).write_bytes(b'weights')
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    url = 'https://example.org/some/vd.pth'
+    assert local_file(url) == local_file(url) == tmp_path / 'checkpoints' / 'vd.pth'
+    assert calls == [url]
