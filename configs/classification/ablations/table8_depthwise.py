@@ -1,0 +1,4 @@
+# Table VIII, depthwise convolutions (D) in all stages: 73.2 % top-1 (paper).
+_base_ = ['../_base_/spartan.py', '../_base_/imagenet_224.py', '../_base_/schedule_300e.py']
+
+model = dict(backbone=dict(conv_types='depthwise'))

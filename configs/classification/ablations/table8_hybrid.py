@@ -1,0 +1,4 @@
+# Table VIII, full convolutions in two stages, depthwise in two (H): 73.9 % top-1 (paper).
+_base_ = ['../_base_/spartan.py', '../_base_/imagenet_224.py', '../_base_/schedule_300e.py']
+
+model = dict(backbone=dict(conv_types=('full', 'full', 'depthwise', 'depthwise')))

@@ -1,0 +1,2 @@
+# SpaRTAN-XT, ImageNet-1k at 224 x 224: 73.9 % top-1 (paper, Table II).
+_base_ = ['./_base_/spartan.py', './_base_/imagenet_224.py', './_base_/schedule_300e.py']

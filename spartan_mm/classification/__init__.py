@@ -1,0 +1,21 @@
+"""What the ImageNet recipe needs beyond mmpretrain, registered for its configs.
+
+Put ``custom_imports = dict(imports=['spartan_mm.classification'])`` into a config to use it.
+"""
+from .. import compat
+
+compat.require('mmcv', '2.0.0', 'classification')
+compat.require('mmpretrain', '1.2.0', 'classification')
+
+# ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
+from .. import engine  # noqa: F401
+from .dataset import CheckedImageFolder, CheckedImageNet
+from .hooks import AverageStatisticsHook
+from .losses import HardLabelSmoothLoss
+from .schedules import WarmupCosineLR
+from .transforms import TorchvisionTransforms
+
+__all__ = [
+    'AverageStatisticsHook', 'CheckedImageFolder', 'CheckedImageNet', 'HardLabelSmoothLoss',
+    'TorchvisionTransforms', 'WarmupCosineLR'
+]

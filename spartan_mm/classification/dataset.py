@@ -1,0 +1,198 @@
+"""Image folders that are checked before they are used, for ImageNet and for anybody's own set.
+
+mmpretrain's ``CustomDataset`` warns of a class without pictures, takes any label in a list, and
+leaves it to the decoder to say that a file is no picture. Here each of these is an error that names
+the culprit.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mmcv
+from mmengine import fileio
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+from mmpretrain.datasets.custom import find_folders, get_samples
+from mmpretrain.registry import DATASETS
+
+_MAX_NAMED = 5
+
+
+@DATASETS.register_module()
+class CheckedImageFolder(CustomDataset):
+    """Pictures in a folder for each class, or in a list, checked when they are loaded.
+
+    With a folder for each class, the classes are numbered in the order of the folders' names, which
+    name them unless ``metainfo`` does. With a list (``ann_file``), a line is the path of a picture
+    and its label, and ``metainfo`` or ``classes`` must name the classes.
+
+    Args:
+        data_root: the folder that ``data_prefix`` and ``ann_file`` start from.
+        split: a folder in ``data_root``, in place of ``data_prefix``, such as 'train'. If there is
+            a list ``meta/<split>.txt`` beside it, it is used; else the folder has one for each
+            class.
+        ann_file: the list, if it lies elsewhere.
+        allow_empty_classes: accept class folders without pictures.
+        kwargs: arguments of mmpretrain's ``CustomDataset``.
+
+    Raises:
+        FileNotFoundError: there is no such folder or list.
+        ValueError: they are not what they should be; the message names the first culprits.
+    """
+
+    def __init__(self,
+                 data_root: str = '',
+                 split: str = '',
+                 ann_file: str = '',
+                 allow_empty_classes: bool = False,
+                 **kwargs: Any) -> None:
+        self.allow_empty_classes = allow_empty_classes
+        if split:
+            kwargs.setdefault('data_prefix', split)
+            listed = f'meta/{split}.txt'
+            if not ann_file and fileio.exists(fileio.join_path(data_root, listed)):
+                ann_file = listed
+        super().__init__(data_root=data_root, ann_file=ann_file, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """Find the pictures.
+
+        Returns:
+            A dict for each with ``img_path``, and ``gt_label`` unless ``with_label`` is False.
+        """
+        if not fileio.isdir(self.img_prefix):
+            raise FileNotFoundError(
+                f'There is no folder {self.img_prefix!r}: check `data_root` and `split` (or '
+                '`data_prefix`) of the dataset in the config (a relative path starts at the '
+                'working directory).')
+        if self.ann_file:
+            samples = self._read_list()
+        else:
+            samples = self._find_samples() if self.with_label else self._find_pictures()
+        join = fileio.join_path
+        if not self.with_label:
+            return [dict(img_path=join(self.img_prefix, name)) for name in samples]
+        return [dict(img_path=join(self.img_prefix, name), gt_label=label)
+                for name, label in samples]
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on a picture.
+
+        Raises:
+            FileNotFoundError: the picture does not exist.
+            ValueError: it cannot be decoded.
+        """
+        try:
+            return super().prepare_data(idx)
+        except Exception as error:
+            # Whatever loads the pictures: the culprit is the file, or else the pipeline.
+            self._check_picture(self.get_data_info(idx), error)
+            raise
+
+    def _find_samples(self) -> list[tuple[str, int]]:
+        """Find the pictures in the class folders, and name the classes."""
+        folders = [name for name in find_folders(self.img_prefix)[0] if not name.startswith('.')]
+        if not folders:
+            raise ValueError(
+                f'{self.img_prefix} has no folders: put the pictures of each class into one of its '
+                "own, or list them in a file with a line '<path> <label>' for each (`ann_file`).")
+        classes = self._metainfo.setdefault('classes', tuple(folders))
+        if len(classes) != len(folders):
+            raise ValueError(
+                f'{self.img_prefix} has {len(folders)} class folders ({_join(folders)}), but '
+                f'{type(self).__name__} has {len(classes)} classes by name ({_join(classes)}). '
+                'Correct the folder, or name its own classes: `metainfo=dict(classes=...)` of the '
+                'dataset in the config.')
+
+        labels = {name: label for label, name in enumerate(folders)}
+        samples, empty = get_samples(self.img_prefix, labels, self.is_valid_file)
+        if empty and not (self.allow_empty_classes and samples):
+            raise ValueError(
+                f'{self.img_prefix} has class folders without a picture '
+                f'({", ".join(sorted(self.extensions))}): {_join(sorted(empty))}. Fill them, or '
+                'remove them from training and validation alike, or accept them: '
+                '`allow_empty_classes=True` of the dataset in the config.')
+        return samples
+
+    def _find_pictures(self) -> list[str]:
+        """Find pictures without labels."""
+        samples, _ = get_samples(self.img_prefix, None, self.is_valid_file)
+        if not samples:
+            raise ValueError(f'{self.img_prefix} has no picture in it '
+                             f'({", ".join(sorted(self.extensions))}).')
+        return samples
+
+    def _read_list(self) -> list:
+        """Read the names and, unless ``with_label`` is False, the labels in ``ann_file``."""
+        if not fileio.exists(self.ann_file):
+            raise FileNotFoundError(f'There is no list {self.ann_file!r}: check `data_root` and '
+                                    '`ann_file` of the dataset in the config.')
+        lines = [(number, line.strip()) for number, line
+                 in enumerate(fileio.list_from_file(self.ann_file), start=1) if line.strip()]
+        if not lines:
+            raise ValueError(f'{self.ann_file} is empty.')
+        if not self.with_label:
+            return [line for _, line in lines]
+
+        classes = self._metainfo.get('classes')
+        if classes is None:
+            raise ValueError(
+                f'{self.ann_file} numbers the classes, but nothing names them: set '
+                '`metainfo=dict(classes=...)` of the dataset in the config, or `classes` to a file '
+                'with a name in each line.')
+        samples, faulty = [], []
+        for number, line in lines:
+            name, _, label = line.rpartition(' ')
+            if name.strip() and label.isdecimal() and int(label) < len(classes):
+                samples.append((name.strip(), int(label)))
+            else:
+                faulty.append(f'line {number} is {line!r}')
+        if faulty:
+            raise ValueError(
+                f"{self.ann_file}: each line must be '<path> <label>' with a label from 0 to "
+                f'{len(classes) - 1}, since there are {len(classes)} classes by name; but '
+                f'{_join(faulty)}.')
+        return samples
+
+    def _check_picture(self, info: dict, cause: Exception) -> None:
+        """Raise an error that names a picture, if it does not exist or cannot be decoded."""
+        path = info['img_path']
+        label = info.get('gt_label')
+        described = f'picture {path!r}'
+        if label is not None:
+            described += f' (class {label}, {self.metainfo["classes"][label]})'
+        try:
+            content = fileio.get(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f'The {described} does not exist: check `data_root`, `split` and `ann_file` of the '
+                'dataset in the config.') from cause
+        if not content:
+            raise ValueError(f'The {described} cannot be decoded: the file is empty. Replace or '
+                             'remove it.') from cause
+        try:
+            decoded = mmcv.imfrombytes(content) is not None
+        except Exception:  # each decoder has exceptions of its own
+            decoded = False
+        if not decoded:
+            raise ValueError(f'The {described} cannot be decoded: it is of no known image format, '
+                             'or damaged. Replace or remove it.') from cause
+
+
+@DATASETS.register_module()
+class CheckedImageNet(CheckedImageFolder):
+    """ImageNet-1k, with mmpretrain's names of its classes.
+
+    Under ``data_root``, ``train/`` and ``val/`` each with a folder for each synset, as the archives
+    unpack; or the pictures anywhere in them and the lists ``meta/train.txt`` and ``meta/val.txt``.
+    The arguments are those of :class:`CheckedImageFolder`.
+    """
+
+    METAINFO = dict(classes=IMAGENET_CATEGORIES)
+
+
+def _join(items: Iterable[str]) -> str:
+    """List items, shortened where there are many."""
+    items = list(items)
+    more = f', ... ({len(items)} in all)' if len(items) > _MAX_NAMED else ''
+    return ', '.join(items[:_MAX_NAMED]) + more

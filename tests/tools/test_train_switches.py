@@ -1,0 +1,144 @@
+"""The switches for scaling, each in a few iterations of a user's classifier on the CPU."""
+
+import os
+import runpy
+import shutil
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from torch.testing import assert_close
+
+from spartan_mm.engine import launch
+
+TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'
+
+
+class Recorder(Hook):
+    """Notes what the iterations of a training do."""
+
+    def before_train(self, runner):
+        self.runner = runner
+        self.losses, self.weights, self.maps = [], [self.weight()], []
+        convolution = runner.model.backbone.stem[0].conv
+        convolution.register_forward_hook(lambda *call: self.maps.append(call[-1]))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(outputs['loss'].detach().float())
+        self.weights.append(self.weight())
+
+    def weight(self):
+        return self.runner.model.head.fc.weight.detach().clone()
+
+
+@pytest.fixture
+def train(user_project, monkeypatch, tmp_path):
+    """Run the command in this process; return what was noted."""
+    monkeypatch.chdir(user_project)
+    build_runner, numbers = launch.build_runner, count()
+
+    def train(*flags, options=()):
+        recorder = Recorder()
+
+        def build(cfg):
+            # Runners have names of their own in a process.
+            cfg.experiment_name = f'{tmp_path.name}_{next(numbers)}'
+            runner = build_runner(cfg)
+            runner.register_hook(recorder)
+            return runner
+
+        monkeypatch.setattr(launch, 'build_runner', build)
+        monkeypatch.setattr(sys, 'argv', [
+            'train.py', 'user_classifier.py', '--seed', '1', *flags,
+            '--work-dir', str(tmp_path / 'work_dir'), '--cfg-options',
+            'train_dataloader.batch_size=2', *options])
+        runpy.run_path(str(TRAIN), run_name='__main__')
+        return recorder
+
+    return train
+
+
+def read_checkpoint(tmp_path, name='epoch_1.pth'):
+    return torch.load(tmp_path / 'work_dir' / name, weights_only=False)
+
+
+def steps_taken(checkpoint):
+    [steps] = {int(state['step']) for state in checkpoint['optimizer']['state'].values()}
+    return steps
+
+
+def test_gradients_accumulate(train, tmp_path):
+    run = train(options=['optim_wrapper.accumulative_counts=2', 'train_cfg.max_epochs=2'])
+    changed = [not torch.equal(before, after)
+               for before, after in zip(run.weights, run.weights[1:], strict=False)]
+    assert changed == [False, True, False, True]
+    assert steps_taken(read_checkpoint(tmp_path, 'epoch_2.pth')) == 2
+
+
+@pytest.mark.parametrize('flags, dtype', [
+    (['--amp'], torch.float16), (['--amp', 'bfloat16'], torch.bfloat16)])
+def test_mixed_precision(train, tmp_path, flags, dtype):
+    run = train(*flags)
+    assert {computed.dtype for computed in run.maps[:2]} == {dtype}
+    assert_close(run.losses[0], train().losses[0], rtol=0.05, atol=0)
+    assert not torch.equal(run.weights[0], run.weights[-1])
+    assert {weight.dtype for weight in run.runner.model.parameters()} == {torch.float32}
+    # Only float16 has its loss scaled.
+    assert run.runner.optim_wrapper.loss_scaler.is_enabled() == (dtype == torch.float16)
+
+
+def test_mixed_precision_is_resumed(train, tmp_path):
+    train('--amp')
+    scale = read_checkpoint(tmp_path)['optimizer']['loss_scaler']['scale']
+    assert scale > 1
+    run = train('--amp', '--resume', options=['train_cfg.max_epochs=2'])
+    assert len(run.losses) == 2
+    checkpoint = read_checkpoint(tmp_path, 'epoch_2.pth')
+    assert steps_taken(checkpoint) == 4
+    assert checkpoint['optimizer']['loss_scaler']['_growth_tracker'] == 4
+
+
+def test_a_resumed_training_goes_on_as_if_nothing_had_happened(train, tmp_path):
+    options = ['model.backbone.drop_path_rate=0.']  # what is random but the order of the pictures
+    whole = train(options=[*options, 'train_cfg.max_epochs=2'])
+    shutil.rmtree(tmp_path / 'work_dir')
+    train(options=options)
+    resumed = train('--resume', options=[*options, 'train_cfg.max_epochs=2'])
+    assert_close(resumed.losses, whole.losses[2:])
+    assert_close(resumed.weights[1:], whole.weights[3:])
+    assert steps_taken(read_checkpoint(tmp_path, 'epoch_2.pth')) == 4
+
+
+def test_channels_last(train):
+    plain, run = train(), train('--channels-last')
+    for convolution in (run.runner.model.backbone.stem[0].conv,
+                        run.runner.model.backbone.stages[1].embedding.conv):
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(computed.is_contiguous(memory_format=torch.channels_last) for computed in run.maps)
+    assert not any(computed.is_contiguous(memory_format=torch.channels_last)
+                   for computed in plain.maps)
+    assert_close(run.losses, plain.losses, rtol=1e-4, atol=1e-5)
+
+
+def test_compile(train):
+    """Traces the model and its gradients, all but the code for the machine."""
+    check_compiled(train, 'compile.backend=aot_eager')
+
+
+@pytest.mark.skipif('SLOW_TESTS' not in os.environ,
+                    reason='takes minutes; set SLOW_TESTS=1 to run it')
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))),
+                    reason='torch.compile needs a C++ compiler on a CPU, and there is none')
+def test_compile_to_machine_code(train):
+    check_compiled(train, 'compile=True')
+
+
+def check_compiled(train, option):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = train(options=[option])
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
+    assert_close(run.losses, train().losses, rtol=1e-3, atol=1e-4)
