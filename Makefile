@@ -3,7 +3,7 @@
 # make demo-classification   the same for a classifier, on real handwritten digits
 # make test    lint and tests
 # make lint    ruff alone
-# make clean   remove .venv and what training, tests and builds leave
+# make clean   remove .venv and what tests and builds leave
 
 VENV := .venv
 PY := $(VENV)/bin/python
