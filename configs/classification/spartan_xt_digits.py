@@ -20,3 +20,4 @@ default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(_delete_=True, type='CheckpointHook', interval=1, max_keep_ckpts=1))
 auto_scale_lr = dict(base_batch_size=32)
+randomness = dict(seed=0)
