@@ -183,8 +183,9 @@ class CheckedImageFolder(CustomDataset):
 class CheckedImageNet(CheckedImageFolder):
     """ImageNet-1k, with mmpretrain's names of its classes.
 
-    Under ``data_root``, ``train/`` and ``val/`` each with a folder for each synset, as the archives
-    unpack; or the pictures anywhere in them and the lists ``meta/train.txt`` and ``meta/val.txt``.
+    Under ``data_root``, ``train/`` and ``val/`` each with a folder for each synset; or the pictures
+    anywhere in them and the lists ``meta/train.txt`` and ``meta/val.txt``, which the validation
+    pictures need as their archive unpacks them.
     The arguments are those of :class:`CheckedImageFolder`.
     """
 

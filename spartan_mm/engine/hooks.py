@@ -68,6 +68,11 @@ def _check_heads(model: nn.Module, dataset: Any, loader: str) -> None:
     for name, head in _heads(model):
         if head.num_classes != len(classes):
             setting = f'model.{name}.num_classes={len(classes)}'
+            own = model.module if is_model_wrapper(model) else model
+            preprocessor = getattr(own, 'data_preprocessor', None)
+            if isinstance(getattr(preprocessor, 'num_classes', None), int):
+                # mmpretrain's, which makes the targets of mixed images.
+                setting += f' model.data_preprocessor.num_classes={len(classes)}'
             raise ValueError(
                 f'model.{name} ({type(head).__name__}) has num_classes={head.num_classes}, but the '
                 f'dataset of {loader}, {_describe(dataset)}, has {len(classes)} classes '

@@ -71,7 +71,8 @@ def test_two_processes(tmp_path, empty):
     done = subprocess.run(
         ['bash', str(ROOT / 'tools' / 'dist_train.sh'), str(tmp_path / 'own.py'), '2',
          '--work-dir', str(work_dir)],
-        env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
+        env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1',
+                             CUDA_VISIBLE_DEVICES=''),
         capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
