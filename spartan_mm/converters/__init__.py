@@ -1,1 +1,1 @@
-"""Converters of the original authors' checkpoints: pure functions from state dict to state dict."""
+"""Checkpoints of the original authors and of transformers in our names, and back."""

@@ -1,18 +1,24 @@
 """What the converters share: safe reading, strict accounting for keys and shapes, safe writing."""
-import argparse
-import os
-import re
+import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..files import write_whole
+
 StateDict = dict[str, Tensor]
+Names = dict[str, list[str]]
+"""For each name of ours the foreign one, or several whose tensors are ours when concatenated."""
+
+# Of Python's own modules, those whose classes hold values, as settings in checkpoints do.
+_VALUE_MODULES = frozenset(['argparse', 'collections', 'copyreg', 'datetime', 'decimal', 'enum',
+                            'fractions', 'pathlib', 'types', 'typing', 'uuid'])
 
 
 class ConversionError(ValueError):
@@ -28,54 +34,59 @@ class _Placeholder:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
+    def _ignore(self, *args):
         pass
+
+    __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
 def load_checkpoint(path: str | Path) -> Any:
     """Read a checkpoint onto the CPU without running any code that it names.
 
     Training checkpoints often hold more than tensors: the authors' SpaRTAN files carry an omegaconf
-    config, for which ``torch.load(weights_only=True)`` refuses the whole file. Objects of a class
-    that it does not know are read as empty placeholders here, so that the packages they come from
-    need not be installed either.
+    config. Objects of classes from other packages are read as empty placeholders here, so that the
+    packages need not be installed either. A file that names functions of Python or of the operating
+    system is refused.
 
     Args:
-        path: File written by ``torch.save``.
+        path: File written by ``torch.save``, or in the safetensors format.
 
     Returns:
-        What was saved, with placeholders for foreign objects.
+        What was saved, with placeholders for foreign objects; of a safetensors file its
+        `state_dict`, and `meta` if the file has that.
 
     Raises:
-        ConversionError: If the file does not exist or is not a checkpoint.
+        ConversionError: If the file does not exist, is not a checkpoint, or is refused.
     """
+    # It imports mmengine, and from this package.
+    from ..engine.reading import CheckpointError, read_checkpoint
     path = Path(path)
-    if not path.is_file():
-        raise ConversionError(f'{path} does not exist or is not a file')
+    if path.is_dir():
+        raise ConversionError(f'{path} is a folder, not a checkpoint')
     try:
         with _placeholders(path):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    # Bytes that are not a checkpoint can make torch.load raise anything.
-    except Exception as error:
-        # torch hides the reason between pieces of advice on how to load the file unsafely.
-        reason = re.search(r'(?<=WeightsUnpickler error: ).+|\A(?!Weights only).+', str(error))
-        raise ConversionError(f'{path} is not a checkpoint that can be read safely: '
-                              f'{reason[0] if reason else type(error).__name__}') from error
+            return read_checkpoint(path)
+    except (CheckpointError, OSError) as error:
+        raise ConversionError(str(error)) from error
 
 
 def _placeholders(path: Path) -> AbstractContextManager:
     """Context in which the unknown classes of the file at `path` stand for placeholders."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (AttributeError, ValueError):
-        # PyTorch before 2.6 cannot list them, no version can for files from before PyTorch 1.6.
+    # PyTorch before 2.6 cannot list them, no version can for files from before PyTorch 1.6, and
+    # what is no checkpoint can raise anything.
+    except Exception:
         return nullcontext()
 
     def stand_in(name):
         module, _, qualname = name.rpartition('.')
         return type(qualname, (_Placeholder, ), dict(__module__=module, __qualname__=qualname))
 
-    return torch.serialization.safe_globals([stand_in(name) for name in names])
+    # What is left out here is refused when the file is read.
+    refused = sys.stdlib_module_names - _VALUE_MODULES
+    return torch.serialization.safe_globals(
+        [stand_in(name) for name in names if name.partition('.')[0] not in refused])
 
 
 def pick_state_dict(checkpoint: Any, entries: Sequence[str] = ('model', )) -> StateDict:
@@ -153,27 +164,46 @@ def check_keys(given: Iterable[str], wanted: Iterable[str]) -> None:
         raise ConversionError('the checkpoint does not fit:\n' + '\n'.join(report))
 
 
-def rename(state_dict: Mapping[str, Tensor],
-           sources: Mapping[str, str | Sequence[str]]) -> StateDict:
-    """Give tensors their new names, using every tensor.
+def rename(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
+    """Give foreign tensors our names, using every tensor.
 
     Args:
-        state_dict: Tensors by old name.
-        sources: For each new name the old one, or several whose tensors are concatenated along the
-            first dimension.
+        state_dict: Tensors by foreign name.
+        names: For each name of ours the foreign ones.
 
     Returns:
-        Tensors by new name.
+        Tensors by our name.
 
     Raises:
-        ConversionError: If an old name is missing, or left over.
+        ConversionError: If a foreign name is missing, or left over.
     """
-    sources = {name: [source] if isinstance(source, str) else list(source)
-               for name, source in sources.items()}
-    check_keys(state_dict, [old for olds in sources.values() for old in olds])
-    tensors = {name: [state_dict[old] for old in olds] for name, olds in sources.items()}
-    return {name: parts[0] if len(parts) == 1 else torch.cat(parts)
-            for name, parts in tensors.items()}
+    check_keys(state_dict, [theirs for parts in names.values() for theirs in parts])
+    tensors = {ours: [state_dict[theirs] for theirs in parts] for ours, parts in names.items()}
+    return {ours: parts[0] if len(parts) == 1 else torch.cat(parts)
+            for ours, parts in tensors.items()}
+
+
+def rename_back(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
+    """Give our tensors their foreign names, using every tensor; undoes ``rename``.
+
+    Args:
+        state_dict: Tensors by our name. What is several tensors elsewhere consists of equal parts.
+        names: For each name of ours the foreign ones.
+
+    Returns:
+        Tensors by foreign name, none of which share memory.
+
+    Raises:
+        ConversionError: If a name of ours is missing, or left over.
+    """
+    check_keys(state_dict, names)
+    return {theirs: part if len(parts) == 1 else part.clone()
+            for ours, parts in names.items()
+            for theirs, part in zip(parts, _split(state_dict[ours], len(parts)), strict=True)}
+
+
+def _split(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    return [tensor] if count == 1 else tensor.chunk(count)
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
@@ -193,11 +223,13 @@ def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequen
                               + '\n  '.join(wrong))
 
 
-def save_checkpoint(checkpoint: Any, path: str | Path) -> None:
+def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
     """Write a checkpoint so that `path` holds either all of it or what it held before.
 
     Args:
-        checkpoint: Anything ``torch.save`` takes.
+        checkpoint: Anything ``torch.save`` takes. For a name that ends in '.safetensors' either
+            tensors by name, or these as `state_dict` beside `meta`, which goes into the file's
+            header as JSON (entry 'meta').
         path: File to write; its folder is made if need be.
 
     Raises:
@@ -205,44 +237,36 @@ def save_checkpoint(checkpoint: Any, path: str | Path) -> None:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-                dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
-            try:
+        with write_whole(path) as file:
+            if path.suffix == '.safetensors':
+                file.write(_to_safetensors(checkpoint))
+            else:
                 torch.save(checkpoint, file)
-                # A temporary file is private to its owner; a checkpoint gets the usual permissions.
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(file.name, 0o666 & ~umask)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
     except OSError as error:
         raise ConversionError(f'{path} cannot be written: {error.strerror or error}') from error
 
 
-def run_command(convert: Callable[[StateDict], tuple[StateDict, dict]], description: str,
-                entries: Sequence[str] = ('model', )) -> None:
-    """Be the command `SRC DST` of a converter: read, convert, write, say what was found.
+def _to_safetensors(checkpoint: Mapping) -> bytes:
+    # transformers insists on the entry 'format'.
+    metadata = dict(format='pt')
+    if 'meta' in checkpoint:
+        metadata['meta'] = json.dumps(checkpoint['meta'])
+        checkpoint = checkpoint['state_dict']
+    return safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in checkpoint.items()}, metadata)
 
-    Ends the process with status 1 and one message if anything is wrong with the checkpoint.
+
+def run_command(work: Callable[..., str], src: str, **options: Any) -> None:
+    """Be a converter's command: do the work and print what it returns.
+
+    Ends the process with status 1 and a message, without a traceback, if it cannot be done.
 
     Args:
-        convert: The conversion: weights to weights and what `meta` says of the architecture.
-        description: Help text of the command.
-        entries: See ``pick_state_dict``.
+        work: Called with `src` and `options`; returns what to tell the user.
+        src: What to convert.
+        options: The command's other arguments.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('src', metavar='SRC', help='the original checkpoint')
-    parser.add_argument('dst', metavar='DST', help='file to write')
-    args = parser.parse_args()
     try:
-        state_dict, arch = convert(pick_state_dict(load_checkpoint(args.src), entries))
-        save_checkpoint(dict(state_dict=state_dict, meta=dict(arch=arch)), args.dst)
+        print(work(src, **options))
     except ConversionError as error:
-        sys.exit(f'{args.src} was not converted: {error}')
-
-    print(f'architecture: {arch}')
-    print(f'{len(state_dict)} tensors written to {args.dst}')
+        sys.exit(f'error: {src} was not converted: {error}')

@@ -1,8 +1,6 @@
 """Official RT-DETR weights: nothing missing, nothing left over, and the right settings."""
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +9,31 @@ from mmengine.registry import init_default_scope
 from torch.testing import assert_close
 
 from spartan_mm.converters.common import ConversionError
-from spartan_mm.converters.rtdetr import convert_resnet_vd, convert_rtdetr
+from spartan_mm.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / 'tests' / 'data' / 'golden'
-TOOL = ROOT / 'tools' / 'model_converters' / 'rtdetr_to_mm.py'
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
 
 
-@pytest.fixture
-def official():
-    """The official state dict of a small-headed R18."""
-    shapes = json.loads((GOLDEN / 'rtdetr_r18vd.json').read_text())['shapes']
+def read_golden(case):
+    shapes = json.loads((GOLDEN / f'{case}.json').read_text())['shapes']
     return {name: torch.from_numpy(value)
             for name, value in STAND_IN['fill_state_dict'](shapes).items()}
 
 
-def deepened(official, blocks, bottleneck):
-    """The backbone's tensors as another depth has them, without contents."""
+@pytest.fixture(scope='module')
+def golden():
+    return read_golden('rtdetr_r18vd')
+
+
+@pytest.fixture
+def official(golden):
+    """The official state dict of a small-headed R18, to be changed."""
+    return dict(golden)
+
+
+def resnet(blocks, bottleneck):
+    """A backbone's tensors as another depth has them, without contents."""
     tensors = {f'conv1.conv1_{k}.conv.weight': torch.zeros(1) for k in (1, 2, 3)}
     norms = [f'conv1.conv1_{k}.norm' for k in (1, 2, 3)]
     for stage, count in enumerate(blocks):
@@ -43,60 +48,99 @@ def deepened(official, blocks, bottleneck):
     for norm in norms:
         for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
             tensors[f'{norm}.{leaf}'] = torch.zeros(1)
-    rest = {name: tensor for name, tensor in official.items() if not name.startswith('backbone.')}
-    return rest | {f'backbone.{name}': tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def assert_identical(actual, expected):
+    """The same names, shapes, types and bits."""
+    assert actual.keys() == expected.keys()
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------- to ours
 
 
 def test_settings_are_read_from_the_shapes(official):
     _, settings = convert_rtdetr(official)
     assert settings == dict(
-        backbone=dict(type='ResNetVd', depth=18, out_indices=(1, 2, 3)),
-        neck=dict(in_channels=[128, 256, 512], embed_dims=256, ffn_dims=1024, expansion=0.5,
-                  num_blocks=3),
-        decoder=dict(in_channels=[256] * 3, embed_dims=256, num_layers=3, ffn_dims=1024),
+        backbone=dict(type='ResNetVd', depth=18, out_indices=(1, 2, 3),
+                      norm_cfg=dict(type='BN', requires_grad=True), norm_eval=False),
+        neck=dict(in_channels=[128, 256, 512], embed_dims=256, num_heads=8, ffn_dims=1024,
+                  expansion=0.5, num_blocks=3),
+        decoder=dict(in_channels=[256] * 3, embed_dims=256, num_layers=3, num_heads=8,
+                     num_points=4, ffn_dims=1024),
         bbox_head=dict(num_classes=7, embed_dims=256))
 
 
 @pytest.mark.parametrize('depth, blocks, bottleneck', [
     (34, (3, 4, 6, 3), False), (50, (3, 4, 6, 3), True), (101, (3, 4, 23, 3), True)])
-def test_names_of_other_depths_are_those_of_the_model(official, depth, blocks, bottleneck):
+def test_names_of_other_depths_are_those_of_the_model(depth, blocks, bottleneck):
     from spartan_mm.detection import ResNetVd
-    converted, settings = convert_rtdetr(deepened(official, blocks, bottleneck))
-    assert settings['backbone']['depth'] == depth
-    assert {name.removeprefix('backbone.') for name in converted
-            if name.startswith('backbone.')} == ResNetVd(depth=depth).state_dict().keys()
+    with torch.device('meta'):
+        expected = ResNetVd(depth=depth).state_dict()
+    assert convert_resnet_vd(resnet(blocks, bottleneck)).keys() == expected.keys()
 
 
 def test_no_other_depth(official):
+    official = {name: tensor for name, tensor in official.items()
+                if not name.startswith('backbone.')}
+    official |= {f'backbone.{name}': tensor
+                 for name, tensor in resnet((2, 2, 2, 3), False).items()}
     with pytest.raises(ConversionError, match=r'\(2, 2, 2, 3\) basic'):
-        convert_rtdetr(deepened(official, (2, 2, 2, 3), False))
+        convert_rtdetr(official)
+
+
+def test_no_other_backbone(official):
+    official = {name.replace('backbone.res_layers.', 'backbone.stages.'): tensor
+                for name, tensor in official.items()}
+    with pytest.raises(ConversionError, match='neither a ResNet-vd nor a SpaRTAN'):
+        convert_rtdetr(official)
 
 
 @pytest.mark.parametrize('name', [
     'backbone.conv1.conv1_2.norm.bias', 'encoder.lateral_convs.1.conv.weight',
-    'encoder.fpn_blocks.0.bottlenecks.1.conv2.norm.running_mean',
-    'decoder.decoder.layers.1.cross_attn.sampling_offsets.bias', 'decoder.enc_score_head.weight',
-    'decoder.denoising_class_embed.weight'])
+    'encoder.fpn_blocks.0.bottlenecks.1.conv2.norm.running_mean', 'encoder.encoder.0.layers.0.'
+    'linear2.weight', 'decoder.decoder.layers.1.cross_attn.sampling_offsets.bias',
+    'decoder.enc_score_head.weight', 'decoder.denoising_class_embed.weight'])
 def test_missing_key_is_listed(official, name):
     del official[name]
-    with pytest.raises(ConversionError, match='missing keys:\n  (backbone.)?'
-                       + name.removeprefix('backbone.').replace('.', r'\.')):
+    with pytest.raises(ConversionError, match='missing keys:\n  ' + name.replace('.', r'\.') + '$'):
         convert_rtdetr(official)
 
 
 @pytest.mark.parametrize('name', ['decoder.anchors', 'backbone.extra', 'something'])
 def test_leftover_key_is_listed(official, name):
     official[name] = torch.zeros(1)
-    with pytest.raises(ConversionError, match='keys left over:\n  (backbone.)?'
-                       + name.removeprefix('backbone.').replace('.', r'\.')):
+    with pytest.raises(ConversionError,
+                       match='keys left over:\n  ' + name.replace('.', r'\.') + '$'):
+        convert_rtdetr(official)
+
+
+@pytest.mark.parametrize('name, shape, message', [
+    ('decoder.dec_score_head.1.weight', (9, 256),
+     r'cls_branches\.1\.weight: \(9, 256\) instead of \(7, 256\)'),
+    ('backbone.res_layers.1.blocks.0.branch2a.conv.weight', (128, 64, 1, 1),
+     r'layer2\.0\.conv1\.weight: \(128, 64, 1, 1\) instead of \(128, 64, 3, 3\)'),
+    ('decoder.denoising_class_embed.weight', (7, 256),
+     r'label_embedding\.weight: \(7, 256\) instead of \(8, 256\)'),
+    ('decoder.decoder.layers.0.cross_attn.attention_weights.bias', (90, ),
+     'the 90 attention weights .* not equally many for each of 8 heads and 3 maps'),
+    ('encoder.encoder.0.layers.0.linear2.weight', (), 'the shapes are not those of an RT-DETR'),
+])
+def test_shapes_that_do_not_fit(official, name, shape, message):
+    official[name] = torch.zeros(shape)
+    with pytest.raises(ConversionError, match=message):
         convert_rtdetr(official)
 
 
 def test_frozen_norms_get_a_counter(official):
     """The official frozen BatchNorm has no `num_batches_tracked`."""
-    without = {name: tensor for name, tensor in official.items()
-               if not name.endswith('num_batches_tracked')}
-    assert_close(convert_rtdetr(without)[0], convert_rtdetr(official)[0])
+    frozen = {name: tensor for name, tensor in official.items()
+              if not (name.startswith('backbone.') and name.endswith('num_batches_tracked'))}
+    converted, settings = convert_rtdetr(frozen)
+    assert converted['backbone.stem.1.num_batches_tracked'] == 0
+    assert settings['backbone']['norm_cfg'] == dict(type='BN', requires_grad=False)
+    assert_identical(export_rtdetr(converted, settings)[0], frozen)
 
 
 def test_pretrained_backbone_loads_by_init_cfg(official, tmp_path):
@@ -120,24 +164,111 @@ def test_pretrained_backbone_loads_by_init_cfg(official, tmp_path):
         MODELS.build(settings).init_weights()
 
 
-def run_tool(*args):
-    return subprocess.run([sys.executable, str(TOOL), *map(str, args)], capture_output=True,
-                          text=True, env=dict(PYTHONPATH=str(ROOT)))
+# -------------------------------------------------------------------------------------- version 2
 
 
-def test_command(official, tmp_path):
-    trained = {name: tensor + 1 for name, tensor in official.items()}
-    torch.save(dict(model=trained, ema=dict(module=official, updates=3), last_epoch=71),
-               tmp_path / 'official.pth')
-    done = run_tool(tmp_path / 'official.pth', tmp_path / 'out' / 'ours.pth')
-    assert done.returncode == 0, done.stderr
-    assert "'depth': 18" in done.stdout
-    saved = torch.load(tmp_path / 'out' / 'ours.pth', weights_only=True)
-    assert_close(saved['state_dict'], convert_rtdetr(official)[0], rtol=0, atol=0)
+@pytest.fixture
+def version_2(official):
+    """The same model as version 2 names it, with its constants."""
+    renamed = {}
+    for name, tensor in official.items():
+        for level in range(3):
+            name = name.replace(f'encoder.input_proj.{level}.0.',
+                                f'encoder.input_proj.{level}.conv.')
+            name = name.replace(f'encoder.input_proj.{level}.1.',
+                                f'encoder.input_proj.{level}.norm.')
+        name = name.replace('enc_output.0.', 'enc_output.proj.')
+        renamed[name.replace('enc_output.1.', 'enc_output.norm.')] = tensor
+    for layer in range(3):
+        renamed[f'decoder.decoder.layers.{layer}.cross_attn.num_points_scale'] = \
+            torch.full((12, ), 0.25)
+    return renamed | {'decoder.anchors': torch.zeros(1, 8400, 4),
+                      'decoder.valid_mask': torch.ones(1, 8400, 1, dtype=torch.bool)}
 
-    del official['decoder.enc_output.0.bias']
-    torch.save(official, tmp_path / 'damaged.pth')
-    done = run_tool(tmp_path / 'damaged.pth', tmp_path / 'none.pth')
-    assert done.returncode == 1
-    assert 'decoder.enc_output.0.bias' in done.stderr and 'Traceback' not in done.stderr
-    assert not (tmp_path / 'none.pth').exists()
+
+def test_version_2_is_the_same_model(official, version_2):
+    converted, settings = convert_rtdetr(version_2)
+    expected, expected_settings = convert_rtdetr(official)
+    assert_identical(converted, expected)
+    assert settings == expected_settings
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda weights: weights.update({
+        'decoder.decoder.layers.1.cross_attn.num_points_scale':
+            torch.tensor([1 / count for count in (2, 4, 6) for _ in range(count)])}),
+     r'layers\.1\.cross_attn\.num_points_scale says .* numbers of sampling points \(2, 4, 6\)'),
+    (lambda weights: weights.update({'decoder.tgt_embed.weight': torch.zeros(50, 256)}),
+     'learnt contents'),
+    (lambda weights: weights.update({'decoder.enc_score_head.weight': torch.zeros(1, 256),
+                                     'decoder.enc_score_head.bias': torch.zeros(1)}),
+     'without regard to classes'),
+    (lambda weights: weights.pop('decoder.enc_output.norm.weight'),
+     r'missing keys:\n  decoder\.enc_output\.1\.weight$')])
+def test_version_2_with_what_is_not_here(version_2, change, message):
+    change(version_2)
+    with pytest.raises(ConversionError, match=message):
+        convert_rtdetr(version_2)
+
+
+# --------------------------------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize('case', ['rtdetr_r18vd', 'rtdetr_spartan_xt'])
+def test_there_and_back(case):
+    official = read_golden(case)
+    converted, settings = convert_rtdetr(official)
+    exported, exported_settings = export_rtdetr(converted, settings)
+    assert_identical(exported, official)
+    assert exported_settings == settings
+    # The weights alone say the same.
+    assert export_rtdetr(converted)[0].keys() == official.keys()
+
+
+@pytest.mark.parametrize('case, counters', [('frozen', 0), ('trained', 1)])
+def test_r50_there_and_back(case, counters):
+    """With counters at 0 the BatchNorms are frozen, and officially have none."""
+    from spartan_mm.detection import RTDETR
+    init_default_scope('mmdet')
+    with torch.device('meta'):
+        model = RTDETR(
+            backbone=dict(type='ResNetVd', depth=50, out_indices=(1, 2, 3)),
+            neck=dict(type='HybridEncoder', in_channels=[512, 1024, 2048], embed_dims=32,
+                      ffn_dims=48, num_blocks=2),
+            decoder=dict(in_channels=[32] * 3, embed_dims=32, num_layers=2, num_points=3,
+                         ffn_dims=48),
+            bbox_head=dict(type='RTDETRHead', num_classes=5, embed_dims=32))
+    # Every tensor has a number of its own, which takes no memory.
+    ours = {name: torch.tensor(float(index)).expand(tensor.shape) if tensor.ndim
+            else torch.tensor(counters)
+            for index, (name, tensor) in enumerate(model.state_dict().items())}
+    exported, settings = export_rtdetr(ours)
+    assert settings['backbone']['depth'] == 50
+    assert settings['decoder']['num_points'] == 3
+    assert 'encoder.fpn_blocks.0.conv3.conv.weight' not in exported
+    assert exported['backbone.res_layers.0.blocks.0.short.conv.weight'].shape == (256, 64, 1, 1)
+    kept = 'backbone.res_layers.0.blocks.0.short.norm.num_batches_tracked' in exported
+    assert kept == (case == 'trained')
+    assert_identical(convert_rtdetr(exported)[0], ours)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda ours: ours.pop('decoder.layers.1.norm2.bias'),
+     r'missing keys:\n  decoder\.layers\.1\.norm2\.bias$'),
+    (lambda ours: ours.pop('backbone.layer2.1.bn1.weight'),
+     r'missing keys:\n  backbone\.layer2\.1\.bn1\.weight$'),
+    (lambda ours: ours.update({'query_embedding.weight': torch.zeros(1)}),
+     r'keys left over:\n  query_embedding\.weight$'),
+    (lambda ours: ours.update({'backbone.fc.bias': torch.zeros(1)}),
+     r'keys left over:\n  backbone\.fc\.bias$'),
+    (lambda ours: ours.update({'memory_trans_fc.bias': torch.zeros(2)}),
+     r'memory_trans_fc\.bias: \(2,\) instead of \(256,\)'),
+    (lambda ours: ours.update(
+        {'neck.top_down_blocks.0.blocks.0.fused.weight': torch.zeros(1)}), 'is fused'),
+    (lambda ours: [ours.pop(name) for name in list(ours) if name.startswith('backbone.')],
+     'neither a ResNetVd nor a SpaRTAN')])
+def test_ours_that_do_not_fit(official, change, message):
+    ours = convert_rtdetr(official)[0]
+    change(ours)
+    with pytest.raises(ConversionError, match=message):
+        export_rtdetr(ours)

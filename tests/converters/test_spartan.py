@@ -1,11 +1,6 @@
 """The authors' SpaRTAN checkpoints: same outputs after conversion, and no key unaccounted for."""
-import contextlib
 import json
-import os
 import runpy
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +12,14 @@ from torch import nn
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.converters import common
 from spartan_mm.converters.common import ConversionError
-from spartan_mm.converters.spartan import convert_spartan, convert_spartan_backbone
+from spartan_mm.converters.spartan import (
+    convert_spartan,
+    convert_spartan_backbone,
+    export_spartan,
+)
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'data' / 'golden'
-TOOL = ROOT / 'tools' / 'model_converters' / 'spartan_to_mm.py'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
 
 
@@ -211,144 +209,62 @@ def test_another_model():
         convert_spartan(nn.Linear(2, 2).state_dict())
 
 
-# ----------------------------------------------------------------------------- reading and writing
+# --------------------------------------------------------------------------------------- and back
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda weights: weights,
-    lambda weights: dict(epoch=3, model=weights),
-    lambda weights: dict(model={f'module.{name}': value for name, value in weights.items()}),
-    lambda weights: dict(ema=dict(module=weights), model={}),
-], ids=['plain', 'model', 'model with module.', 'ema'])
-def test_state_dict_is_found_in_a_checkpoint(wrap):
-    weights = nn.Linear(2, 3).state_dict()
-    found = common.pick_state_dict(wrap(weights), entries=('ema.module', 'model'))
-    torch.testing.assert_close(found, dict(weights))
+def assert_identical(actual, expected):
+    """The same names, shapes, types and bits."""
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('checkpoint, message', [
-    ([1, 2], 'holds no state dict, neither as a whole nor under model'),
-    ({}, 'holds no state dict'),
-    (dict(epoch=3, optim={}), 'these entries are not tensors: epoch, optim'),
-    (dict(model=dict(weight='no')), 'not tensors: weight'),
-])
-def test_checkpoint_without_weights(checkpoint, message):
-    with pytest.raises(ConversionError, match=message):
-        common.pick_state_dict(checkpoint)
+@pytest.mark.parametrize('case', ['spartan_small', 'spartan_xt'])
+def test_there_and_back(case):
+    state_dict = official(read_manifest(case)['shapes'])
+    converted, arch = convert_spartan(state_dict)
+    exported, exported_arch = export_spartan(converted)
+    assert_identical(exported, state_dict)
+    assert exported_arch == arch
 
 
-def test_foreign_objects_are_read_without_their_package(tmp_path, monkeypatch):
-    """As the authors' checkpoints, which hold a config object beside the weights."""
-    module = types.ModuleType('foreign_config')
-    exec('class Config:\n    pass\n\nclass Node:\n    def __init__(self, value):\n'
-         '        self.value = value\n    def __reduce__(self):\n'
-         '        return type(self), (self.value,)', module.__dict__)
-    monkeypatch.setitem(sys.modules, 'foreign_config', module)
-    config = module.Config()
-    config.content = dict(depth=module.Node(3), kind=dict)
-    path = tmp_path / 'checkpoint.pth'
-    torch.save(dict(config=config, model=dict(weight=torch.ones(2))), path)
-    monkeypatch.delitem(sys.modules, 'foreign_config')
-
-    state_dict = common.pick_state_dict(common.load_checkpoint(path))
-    torch.testing.assert_close(state_dict, dict(weight=torch.ones(2)))
-
-
-class _Attack:
-
-    def __init__(self, call, *arguments):
-        self.reduced = call, arguments
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.mark.parametrize('call, arguments', [
-    (open, ('made', 'w')), (os.system, ('touch made', )), (Path.touch, (Path('made'), ))])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, call, arguments):
-    monkeypatch.chdir(tmp_path)
-    torch.save(dict(attack=_Attack(call, *arguments), model={}), 'checkpoint.pth')
-    # Whether the rest of such a file can be read depends on how the attack is written.
-    with contextlib.suppress(ConversionError):
-        common.load_checkpoint('checkpoint.pth')
-    assert os.listdir() == ['checkpoint.pth']
-
-
-@pytest.mark.parametrize('content', [b'', b'no checkpoint at all', b'PK\x03\x04 a broken archive'])
-def test_file_that_is_no_checkpoint(tmp_path, content):
-    path = tmp_path / 'broken.pth'
-    path.write_bytes(content)
-    with pytest.raises(ConversionError, match=r'broken\.pth is not a checkpoint .*safely: \S'):
-        common.load_checkpoint(path)
-
-
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / 'weights.pth'
-    path.write_text('old')
-
-    def fail(checkpoint, file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(ConversionError, match=r'weights\.pth cannot be written: No space left'):
-        common.save_checkpoint({}, path)
-    assert path.read_text() == 'old'
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# ------------------------------------------------------------------------------------- the command
-
-
-def run_tool(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-    runpy.run_path(str(TOOL), run_name='__main__')
-
-
-def test_command_writes_a_checkpoint_for_pretrained(tmp_path, monkeypatch, capsys, small):
-    torch.save(dict(model={f'module.{name}': value for name, value in small.items()}, epoch=300),
-               tmp_path / 'official.pth')
-    target = tmp_path / 'new' / 'converted.pth'
-    run_tool(monkeypatch, tmp_path / 'official.pth', target)
-    output = capsys.readouterr().out
-    assert "'channels': (16, 24, 40, 64)" in output
-    assert '314 tensors' in output
-
-    checkpoint = torch.load(target, weights_only=True)
-    expected, arch = convert_spartan(small)
-    torch.testing.assert_close(checkpoint['state_dict'], expected, rtol=0, atol=0)
-    assert checkpoint['meta']['arch'] == arch
-
-    backbone = SpaRTAN(arch, init_cfg=dict(
-        type='Pretrained', checkpoint=str(target), prefix='backbone.'))
-    backbone.init_weights()
-    torch.testing.assert_close(dict(backbone.state_dict()),
-                               common.strip_prefix(expected, 'backbone.'), rtol=0, atol=0)
+@pytest.mark.parametrize('arch', [
+    # Wider than T, as the authors' S is, and one with nothing in common with either.
+    dict(stem_channels=24, depths=(2, 3, 4, 2), channels=(48, 96, 160, 320),
+         expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise')),
+    dict(stem_channels=8, depths=(1, 12), channels=(16, 8), expand_ratios=(1, 3),
+         conv_types=('depthwise', 'full'))])
+def test_back_and_there(arch):
+    state_dict = {f'backbone.{name}': torch.randn(value.shape) if value.ndim else value
+                  for name, value in SpaRTAN(arch, out_indices=-1).state_dict().items()}
+    state_dict |= {'head.fc.weight': torch.randn(7, arch['channels'][-1]),
+                   'head.fc.bias': torch.randn(7)}
+    exported, exported_arch = export_spartan(state_dict)
+    assert exported['linear.bias'].shape == (7, )
+    assert exported['layers.0.cmixer.complex'].shape[:3] == (1, 1, 1)
+    converted, converted_arch = convert_spartan(exported)
+    assert_identical(converted, state_dict)
+    assert converted_arch == exported_arch == arch
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda weights: weights.pop('layers.0.scale_1'), 'missing keys:\n  layers.0.scale_1'),
-    (lambda weights: weights.update(extra=torch.zeros(1)), 'keys left over:\n  extra'),
-    (lambda weights: weights.clear(), 'holds no state dict'),
-])
-def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, small, change, message):
-    change(small)
-    torch.save(dict(model=small), tmp_path / 'official.pth')
-    with pytest.raises(SystemExit, match=message):
-        run_tool(monkeypatch, tmp_path / 'official.pth', tmp_path / 'converted.pth')
-    assert not (tmp_path / 'converted.pth').exists()
+    (lambda ours: ours.pop('backbone.stages.1.blocks.0.layer_scale1'),
+     r'missing keys:\n  stages\.1\.blocks\.0\.layer_scale1$'),
+    (lambda ours: ours.pop('head.fc.bias'), r'missing keys:\n  head\.fc\.bias$'),
+    (lambda ours: ours.update({'neck.weight': torch.zeros(1)}),
+     r'keys left over:\n  neck\.weight$'),
+    (lambda ours: ours.update({'backbone.stem.2.bias': torch.zeros(1)}),
+     r'keys left over:\n  stem\.2\.bias$'),
+    (lambda ours: ours.update({'head.fc.weight': torch.zeros(11, 3)}),
+     r'head\.fc\.weight: \(11, 3\) instead of \(11, 64\)'),
+    (lambda ours: ours.update({'backbone.stem.0.norm.bias': torch.zeros(3)}),
+     r'stem\.0\.norm\.bias: \(3,\) instead of \(8,\)')])
+def test_ours_that_do_not_fit(small, change, message):
+    ours = convert_spartan(small)[0]
+    change(ours)
+    with pytest.raises(ConversionError, match=message):
+        export_spartan(ours)
 
 
-def test_command_refuses_a_target_that_cannot_be_written(tmp_path, monkeypatch, small):
-    torch.save(small, tmp_path / 'official.pth')
-    with pytest.raises(SystemExit, match=r'cannot be written'):
-        run_tool(monkeypatch, tmp_path / 'official.pth', tmp_path / 'official.pth' / 'new.pth')
-
-
-def test_command_exit_status_and_message(tmp_path):
-    command = [sys.executable, str(TOOL), str(tmp_path / 'absent.pth'), str(tmp_path / 'new.pth')]
-    done = subprocess.run(command, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)),
-                          capture_output=True, text=True)
-    assert done.returncode == 1
-    assert 'absent.pth does not exist' in done.stderr
-    assert 'Traceback' not in done.stderr
+def test_ours_without_a_spartan():
+    with pytest.raises(ConversionError, match='not a whole SpaRTAN checkpoint'):
+        export_spartan(dict(weight=torch.zeros(1)))

@@ -1,0 +1,195 @@
+"""The commands that convert files."""
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from safetensors.torch import load_file, save_file
+
+from spartan_mm.backbones import SpaRTAN
+from spartan_mm.converters import common
+from spartan_mm.converters.commands import read_ours
+from spartan_mm.converters.rtdetr import convert_rtdetr
+from spartan_mm.converters.spartan import convert_spartan
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools' / 'model_converters'
+GOLDEN = ROOT / 'tests' / 'data' / 'golden'
+STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
+
+
+def read_golden(case):
+    shapes = json.loads((GOLDEN / f'{case}.json').read_text())['shapes']
+    return {name: torch.from_numpy(value)
+            for name, value in STAND_IN['fill_state_dict'](shapes).items()}
+
+
+@pytest.fixture
+def small():
+    return read_golden('spartan_small')
+
+
+@pytest.fixture(scope='module')
+def r18():
+    return read_golden('rtdetr_r18vd')
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Runs a command in this process and returns what it prints."""
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+        return capsys.readouterr().out
+    return run
+
+
+def assert_identical(actual, expected):
+    """The same names, shapes, types and bits."""
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------- SpaRTAN
+
+
+def test_converted_checkpoint_is_good_for_pretrained(tmp_path, run_tool, small):
+    torch.save(dict(model={f'module.{name}': value for name, value in small.items()}, epoch=300),
+               tmp_path / 'official.pth')
+    target = tmp_path / 'new' / 'converted.pth'
+    output = run_tool('spartan_to_mm', tmp_path / 'official.pth', target)
+    assert "'channels': (16, 24, 40, 64)" in output
+    assert '314 tensors' in output
+
+    checkpoint = torch.load(target, weights_only=True)
+    expected, arch = convert_spartan(small)
+    assert_identical(checkpoint['state_dict'], expected)
+    assert checkpoint['meta']['arch'] == arch
+
+    backbone = SpaRTAN(arch, init_cfg=dict(
+        type='Pretrained', checkpoint=str(target), prefix='backbone.'))
+    backbone.init_weights()
+    assert_identical(dict(backbone.state_dict()), common.strip_prefix(expected, 'backbone.'))
+
+
+@pytest.mark.parametrize('ours, back', [
+    ('ours.pth', 'back.pth'), ('ours.safetensors', 'back.safetensors')])
+def test_safetensors_and_back(tmp_path, run_tool, small, ours, back):
+    save_file(small, tmp_path / 'official.safetensors')
+    run_tool('spartan_to_mm', tmp_path / 'official.safetensors', tmp_path / ours)
+    output = run_tool('mm_to_spartan', tmp_path / ours, tmp_path / back)
+    assert f'{len(small)} tensors written to {tmp_path / back}' in output
+    found = (load_file(tmp_path / back) if back.endswith('.safetensors')
+             else torch.load(tmp_path / back, weights_only=True)['model'])
+    assert_identical(found, small)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda weights: weights.pop('layers.0.scale_1'), 'missing keys:\n  layers.0.scale_1'),
+    (lambda weights: weights.update(extra=torch.zeros(1)), 'keys left over:\n  extra'),
+    (lambda weights: weights.clear(), 'holds no state dict'),
+])
+def test_what_does_not_fit_is_refused(tmp_path, run_tool, small, change, message):
+    change(small)
+    torch.save(dict(model=small), tmp_path / 'official.pth')
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_tool('spartan_to_mm', tmp_path / 'official.pth', tmp_path / 'converted.pth')
+    assert re.match(r'error: .*official\.pth was not converted: ', str(caught.value))
+    assert not (tmp_path / 'converted.pth').exists()
+
+
+def test_target_that_cannot_be_written(tmp_path, run_tool, small):
+    torch.save(small, tmp_path / 'official.pth')
+    with pytest.raises(SystemExit, match=r'cannot be written'):
+        run_tool('spartan_to_mm', tmp_path / 'official.pth', tmp_path / 'official.pth' / 'new.pth')
+
+
+def test_exit_status_and_message(tmp_path):
+    command = [sys.executable, str(TOOLS / 'rtdetr_to_mm.py'), str(tmp_path / 'absent.pth'),
+               str(tmp_path / 'new.pth')]
+    done = subprocess.run(command, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r'error: .*absent\.pth does not exist', done.stderr.splitlines()[-1])
+    assert 'Traceback' not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------- RT-DETR
+
+
+def test_averaged_weights_there_and_back(tmp_path, run_tool, r18):
+    trained = {name: tensor + 1 for name, tensor in r18.items()}
+    torch.save(dict(model=trained, ema=dict(module=r18, updates=3), last_epoch=71),
+               tmp_path / 'official.pth')
+    output = run_tool('rtdetr_to_mm', tmp_path / 'official.pth', tmp_path / 'out' / 'ours.pth')
+    assert "'depth': 18" in output
+    state_dict, meta, _ = read_ours(tmp_path / 'out' / 'ours.pth')
+    expected, settings = convert_rtdetr(r18)
+    assert_identical(state_dict, expected)
+    assert meta['arch'] == settings
+
+    run_tool('mm_to_rtdetr', tmp_path / 'out' / 'ours.pth', tmp_path / 'back.pth',
+             '--to', 'official')
+    assert_identical(torch.load(tmp_path / 'back.pth', weights_only=True)['model'], r18)
+
+
+def save_trained(path, state_dict, **changes):
+    """Write what a training of RT-DETR-R18 with 7 classes leaves."""
+    config = Config.fromfile(ROOT / 'configs' / 'detection' / 'rtdetr_r18vd.py')
+    config.merge_from_dict({'model.bbox_head.num_classes': 7, 'model.num_queries': 50} | changes)
+    classes = tuple(f'thing {index}' for index in range(7))
+    torch.save(dict(
+        state_dict=state_dict, ema_state_dict=dict(steps=torch.tensor(3)),
+        meta=dict(cfg=config.pretty_text, epoch=3, dataset_meta=dict(classes=classes)),
+        optimizer=dict(state={}, param_groups=[])), path)
+
+
+@pytest.mark.parametrize('source', ['trained', 'converted'])
+def test_transformers_there_and_back(tmp_path, run_tool, r18, source):
+    ours = tmp_path / 'ours.pth'
+    if source == 'trained':
+        save_trained(ours, convert_rtdetr(r18)[0])
+    else:
+        torch.save(r18, tmp_path / 'official.pth')
+        run_tool('rtdetr_to_mm', tmp_path / 'official.pth', ours)
+    output = run_tool('mm_to_rtdetr', ours, tmp_path / 'folder', '--to', 'huggingface')
+    assert '640 x 640 pixels' in output
+
+    config = json.loads((tmp_path / 'folder' / 'config.json').read_text())
+    processor = json.loads((tmp_path / 'folder' / 'preprocessor_config.json').read_text())
+    assert processor['size'] == dict(height=640, width=640)
+    known = source == 'trained'
+    assert config['num_queries'] == (50 if known else 300)
+    assert config['id2label']['6'] == ('thing 6' if known else 'LABEL_6')
+
+    run_tool('rtdetr_to_mm', tmp_path / 'folder', tmp_path / 'back.safetensors')
+    state_dict, meta, _ = read_ours(tmp_path / 'back.safetensors')
+    assert_identical(state_dict, convert_rtdetr(r18)[0])
+    assert meta['arch']['num_queries'] == config['num_queries']
+    assert ('dataset_meta' in meta) == known
+
+    with pytest.raises(SystemExit, match='give the folder that it lies in'):
+        run_tool('rtdetr_to_mm', tmp_path / 'folder' / 'model.safetensors', tmp_path / 'none.pth')
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'test_dataloader.dataset.pipeline.1.scale': (640, 320)}, 'tested on 640 x 320 pixels'),
+    ({'test_dataloader.dataset.pipeline.1.keep_ratio': True}, 'keep_ratio'),
+    ({'model.data_preprocessor.bgr_to_rgb': False}, 'bgr_to_rgb')])
+def test_config_that_transformers_cannot_hold(tmp_path, run_tool, changes, message):
+    save_trained(tmp_path / 'ours.pth', dict(weight=torch.zeros(1)), **changes)
+    with pytest.raises(SystemExit, match=message):
+        run_tool('mm_to_rtdetr', tmp_path / 'ours.pth', tmp_path / 'folder', '--to', 'huggingface')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_model_merged_for_inference(tmp_path, run_tool):
+    torch.save(dict(state_dict=dict(weight=torch.zeros(1)), meta=dict(deploy=True)),
+               tmp_path / 'ours.pth')
+    with pytest.raises(SystemExit, match=r'ours\.pth was merged for inference'):
+        run_tool('mm_to_rtdetr', tmp_path / 'ours.pth', tmp_path / 'new.pth', '--to', 'official')
