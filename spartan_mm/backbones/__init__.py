@@ -1,4 +1,5 @@
 """Backbones, registered in mmengine's root registry."""
 from .spartan import SpaRTAN
+from .timm import TIMMFeatures
 
-__all__ = ['SpaRTAN']
+__all__ = ['SpaRTAN', 'TIMMFeatures']

@@ -1,0 +1,94 @@
+"""Backbones of `timm <https://github.com/huggingface/pytorch-image-models>`_ for detectors."""
+import difflib
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .. import compat
+
+
+@MODELS.register_module()
+class TIMMFeatures(BaseModule):
+    """Maps of any timm model that gives some, with their channels and strides published.
+
+    NOTE mmpretrain's TIMMBackbone downloads pretrained weights when it is built, also where a
+    checkpoint replaces them right afterwards, and doesn't tell the channels of its maps. Here
+    building never downloads anything.
+
+    Args:
+        model_name: timm's name of the model, with or without the tag of its weights, such as
+            'resnet18d' or 'resnet18d.ra2_in1k'.
+        out_indices: Maps to return, finest first; negative values count from the coarsest.
+        pretrained: Whether `init_weights`, which mmengine calls before a training, loads timm's
+            pretrained weights; they are downloaded unless `pretrained_cfg_overlay=dict(file=...)`
+            names a local file.
+        normalize: Whether images come in RGB with values from 0 to 1 and are normalised here as the
+            model was pretrained, which every model of timm knows about itself.
+        init_cfg: See mmengine's BaseModule; must be None, see `pretrained`.
+        kwargs: What else `timm.create_model` takes, such as `drop_path_rate`.
+
+    Raises:
+        ImportError: timm is missing or too old.
+        ValueError: There is no such model or map.
+
+    Examples:
+        >>> backbone = TIMMFeatures('resnet10t')
+        >>> backbone.out_channels, backbone.strides
+        ((128, 256, 512), (8, 16, 32))
+    """
+
+    def __init__(self, model_name: str, out_indices: Sequence[int] = (-3, -2, -1),
+                 pretrained: bool = False, normalize: bool = False, init_cfg: None = None,
+                 **kwargs):
+        if init_cfg is not None:
+            raise ValueError('TIMMFeatures takes no init_cfg: pretrained=True loads weights, from '
+                             'a local file by pretrained_cfg_overlay=dict(file=...)')
+        super().__init__()
+        timm = compat.require('timm', '1.0.4', 'timm')
+        if not timm.is_model(model_name):
+            known = difflib.get_close_matches(model_name, timm.list_models(), 3, 0.)
+            raise ValueError(f'timm {timm.__version__} has no model {model_name!r}; the closest '
+                             f'names are {", ".join(known)}')
+        self._settings = dict(model_name=model_name, features_only=True,
+                              out_indices=tuple(out_indices), **kwargs)
+        try:
+            self.model = timm.create_model(**self._settings)
+        except (AssertionError, IndexError) as error:
+            raise ValueError(f'{model_name} has no maps out_indices={tuple(out_indices)}: '
+                             f'{error or "an index is out of range"}') from error
+        self.pretrained = pretrained
+        self.out_channels = tuple(self.model.feature_info.channels())
+        self.strides = tuple(self.model.feature_info.reduction())
+        # Swin and its like keep the channels last.
+        self.channels_last = str(getattr(self.model, 'output_fmt', 'NCHW')).endswith('NHWC')
+
+        trained_as = timm.get_pretrained_cfg(model_name) if normalize else None
+        mean, std = (trained_as.mean, trained_as.std) if trained_as else ((0.,), (1.,))
+        for name, values in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights if `pretrained`; timm has initialised everything otherwise.
+        """
+        if self.pretrained:
+            import timm
+            trained = timm.create_model(**self._settings, pretrained=True)
+            self.model.load_state_dict(trained.state_dict())
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the maps.
+
+        Args:
+            x: Images (N, 3, H, W).
+
+        Returns:
+            One (N, C, H / stride, W / stride) map for each of `out_indices`.
+        """
+        maps = self.model((x - self.mean) / self.std)
+        if self.channels_last:
+            maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+        return tuple(maps)

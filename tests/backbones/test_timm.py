@@ -1,0 +1,77 @@
+"""Backbones of timm: maps, channels, weights; nothing is downloaded."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from spartan_mm.backbones import TIMMFeatures
+
+timm = pytest.importorskip('timm', reason='needs timm')
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'mobilenetv3_small_050', 'test_convnext'])
+def test_maps_have_the_published_channels_and_strides(name):
+    backbone = TIMMFeatures(name).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 96))
+    assert [tuple(x.shape[1:]) for x in maps] == [
+        (channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(backbone.out_channels, backbone.strides, strict=True)]
+    assert backbone.strides == (8, 16, 32)
+
+
+def test_other_maps():
+    backbone = TIMMFeatures('resnet10t', out_indices=(1, 4))
+    assert (backbone.out_channels, backbone.strides) == ((64, 512), (4, 32))
+
+
+def test_channels_come_second():
+    """Swin itself has them last."""
+    backbone = TIMMFeatures('swin_tiny_patch4_window7_224', img_size=64, window_size=4, embed_dim=8,
+                            depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [tuple(x.shape) for x in maps] == [(1, 16, 8, 8), (1, 32, 4, 4), (1, 64, 2, 2)]
+
+
+def test_normalizes_as_the_model_was_trained():
+    plain, normalized = TIMMFeatures('test_resnet').eval(), TIMMFeatures('test_resnet',
+                                                                         normalize=True).eval()
+    normalized.load_state_dict(plain.state_dict())  # the mean is no weight
+    x = torch.rand(1, 3, 32, 32)
+    assert_close(normalized(x), plain((x - 0.5) / 0.5))
+
+
+def test_pretrained_weights_are_loaded_when_they_are_asked_for(tmp_path):
+    trained = timm.create_model('test_resnet')
+    torch.save(trained.state_dict(), tmp_path / 'weights.pth')
+    backbone = TIMMFeatures('test_resnet', pretrained=True,
+                            pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+    stem = 'conv1.0.weight' if 'conv1.0.weight' in trained.state_dict() else 'conv1.weight'
+    before = {key: value.clone() for key, value in backbone.model.state_dict().items()}
+    assert not torch.equal(before[stem], trained.state_dict()[stem])
+    backbone.init_weights()
+    found = backbone.model.state_dict()
+    assert_close({key: trained.state_dict()[key] for key in found}, dict(found))
+
+
+def test_without_pretrained_initialising_changes_nothing():
+    backbone = TIMMFeatures('test_resnet')
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone.init_weights()
+    assert_close(dict(backbone.state_dict()), before)
+
+
+def test_unknown_model():
+    with pytest.raises(ValueError, match="no model 'resnet19'; the closest names are .*resnet18"):
+        TIMMFeatures('resnet19')
+
+
+def test_unknown_map():
+    with pytest.raises(ValueError, match=r'test_resnet has no maps out_indices=\(7,\)'):
+        TIMMFeatures('test_resnet', out_indices=(7, ))
+
+
+def test_init_cfg_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match='pretrained_cfg_overlay'):
+        TIMMFeatures('test_resnet', init_cfg=dict(type='Pretrained', checkpoint='x'))
