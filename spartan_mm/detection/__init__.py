@@ -10,10 +10,11 @@ compat.require('mmdet', '3.3.0', 'detection')
 # ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
 from .. import engine  # noqa: F401
 from .batch_resize import BatchRandomResize
-from .coco import CheckedCocoDataset, LoadCheckedImage
+from .coco import CheckedCocoDataset, CheckedCocoMetric, LoadCheckedImage
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
 from .hybrid_encoder import HybridEncoder
+from .inferencer import DetInferencer
 from .losses import IoUAwareVarifocalLoss
 from .resnet_vd import ResNetVd
 from .rtdetr import RTDETR
@@ -22,8 +23,9 @@ from .rtdetr_head import RTDETRHead
 from .transforms import FilterSmallBoxes, RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut
 
 __all__ = [
-    'BatchRandomResize', 'CheckedCocoDataset', 'DenoisingGenerator', 'FilterSmallBoxes',
-    'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MultiScaleDeformableAttention',
-    'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR',
-    'RTDETRDecoder', 'RTDETRHead'
+    'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric', 'DenoisingGenerator',
+    'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
+    'LoadCheckedImage', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
+    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder',
+    'RTDETRHead'
 ]

@@ -5,20 +5,65 @@ PyTorch, keeps mmcv's parameter names and argument meanings, and computes the sa
 """
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .size_cache import cached_by_size
+
+
+class LevelGrid(NamedTuple):
+    """Where the levels' cells stand in the rows of (N, L, M), as numbers that broadcast to samples.
+
+    Attributes:
+        size: (levels, 1, 2), width and height.
+        last: (levels, 1, 2), column and row of the last cell, int32.
+        row_step: (levels, 1), rows from a cell to the one below it, int32.
+        start: (N, 1, M, levels, 1), row of each image's, head's and level's first cell, int32.
+    """
+
+    size: Tensor
+    last: Tensor
+    row_step: Tensor
+    start: Tensor
+
+
+@cached_by_size
+def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ...],
+               device: torch.device | None = None) -> LevelGrid:
+    """See :class:`LevelGrid`.
+
+    Args:
+        batch: N.
+        heads: M.
+        spatial_shapes: (H, W) of each level.
+        device: Where the result lies.
+    """
+    sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=torch.int32,
+                         device=device)[:, None]
+    areas = [height * width for height, width in spatial_shapes]
+    starts = torch.tensor([sum(areas[:level]) for level in range(len(areas))], dtype=torch.int32,
+                          device=device)
+    image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None, None, None]
+    head = torch.arange(heads, dtype=torch.int32, device=device)[:, None, None]
+    start = (image * sum(areas) + starts[:, None]) * heads + head
+    return LevelGrid(sizes.float(), sizes - 1, sizes[..., 0] * heads, start)
+
 
 def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
                        locations: Tensor, weights: Tensor) -> Tensor:
     """Sum the values that each query samples at its points, over all levels.
 
-    Each level is read bilinearly with zeros outside and ``align_corners=False``, in float32
-    whatever the input's type: a float16 coordinate would be off by up to a quarter of a cell on a
-    map 640 cells wide.
+    Each level is read bilinearly with zeros outside and as by grid_sample's
+    ``align_corners=False``, in float32 whatever the input's type: a float16 coordinate would be off
+    by up to a quarter of a cell on a map 640 cells wide.
+
+    NOTE: Not one grid_sample a level, but one weighted sum of rows for all: a bilinear sample is
+    four cells with weights, so a query's head sums 4 * levels * points rows of the values as they
+    lie, which is what ``embedding_bag`` does.
 
     Args:
         value: (N, L, M, D) values of M heads, levels one after the other, L = sum of H * W.
@@ -30,28 +75,39 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
         (N, Q, M * D), in the type of `value`.
     """
     batch, _, heads, dims = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
+    queries = locations.shape[1]
+    grid = level_grid(batch, heads, tuple(map(tuple, spatial_shapes)), device=value.device)
 
-    # One image a head: (N, L, M, D) -> (N * M, D, L), so that a level is a slice of the last axis.
-    value_map = value.float().permute(0, 2, 3, 1).reshape(batch * heads, dims, -1)
-    # grid_sample wants -1 .. 1: (N, Q, M, levels, P, 2) -> (N * M, Q, levels, P, 2).
-    grids = (2 * locations.float() - 1).transpose(1, 2).flatten(0, 1)
+    # In cells from the first one's centre. One cell outside all is zero: no need to go further, and
+    # integers hold what is left.
+    place = (locations.float() * grid.size - 0.5).clamp(min=-1.).minimum(grid.size)
+    low = place.detach().floor()
+    share = place - low  # of the cell to the right (below)
+    low = low.int()
 
-    sampled, start = [], 0
-    for level, (height, width) in enumerate(spatial_shapes):
-        level_map = value_map[..., start:start + height * width]
-        start += height * width
-        # (N * M, D, Q, P)
-        sampled.append(F.grid_sample(
-            level_map.reshape(batch * heads, dims, height, width), grids[:, :, level],
-            mode='bilinear', padding_mode='zeros', align_corners=False))
+    def cells(axis: int) -> list[tuple[Tensor, Tensor]]:
+        """Number and weight of the two cells on either side, (N, Q, M, levels, points) each."""
+        cell, upper, last = low[..., axis], share[..., axis], grid.last[..., axis]
+        # Clamped from below, both: the integer of a NaN is any.
+        after = (cell + 1).clamp(min=0)
+        return [(cell.clamp(min=0).minimum(last), (1 - upper) * ((cell >= 0) & (cell <= last))),
+                (after.minimum(last), upper * (after <= last))]
 
-    # (N, Q, M, levels, P) -> (N * M, 1, Q, levels * P), the layout of the concatenated samples.
-    weights = weights.float().transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    assert weights.shape[-1] == len(sampled) * points
-    mixed = (torch.cat(sampled, -1) * weights).sum(-1)
-    # (N * M, D, Q) -> (N, Q, M * D)
-    return mixed.view(batch, heads * dims, queries).transpose(1, 2).to(value.dtype)
+    rows, shares = [], []
+    columns = [(column * heads, share) for column, share in cells(0)]
+    for line, vertical in cells(1):
+        start = line * grid.row_step + grid.start
+        vertical = vertical * weights.float()
+        for column, horizontal in columns:
+            rows.append(start + column)
+            shares.append(vertical * horizontal)
+
+    # A bag is a query's head: (N * Q * M, 4 * levels * points).
+    bags = batch * queries * heads
+    mixed = F.embedding_bag(
+        torch.stack(rows, 3).view(bags, -1), value.float().reshape(-1, dims), mode='sum',
+        per_sample_weights=torch.stack(shares, 3).view(bags, -1))
+    return mixed.view(batch, queries, heads * dims).to(value.dtype)
 
 
 class MultiScaleDeformableAttention(BaseModule):
@@ -74,6 +130,8 @@ class MultiScaleDeformableAttention(BaseModule):
     Raises:
         ValueError: `embed_dims` is no multiple of `num_heads`.
     """
+
+    deploy = False
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 4,
                  num_points: int = 4, dropout: float = 0.1, batch_first: bool = False,
@@ -146,13 +204,14 @@ class MultiScaleDeformableAttention(BaseModule):
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         if isinstance(spatial_shapes, Tensor):
             spatial_shapes = spatial_shapes.tolist()
+        spatial_shapes = tuple(map(tuple, spatial_shapes))
         batch, queries, _ = query.shape
         length = value.shape[1]
         if len(spatial_shapes) != self.num_levels:
             raise ValueError(f'MultiScaleDeformableAttention has num_levels={self.num_levels}, but '
                              f'{len(spatial_shapes)} spatial_shapes were given')
         if sum(height * width for height, width in spatial_shapes) != length:
-            raise ValueError(f'spatial_shapes {list(map(tuple, spatial_shapes))} do not add up to '
+            raise ValueError(f'spatial_shapes {list(spatial_shapes)} do not add up to '
                              f'the {length} tokens of value')
 
         value = self.value_proj(value)
@@ -160,16 +219,18 @@ class MultiScaleDeformableAttention(BaseModule):
             value = value.masked_fill(key_padding_mask[..., None], 0.)
         value = value.view(batch, length, self.num_heads, -1)
 
-        head_shape = (batch, queries, self.num_heads)
-        weights = self.attention_weights(query).view(*head_shape, -1).float().softmax(-1)
-        weights = weights.view(*head_shape, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).float().view(
-            *head_shape, self.num_levels, self.num_points, 2)
+        if self.deploy:
+            offsets, weights = self.sampling(query).float().split(self.sampling_split, -1)
+        else:
+            offsets, weights = self.sampling_offsets(query).float(), self.attention_weights(query)
+        samples = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1).view(samples)
+        offsets = offsets.reshape(*samples, 2)
         # (N, Q, 1, levels, 1, 2 or 4)
         reference = reference_points.float()[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            cells = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
-            locations = reference + offsets / cells[:, None]
+            cells = level_grid(batch, self.num_heads, spatial_shapes, device=value.device).size
+            locations = reference + offsets / cells
         elif reference.shape[-1] == 4:
             locations = (reference[..., :2]
                          + offsets * (0.5 / self.num_points) * reference[..., 2:])
@@ -181,3 +242,19 @@ class MultiScaleDeformableAttention(BaseModule):
         if not self.batch_first:
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Join the two projections of the queries, for inference.
+
+        Doing it again changes nothing.
+        """
+        if self.deploy:
+            return
+        parts = self.sampling_offsets, self.attention_weights
+        self.sampling_split = [part.out_features for part in parts]
+        self.sampling = nn.Linear(self.embed_dims, sum(self.sampling_split)).to(parts[0].weight)
+        self.sampling.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.sampling.bias.copy_(torch.cat([part.bias for part in parts]))
+        del self.sampling_offsets, self.attention_weights
+        self.deploy = True

@@ -5,13 +5,12 @@ Source: `DINO <https://arxiv.org/abs/2203.03605>`_, section 3.3, with RT-DETR's 
 from typing import NamedTuple
 
 import torch
-from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmengine.model import BaseModule
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from .rtdetr_decoder import inverse_sigmoid
+from .targets import Targets
 
 
 class DenoisingQueries(NamedTuple):
@@ -67,35 +66,30 @@ class DenoisingGenerator(BaseModule):
         # Without denoising nothing would give it a gradient, which distributed training waits for.
         self.label_embedding.requires_grad_(num_queries > 0)
 
-    def forward(self, targets: list[tuple[Tensor, Tensor]],
-                num_matching: int) -> DenoisingQueries | None:
+    def forward(self, targets: Targets, num_matching: int) -> DenoisingQueries | None:
         """Draw the batch's denoising queries.
 
         Args:
-            targets: Labels (G,) and boxes (G, 4), (cx, cy, w, h) as fractions of the image, of each
-                image.
+            targets: The batch's ground truth.
             num_matching: Queries Q that follow the denoising ones.
 
         Returns:
             The queries, or None where there are none to be made.
         """
-        largest = max(len(labels) for labels, _ in targets)
+        batch, largest = len(targets.counts), max(targets.counts)
         if not self.num_queries or (self.skip_empty_batch and not largest):
             return None
         # (N, M): ground truth side by side, padded to the longest.
         slots = max(largest, 1)
         device = self.label_embedding.weight.device
-        labels = torch.full((len(targets), slots), self.num_classes, dtype=torch.int32,
-                            device=device)
-        boxes = torch.zeros(len(targets), slots, 4, device=device)
-        real = torch.zeros(len(targets), slots, dtype=torch.bool, device=device)
-        for image, (image_labels, image_boxes) in enumerate(targets):
-            count = len(image_labels)
-            labels[image, :count] = image_labels.int()
-            boxes[image, :count] = image_boxes
-            real[image, :count] = True
+        labels = torch.full((batch, slots), self.num_classes, dtype=torch.int32, device=device)
+        labels[targets.image, targets.slot] = targets.labels.int()
+        boxes = torch.zeros(batch, slots, 4, device=device)
+        boxes[targets.image, targets.slot] = targets.boxes
+        real = labels != self.num_classes
         if not largest:
-            boxes[:] = boxes.new_tensor([0.5, 0.5, 0.1, 0.1])
+            boxes[..., :2].fill_(0.5)
+            boxes[..., 2:].fill_(0.1)
 
         # An empty batch's single group is enough to keep the graph whole.
         groups = max(1, self.num_queries // slots) if largest else 1
@@ -111,7 +105,7 @@ class DenoisingGenerator(BaseModule):
             labels = torch.where(redrawn & real, drawn, labels)
         if self.box_noise > 0:
             # A side moves by less than half the box' side for positives, by more for negatives.
-            half_sides = boxes[..., [2, 3, 2, 3]] * (0.5 * self.box_noise)
+            half_sides = boxes[..., 2:].repeat(1, 1, 2) * (0.5 * self.box_noise)
             sign = torch.randint(0, 2, boxes.shape, device=device).to(boxes) * 2 - 1
             amount = torch.rand(boxes.shape, device=device) + negative[:, None]
             corners = bbox_cxcywh_to_xyxy(boxes) + sign * amount * half_sides
@@ -140,35 +134,3 @@ class DenoisingGenerator(BaseModule):
         group = torch.arange(num_groups * group_size + num_matching, device=device) // group_size
         group = group.clamp(max=num_groups)
         return (group[:, None] != group) & (group < num_groups)
-
-
-def normalized_targets(batch_data_samples: SampleList) -> list[tuple[Tensor, Tensor]]:
-    """Each image's ground truth as the model sees it.
-
-    NOTE: Boxes are fractions of the padded image, since the maps cover the padding too. Where
-    images of different sizes share a batch, mmdet's DETRs use the unpadded size and mask the
-    padding; RT-DETR has no mask. Without padding both are the same.
-
-    Args:
-        batch_data_samples: Samples with `gt_instances`, boxes (x1, y1, x2, y2) in pixels.
-
-    Returns:
-        Labels (G,) and boxes (G, 4), (cx, cy, w, h) from 0 to 1, of each image.
-    """
-    targets = []
-    for sample in batch_data_samples:
-        height, width = input_shape(sample.metainfo)
-        boxes = boxes_tensor(sample.gt_instances).float()
-        boxes = bbox_xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-        targets.append((sample.gt_instances.labels, boxes))
-    return targets
-
-
-def boxes_tensor(instances: InstanceData) -> Tensor:
-    """The instances' boxes (G, 4) as a plain tensor, whichever of mmdet's box types they are."""
-    return getattr(instances.bboxes, 'tensor', instances.bboxes)
-
-
-def input_shape(img_meta: dict) -> tuple[int, int]:
-    """(height, width) in pixels of the image as it entered the network, padding included."""
-    return tuple(img_meta.get('batch_input_shape', img_meta['img_shape'])[:2])

@@ -12,6 +12,9 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .folding import fold_batch_norms
+from .size_cache import cached_by_size
+
 
 class ConvNorm(nn.Module):
     """Convolution without bias, BatchNorm, and SiLU if `act`.
@@ -37,6 +40,25 @@ class ConvNorm(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+def to_tokens(x: Tensor) -> Tensor:
+    """Lay a map out as a sequence, row by row.
+
+    NOTE: Of a single image PyTorch (2.13) computes wrong gradients on a CPU for a batch norm whose
+    output is turned into tokens: it mistakes the layout of the gradient that comes back. Here the
+    norm gets that in its own layout.
+
+    Args:
+        x: (N, C, H, W).
+
+    Returns:
+        (N, H * W, C).
+    """
+    if (x.requires_grad and len(x) == 1 and x.device.type == 'cpu'
+            and not torch.compiler.is_compiling()):
+        x.register_hook(Tensor.contiguous)
+    return x.flatten(2).transpose(1, 2)
+
+
 class RepVGGBlock(nn.Module):
     """A 3x3 and a 1x1 convolution in parallel, one 3x3 convolution once fused.
 
@@ -46,6 +68,8 @@ class RepVGGBlock(nn.Module):
         channels: Channels of input and output.
     """
 
+    deploy = False
+
     def __init__(self, channels: int):
         super().__init__()
         self.dense = ConvNorm(channels, channels, 3)
@@ -54,60 +78,116 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        if hasattr(self, 'fused'):
+        if self.deploy:
             return self.act(self.fused(x))
         return self.act(self.dense(x) + self.pointwise(x))
 
     @torch.no_grad()
-    def fuse(self) -> None:
+    def switch_to_deploy(self) -> None:
         """Replace both branches by the one convolution that equals them in eval mode.
 
-        The branches are gone afterwards: a fused model can't be trained, nor saved as a training
-        checkpoint. Fusing once more changes nothing.
+        The branches are gone afterwards, and with them what training needs. Doing it again changes
+        nothing.
         """
-        if hasattr(self, 'fused'):
+        if self.deploy:
             return
-        kernel, bias = 0, 0
-        for branch, pad in ((self.dense, 0), (self.pointwise, 1)):
-            scale = branch.norm.weight / (branch.norm.running_var + branch.norm.eps).sqrt()
-            kernel = kernel + F.pad(branch.conv.weight * scale[:, None, None, None], [pad] * 4)
-            bias = bias + branch.norm.bias - branch.norm.running_mean * scale
-        fused = nn.Conv2d(len(bias), len(bias), 3, padding=1).to(kernel)
-        fused.weight.copy_(kernel)
-        fused.bias.copy_(bias)
-        self.fused = fused
+        fold_batch_norms(self)
+        self.fused = self.dense.conv
+        self.fused.weight += F.pad(self.pointwise.conv.weight, [1] * 4)
+        self.fused.bias += self.pointwise.conv.bias
         del self.dense, self.pointwise
+        self.deploy = True
 
 
 class CSPRepLayer(nn.Module):
-    """Two 1x1 paths, RepVGG blocks on one of them, summed.
+    """Two 1x1 paths from the same two maps, RepVGG blocks on one of the paths, summed.
 
     NOTE: The paths are added; mmdet's own CSPLayer concatenates them.
 
     Args:
-        in_channels: Channels of the input.
+        in_channels: Channels of either map.
         out_channels: Channels of the output.
         hidden_channels: Channels within; a last 1x1 convolution follows where they differ from
             `out_channels`.
         num_blocks: RepVGG blocks.
     """
 
+    deploy = False
+
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int,
                  num_blocks: int = 3):
         super().__init__()
-        self.conv1 = ConvNorm(in_channels, hidden_channels, act=True)
-        self.conv2 = ConvNorm(in_channels, hidden_channels, act=True)
+        self.conv1 = ConvNorm(2 * in_channels, hidden_channels, act=True)
+        self.conv2 = ConvNorm(2 * in_channels, hidden_channels, act=True)
         self.blocks = nn.Sequential(*(RepVGGBlock(hidden_channels) for _ in range(num_blocks)))
         self.conv3 = (nn.Identity() if hidden_channels == out_channels
                       else ConvNorm(hidden_channels, out_channels, act=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H, W)."""
-        return self.conv3(self.blocks(self.conv1(x)) + self.conv2(x))
+    def forward(self, other: Tensor, own: Tensor) -> Tensor:
+        """Fuse two maps.
+
+        Args:
+            other: (N, C, h, w), resized to the size of `own` where it differs.
+            own: (N, C, H, W); in deploy form what comes before the projection that was folded in.
+
+        Returns:
+            (N, C', H, W).
+        """
+        if self.deploy:
+            # A 1x1 convolution and taking the nearest cell commute: less to convolve, nothing to
+            # concatenate.
+            paths = self.own(own) + resized(self.other(other), own)
+            left, right = F.silu(paths).chunk(2, 1)
+        else:
+            both = torch.cat([resized(other, own), own], 1)
+            left, right = self.conv1(both), self.conv2(both)
+        return self.conv3(self.blocks(left) + right)
+
+    @torch.no_grad()
+    def switch_to_deploy(self, projection: nn.Conv2d | None = None) -> None:
+        """Fuse the blocks' branches and join both paths, one convolution a map, for inference.
+
+        Args:
+            projection: A 1x1 convolution before `own`, to be folded in.
+        """
+        for block in self.blocks:
+            block.switch_to_deploy()
+        fold_batch_norms(self)
+        paths = self.conv1.conv, self.conv2.conv
+        weight, bias = torch.cat([path.weight for path in paths]), torch.cat(
+            [path.bias for path in paths])
+        other, own = weight.chunk(2, 1)
+        if projection is not None:
+            bias = bias + own.flatten(1) @ projection.bias
+            own = (own.flatten(1) @ projection.weight.flatten(1))[..., None, None]
+        self.other = pointwise_conv(other)
+        self.own = pointwise_conv(own, bias)
+        del self.conv1, self.conv2
+        self.deploy = True
 
 
+def pointwise_conv(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
+    """The 1x1 convolution of this weight (C', C, 1, 1) and bias (C',)."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None).to(weight)
+    conv.weight.copy_(weight)
+    if bias is not None:
+        conv.bias.copy_(bias)
+    return conv
+
+
+def resized(x: Tensor, other: Tensor) -> Tensor:
+    """A map (N, C, h, w) in the size (H, W) of another, each cell a copy of the nearest one.
+
+    Up by 2, and down by a cell where a backbone rounds odd sides down and the neck rounds them up.
+    """
+    size = other.shape[-2:]
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='nearest')
+
+
+@cached_by_size
 def position_embedding(height: int, width: int, dims: int, temperature: float = 10000.,
-                       legacy: bool = False, device: torch.device | None = None) -> Tensor:
+                       legacy: bool = False, dtype: torch.dtype = torch.float32,
+                       device: torch.device | None = None) -> Tensor:
     """Sines and cosines of a map's row and column numbers, for tokens in row-major order.
 
     Four blocks of `dims / 4`: sin(row), cos(row), sin(column), cos(column), each with frequencies
@@ -124,19 +204,59 @@ def position_embedding(height: int, width: int, dims: int, temperature: float = 
         temperature: Base of the frequencies.
         legacy: Number the tokens as the official code does, to run its checkpoints on maps that are
             not square with its very numbers.
+        dtype: Type of the result; the sines are computed in float32.
         device: Where the result lies.
 
     Returns:
-        (H * W, C), float32.
+        (H * W, C).
     """
     tokens = torch.arange(height * width, device=device)
     # On a square map both lines give the token's row and column.
     side = height if legacy else width
     rows, columns = tokens // side, tokens % side
-    frequencies = temperature ** (torch.arange(dims // 4, device=device) / (-dims / 4))
+    exponents = torch.arange(dims // 4, dtype=torch.float32, device=device) / (-dims / 4)
+    frequencies = temperature ** exponents
     angles = torch.cat([torch.outer(axis.float(), frequencies) for axis in (rows, columns)])
     by_row, by_column = angles.chunk(2)
-    return torch.cat([by_row.sin(), by_row.cos(), by_column.sin(), by_column.cos()], 1)
+    return torch.cat([by_row.sin(), by_row.cos(), by_column.sin(), by_column.cos()], 1).to(dtype)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Multi-head attention among tokens that compare with their positions and mix without.
+
+    NOTE: Parameters and values are those of PyTorch's module, whose forward pass makes three
+    projections of the two that it takes here, and copies to and fro between layouts.
+
+    Args:
+        embed_dims: Channels, a multiple of `num_heads`.
+        num_heads: Attention heads.
+        dropout: Drop probability of the attention weights.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.):
+        super().__init__(embed_dims, num_heads, dropout, batch_first=True)
+
+    def forward(self, placed: Tensor, tokens: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            placed: (N, L, C), tokens with positions: queries and keys.
+            tokens: (N, L, C), the values.
+            attn_mask: (L, L), added to the products of queries (rows) and keys.
+
+        Returns:
+            (N, L, C).
+        """
+        compared = 2 * self.embed_dim
+        query, key = F.linear(placed, self.in_proj_weight[:compared],
+                              self.in_proj_bias[:compared]).chunk(2, -1)
+        value = F.linear(tokens, self.in_proj_weight[compared:], self.in_proj_bias[compared:])
+        # (N, L, C) -> (N, M, L, D)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                             for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, self.dropout if self.training else 0.)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class AIFI(nn.Module):
@@ -154,7 +274,7 @@ class AIFI(nn.Module):
                  dropout: float = 0., legacy_position: bool = False):
         super().__init__()
         self.legacy_position = legacy_position
-        self.self_attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
+        self.self_attn = SelfAttention(embed_dims, num_heads, dropout)
         self.linear1 = nn.Linear(embed_dims, ffn_dims)
         self.linear2 = nn.Linear(ffn_dims, embed_dims)
         self.norm1 = nn.LayerNorm(embed_dims)
@@ -164,12 +284,11 @@ class AIFI(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         channels, height, width = x.shape[1:]
-        tokens = x.flatten(2).transpose(1, 2)  # (N, H * W, C)
+        tokens = to_tokens(x)
         position = position_embedding(height, width, channels, legacy=self.legacy_position,
-                                      device=x.device).to(x.dtype)
+                                      dtype=x.dtype, device=x.device)
 
-        placed = tokens + position
-        mixed = self.self_attn(placed, placed, tokens, need_weights=False)[0]
+        mixed = self.self_attn(tokens + position, tokens)
         tokens = self.norm1(tokens + self.dropout(mixed))
         mixed = self.linear2(self.dropout(F.gelu(self.linear1(tokens))))
         tokens = self.norm2(tokens + self.dropout(mixed))
@@ -203,6 +322,8 @@ class HybridEncoder(BaseModule):
         [(1, 64, 16, 16), (1, 64, 8, 8), (1, 64, 4, 4)]
     """
 
+    deploy = False
+
     def __init__(self, in_channels: Sequence[int], embed_dims: int = 256, ffn_dims: int = 1024,
                  num_heads: int = 8, dropout: float = 0., expansion: float = 1.,
                  num_blocks: int = 3, legacy_position: bool = False,
@@ -217,7 +338,7 @@ class HybridEncoder(BaseModule):
         hidden = int(embed_dims * expansion)
 
         def fusion_blocks() -> nn.ModuleList:
-            return nn.ModuleList(CSPRepLayer(2 * embed_dims, embed_dims, hidden, num_blocks)
+            return nn.ModuleList(CSPRepLayer(embed_dims, embed_dims, hidden, num_blocks)
                                  for _ in range(steps))
 
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
@@ -255,22 +376,34 @@ class HybridEncoder(BaseModule):
             # The lateral output takes the map's place, also for the way up.
             maps[level] = self.lateral_convs[step](maps[level])
             # NOTE: The official code upsamples by a factor of 2, which fails where a side was odd.
-            upsampled = F.interpolate(maps[level], size=maps[level - 1].shape[-2:], mode='nearest')
-            maps[level - 1] = self.top_down_blocks[step](
-                torch.cat([upsampled, maps[level - 1]], 1))
+            maps[level - 1] = self.top_down_blocks[step](maps[level], maps[level - 1])
 
         for level in range(len(maps) - 1):
             downsampled = self.downsample_convs[level](maps[level])
-            if downsampled.shape != maps[level + 1].shape:
-                # Backbones that round down at odd sides, where this convolution rounds up.
-                downsampled = F.interpolate(downsampled, size=maps[level + 1].shape[-2:],
-                                            mode='nearest')
-            maps[level + 1] = self.bottom_up_blocks[level](
-                torch.cat([downsampled, maps[level + 1]], 1))
+            maps[level + 1] = self.bottom_up_blocks[level](downsampled, maps[level + 1])
         return tuple(maps)
 
-    def fuse(self) -> None:
-        """Fuse every RepVGG block for inference, see :meth:`RepVGGBlock.fuse`."""
-        for module in self.modules():
-            if isinstance(module, RepVGGBlock):
-                module.fuse()
+    def switch_to_deploy(self) -> None:
+        """Fold every BatchNorm, fuse the blocks' branches and join what is linear, for inference.
+
+        Doing it again changes nothing.
+        """
+        if self.deploy:
+            return
+        fold_batch_norms(self.input_projs)
+        for step, block in enumerate(self.top_down_blocks):
+            # The projection of a finer map has no other use. Folding saves work but for maps with
+            # several times the neck's channels.
+            level = len(self.input_projs) - 2 - step
+            projection = self.input_projs[level].conv
+            given, projected = projection.in_channels, projection.out_channels
+            paths = 2 * block.conv1.conv.out_channels
+            if given * paths <= projected * (given + paths):
+                block.switch_to_deploy(projection)
+                self.input_projs[level] = nn.Identity()
+            else:
+                block.switch_to_deploy()
+        for block in self.bottom_up_blocks:
+            block.switch_to_deploy()
+        fold_batch_norms(self)
+        self.deploy = True

@@ -1,4 +1,5 @@
-"""RT-DETR's classification loss."""
+"""RT-DETR's losses."""
+import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class IoUAwareVarifocalLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, logits: Tensor, labels: Tensor, quality: Tensor,
-                avg_factor: Tensor | float) -> Tensor:
+                avg_factor: Tensor | float = 1., reduction_override: str | None = None) -> Tensor:
         """Sum over queries and classes, divided by `avg_factor`.
 
         Args:
@@ -38,13 +39,79 @@ class IoUAwareVarifocalLoss(nn.Module):
             labels: (...,), matched class, C where there is none.
             quality: (...,), IoU with the matched ground truth, no gradient.
             avg_factor: Number of objects.
+            reduction_override: 'none' for every term instead of the sum, as by mmdet's losses.
 
         Returns:
-            Scalar.
+            Scalar, or (..., C) without the division if `reduction_override` is 'none'.
         """
         logits = logits.float()
-        matched = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits)
+        # NOTE: F.one_hot would make the host wait for the largest label.
+        matched = labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)
         target = matched * quality[..., None]
-        weight = self.alpha * logits.detach().sigmoid() ** self.gamma * (1 - matched) + target
-        loss = F.binary_cross_entropy_with_logits(logits, target, weight, reduction='sum')
-        return self.loss_weight * loss / avg_factor
+        negative = self.alpha * logits.detach().sigmoid() ** self.gamma
+        terms = F.binary_cross_entropy_with_logits(
+            logits, target, torch.where(matched, target, negative), reduction='none')
+        if reduction_override == 'none':
+            return self.loss_weight * terms
+        return self.loss_weight * terms.sum() / avg_factor
+
+
+def paired_overlaps(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of each box with its target.
+
+    NOTE: mmdet's ``bbox_overlaps`` gives the same values, one of both a call, and makes the host
+    wait for the device.
+
+    Args:
+        boxes: (..., 4), (x1, y1, x2, y2) in pixels.
+        targets: (..., 4).
+        eps: Least area that is divided by.
+
+    Returns:
+        (...,) each.
+    """
+    def area(sides: Tensor) -> Tensor:
+        width, height = sides.unbind(-1)
+        return width * height
+
+    low, high = boxes.split(2, -1)
+    target_low, target_high = targets.split(2, -1)
+    overlap = area((high.minimum(target_high) - low.maximum(target_low)).clamp(min=0))
+    union = (area(high - low) + area(target_high - target_low) - overlap).clamp(min=eps)
+    hull = area((high.maximum(target_high) - low.minimum(target_low)).clamp(min=0)).clamp(min=eps)
+    iou = overlap / union
+    return iou, iou - (hull - union) / hull
+
+
+@MODELS.register_module()
+class PairedGIoULoss(nn.Module):
+    """`Generalized IoU <https://arxiv.org/abs/1902.09630>`_ loss of matched boxes.
+
+    NOTE: Called as mmdet's GIoULoss, with the same values; that one makes the host wait for the
+    device, once for each call.
+
+    Args:
+        eps: Least area that is divided by.
+        loss_weight: Factor of the whole loss.
+    """
+
+    def __init__(self, eps: float = 1e-6, loss_weight: float = 1.0):
+        super().__init__()
+        self.eps = eps
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor, avg_factor: Tensor | float = 1.,
+                reduction_override: str | None = None) -> Tensor:
+        """Sum over the pairs, divided by `avg_factor`.
+
+        Args:
+            pred: (P, 4), (x1, y1, x2, y2) in pixels.
+            target: (P, 4).
+            avg_factor: Number of objects.
+            reduction_override: 'none' for every term instead of the sum, as by mmdet's losses.
+
+        Returns:
+            Scalar, or (P,) without the division if `reduction_override` is 'none'.
+        """
+        terms = self.loss_weight * (1 - paired_overlaps(pred, target, self.eps)[1])
+        return terms if reduction_override == 'none' else terms.sum() / avg_factor

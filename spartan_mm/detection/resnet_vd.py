@@ -1,4 +1,7 @@
 """ResNet-vd as RT-DETR uses it."""
+from itertools import accumulate
+from operator import mul
+
 from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmdet.models.backbones import ResNetV1d
 from mmdet.registry import MODELS
@@ -17,12 +20,24 @@ class ResNetVd(ResNetV1d):
         depth: 18, 34, 50 or 101.
         kwargs: See mmdet's ResNet.
 
+    The attributes `out_channels` and `strides` are those of the returned maps.
+
     Examples:
         >>> import torch
-        >>> maps = ResNetVd(depth=18, out_indices=(1, 2, 3)).eval()(torch.rand(1, 3, 64, 64))
-        >>> [tuple(x.shape) for x in maps]
+        >>> backbone = ResNetVd(depth=18, out_indices=(1, 2, 3)).eval()
+        >>> backbone.out_channels, backbone.strides
+        ((128, 256, 512), (8, 16, 32))
+        >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 64, 64))]
         [(1, 128, 8, 8), (1, 256, 4, 4), (1, 512, 2, 2)]
     """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        strides = [4 * stride for stride in accumulate(self.strides, mul)]  # the stem's is 4
+        self.out_channels = tuple(
+            self.base_channels * 2**stage * self.block.expansion for stage in self.out_indices)
+        # NOTE mmdet's attribute of this name has the stride of each stage, and is read no more.
+        self.strides = tuple(strides[stage] for stage in self.out_indices)
 
     def make_res_layer(self, **kwargs) -> nn.Sequential:
         """Pack the blocks of a stage, the first with a projection in its shortcut."""

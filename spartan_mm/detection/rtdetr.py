@@ -3,7 +3,7 @@
 Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_.
 """
 import copy
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmdet.models.detectors.base_detr import DetectionTransformer
@@ -11,11 +11,15 @@ from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 from torch import Tensor, nn
 
-from .denoising import DenoisingGenerator, DenoisingQueries, normalized_targets
+from .denoising import DenoisingGenerator, DenoisingQueries
+from .folding import fold_batch_norms
 from .rtdetr_decoder import RTDETRDecoder
+from .size_cache import cached_by_size
+from .targets import gather_targets
 
 
-def make_anchors(spatial_shapes: Sequence[tuple[int, int]], base_size: float = 0.05,
+@cached_by_size
+def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float = 0.05,
                  device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """One square box a token, from which the encoder's boxes start.
 
@@ -32,14 +36,46 @@ def make_anchors(spatial_shapes: Sequence[tuple[int, int]], base_size: float = 0
     """
     anchors = []
     for level, (height, width) in enumerate(spatial_shapes):
-        rows = (torch.arange(height, device=device) + 0.5) / height
-        columns = (torch.arange(width, device=device) + 0.5) / width
+        rows = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        columns = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
         center_y, center_x = torch.meshgrid(rows, columns, indexing='ij')
         side = torch.full_like(center_x, base_size * 2 ** level)
         anchors.append(torch.stack([center_x, center_y, side, side], -1).flatten(0, 1))
     anchors = torch.cat(anchors)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
     return anchors.logit().masked_fill(~valid, float('inf')), valid
+
+
+def with_in_channels(neck: dict, backbone: nn.Module) -> dict:
+    """Complete a neck's config by what the backbone says of its maps.
+
+    Args:
+        neck: Config of the neck; `in_channels` may be left out or None.
+        backbone: Publishes the channels of its maps as a sequence `out_channels`, or doesn't.
+
+    Returns:
+        The config with `in_channels`.
+
+    Raises:
+        ValueError: `in_channels` is given and differs from what the backbone publishes, or it is
+            left out and the backbone publishes nothing.
+    """
+    published, given = getattr(backbone, 'out_channels', None), neck.get('in_channels')
+    name = type(backbone).__name__
+    if not isinstance(published, list | tuple):
+        if given is None:
+            raise ValueError(f'neck.in_channels is needed: {name} has no out_channels to take it '
+                             'from')
+        return neck
+    if given is not None and tuple(given) != tuple(published):
+        raise ValueError(f'neck.in_channels={tuple(given)}, but the maps of {name} have '
+                         f'out_channels={tuple(published)}; leave neck.in_channels out, or set the '
+                         "backbone's out_indices accordingly")
+    return dict(neck, in_channels=tuple(published))
+
+
+DEPLOYED = ('RTDETR is in deploy form, whose folded weights cannot be trained: build it anew from '
+            'its config and load the checkpoint of the training')
 
 
 @MODELS.register_module()
@@ -53,7 +89,8 @@ class RTDETR(DetectionTransformer):
 
     Args:
         backbone: Gives the maps that `neck` fuses.
-        neck: Usually :class:`HybridEncoder`.
+        neck: Usually :class:`HybridEncoder`. Its `in_channels` may be left out where the backbone
+            publishes `out_channels`.
         decoder: Arguments of :class:`RTDETRDecoder`.
         bbox_head: Usually :class:`RTDETRHead`.
         num_queries: Queries; an image with fewer tokens gets as many as it has.
@@ -64,8 +101,11 @@ class RTDETR(DetectionTransformer):
         init_cfg: See mmengine's BaseModule.
 
     Raises:
-        ValueError: Decoder and head differ in `embed_dims`.
+        ValueError: Decoder and head differ in `embed_dims`, or neck and backbone in channels, see
+            :func:`with_in_channels`.
     """
+
+    deploy = False
 
     def __init__(self, backbone: dict, neck: dict, decoder: dict, bbox_head: dict,
                  num_queries: int = 300, dn_cfg: dict | None = None,
@@ -75,9 +115,16 @@ class RTDETR(DetectionTransformer):
         bbox_head = copy.deepcopy(bbox_head)
         bbox_head['num_pred_layer'] = decoder.get('num_layers', 6) + 1
         self.dn_cfg = dict(dn_cfg or {})
-        super().__init__(backbone=backbone, neck=neck, decoder=dict(decoder), bbox_head=bbox_head,
-                         num_queries=num_queries, train_cfg=train_cfg, test_cfg=test_cfg,
-                         data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        bbox_head.update(train_cfg=train_cfg, test_cfg=test_cfg)
+        # NOTE: DetectionTransformer's own __init__ builds the neck from what the config says alone;
+        # here the backbone is asked for its channels first. All else is built in its order.
+        super(DetectionTransformer, self).__init__(data_preprocessor, init_cfg)
+        self.train_cfg, self.test_cfg = train_cfg, test_cfg
+        self.decoder, self.num_queries = dict(decoder), num_queries
+        self.backbone = MODELS.build(backbone)
+        self.neck = MODELS.build(with_in_channels(neck, self.backbone))
+        self.bbox_head = MODELS.build(bbox_head)
+        self._init_layers()
 
     def _init_layers(self) -> None:
         """Build what lies between neck and head."""
@@ -95,6 +142,10 @@ class RTDETR(DetectionTransformer):
         """Xavier for the encoder's output; see the parts for theirs."""
         nn.init.xavier_uniform_(self.memory_trans_fc.weight)
         super().init_weights()
+
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
+        """Maps (N, C, H_i, W_i) of images (N, 3, H, W), which take the type of the weights."""
+        return super().extract_feat(batch_inputs.to(self.memory_trans_fc.weight.dtype))
 
     def forward_transformer(self, img_feats: tuple[Tensor, ...],
                             batch_data_samples: OptSampleList = None) -> dict:
@@ -120,60 +171,76 @@ class RTDETR(DetectionTransformer):
         tokens = dict(memory=memory, spatial_shapes=spatial_shapes)
         return tokens, tokens
 
-    def forward_encoder(self, memory: Tensor, spatial_shapes: list[tuple[int, int]]) -> dict:
-        """Rate every token as a possible object and predict its box.
+    def forward_encoder(self, memory: Tensor,
+                        spatial_shapes: tuple[tuple[int, int], ...]) -> dict:
+        """Rate every token as a possible object.
 
         Args:
             memory: (N, L, C).
             spatial_shapes: (H, W) of each map.
 
         Returns:
-            Tokens (N, L, C), class logits (N, L, classes), box logits (N, L, 4).
+            The memory, its anchors (L, 4) as logits and their validity (L, 1), the tokens (N, L, C)
+            and their class logits (N, L, classes).
         """
         anchors, valid = make_anchors(spatial_shapes, device=memory.device)
-        tokens = self.memory_trans_norm(self.memory_trans_fc(memory * valid.to(memory.dtype)))
-        # The last branches of the head are the encoder's.
-        logits = self.bbox_head.cls_branches[-1](tokens).float()
-        box_logits = self.bbox_head.reg_branches[-1](tokens).float() + anchors
-        return dict(tokens=tokens, logits=logits, box_logits=box_logits)
+        tokens, logits = self.rate(memory, valid)
+        return dict(memory=memory, anchors=anchors, valid=valid, tokens=tokens, logits=logits)
 
-    def pre_decoder(self, tokens: Tensor, logits: Tensor, box_logits: Tensor,
-                    batch_data_samples: OptSampleList = None) -> tuple[dict, dict]:
+    def rate(self, memory: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (..., C) made of memory (..., C), and their class logits (..., classes)."""
+        tokens = self.memory_trans_norm(self.memory_trans_fc(memory * valid))
+        # The last branches of the head are the encoder's.
+        return tokens, self.bbox_head.cls_branches[-1](tokens).float()
+
+    def pre_decoder(self, memory: Tensor, anchors: Tensor, valid: Tensor, tokens: Tensor,
+                    logits: Tensor, batch_data_samples: OptSampleList = None) -> tuple[dict, dict]:
         """Select the most promising tokens as queries and put the denoising queries before them.
 
+        NOTE: The official code predicts the boxes of all tokens, and its backward pass runs through
+        all of them, although that of the others is zero. Here only the selected ones have boxes,
+        and in training they are made and rated once more, which is all that the gradient sees.
+
         Args:
+            memory: (N, L, C).
+            anchors: (L, 4), logits of (cx, cy, w, h).
+            valid: (L, 1).
             tokens: (N, L, C).
             logits: (N, L, classes).
-            box_logits: (N, L, 4).
             batch_data_samples: The images' `gt_instances`, needed in training.
 
         Returns:
             Arguments of the decoder (query, reference, attn_mask), and, in training, of the loss
-            (encoder outputs of the selected tokens, denoising part).
+            (encoder outputs of the selected tokens, denoising part, ground truth).
 
         Raises:
             ValueError: There are no samples in training mode.
         """
         num_queries = min(self.num_queries, tokens.shape[1])
-        index = logits.amax(-1).topk(num_queries, dim=1).indices[..., None]  # (N, Q, 1)
+        index = logits.amax(-1).topk(num_queries, dim=1).indices  # (N, Q)
 
         def select(values: Tensor) -> Tensor:
-            return values.gather(1, index.expand(-1, -1, values.shape[-1]))
+            return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
+        if self.training:
+            query, logits = self.rate(select(memory), valid[index])
+        else:
+            query = select(tokens)
+        reference = self.bbox_head.reg_branches[-1](query).float() + anchors[index]
         # The decoder doesn't train the encoder through its queries, only through the memory.
-        query, reference = select(tokens).detach(), select(box_logits)
-        decoder_inputs = dict(query=query, reference=reference.detach(), attn_mask=None)
+        decoder_inputs = dict(query=query.detach(), reference=reference.detach(), attn_mask=None)
         if not self.training:
             return decoder_inputs, {}
 
         if batch_data_samples is None:
             raise ValueError('RTDETR in training mode needs data samples with ground truth to make '
                              'its queries; call model.eval() to run it on images alone')
-        denoising = self.dn_query_generator(normalized_targets(batch_data_samples), num_queries)
+        targets = gather_targets(batch_data_samples)
+        denoising = self.dn_query_generator(targets, num_queries)
         if denoising is not None:
             decoder_inputs = self.prepend(denoising, **decoder_inputs)
-        return decoder_inputs, dict(enc_logits=select(logits), enc_boxes=reference.sigmoid(),
-                                    denoising=denoising)
+        return decoder_inputs, dict(enc_logits=logits, enc_boxes=reference.sigmoid(),
+                                    denoising=denoising, targets=targets)
 
     @staticmethod
     def prepend(denoising: DenoisingQueries, query: Tensor, reference: Tensor,
@@ -184,7 +251,7 @@ class RTDETR(DetectionTransformer):
                     attn_mask=denoising.attn_mask)
 
     def forward_decoder(self, query: Tensor, memory: Tensor, reference: Tensor,
-                        spatial_shapes: list[tuple[int, int]],
+                        spatial_shapes: tuple[tuple[int, int], ...],
                         attn_mask: Tensor | None = None) -> dict:
         """Run the decoder, see :meth:`RTDETRDecoder.forward`."""
         hidden_states, boxes = self.decoder(
@@ -202,9 +269,98 @@ class RTDETR(DetectionTransformer):
             See :meth:`RTDETRHead.loss_by_feat`.
 
         Raises:
-            RuntimeError: The model is in eval mode, where queries and layers are left out.
+            RuntimeError: The model is in eval mode, where queries and layers are left out, or in
+                deploy form.
         """
+        if self.deploy:
+            raise RuntimeError(DEPLOYED)
         if not self.training:
             raise RuntimeError("RTDETR computes losses in training mode only; call model.train() "
                                'before forward(mode="loss")')
         return super().loss(batch_inputs, batch_data_samples)
+
+    def infer(self, batch_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What `predict` makes its detections of: tensors from tensors, and nothing else.
+
+        Args:
+            batch_inputs: (N, 3, H, W).
+
+        Returns:
+            Class logits (N, Q, classes) and boxes (N, Q, 4) (cx, cy, w, h; 0 to 1), float32.
+        """
+        logits, boxes = self._forward(batch_inputs)
+        return logits[-1], boxes[-1]
+
+    def predict(self, batch_inputs: Tensor, batch_data_samples: SampleList,
+                rescale: bool = True) -> SampleList:
+        """Detections of a batch.
+
+        Args:
+            batch_inputs: (N, 3, H, W).
+            batch_data_samples: The images' meta information.
+            rescale: Whether boxes refer to the original images instead of the network's input.
+
+        Returns:
+            The samples with `pred_instances`, see :meth:`RTDETRHead.predict_by_feat`.
+        """
+        metas = [sample.metainfo for sample in batch_data_samples]
+        results = self.bbox_head.predict_by_feat(*self.infer(batch_inputs), metas, rescale)
+        return self.add_pred_to_datasample(batch_data_samples, results)
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Take the form that only predicts: fewer layers and operations, the same outputs.
+
+        BatchNorms are folded, parallel branches fused, and what no prediction comes from is
+        dropped: decoder layers after `eval_idx`, other layers' class branches, denoising. A
+        backbone (or neck) with a method of this name takes its own such form. Doing it again
+        changes nothing.
+        """
+        if self.deploy:
+            return
+        for part in (self.backbone, self.neck):
+            if hasattr(part, 'switch_to_deploy'):
+                part.switch_to_deploy()
+            else:
+                fold_batch_norms(part)
+        self.decoder.switch_to_deploy()
+        self.bbox_head.switch_to_deploy(self.decoder.eval_idx)
+        del self.dn_query_generator
+        self.deploy = True
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'RTDETR':
+        """Switch between training and evaluation.
+
+        Raises:
+            RuntimeError: Training is asked of the deploy form.
+        """
+        if mode and self.deploy:
+            raise RuntimeError(DEPLOYED)
+        return super().train(mode)
+
+    def compile(self, mode: str | None = None, dynamic: bool | None = None, **kwargs: Any) -> None:
+        """Compile, in place, what makes tensors from tensors; everything else runs as it is.
+
+        That is `infer` as one graph, and for training backbone, neck and decoder, with matching
+        and losses between and after them left alone.
+
+        NOTE: `mode` is `infer`'s. CUDA graphs ('reduce-overhead', 'max-autotune') hold for one
+        size, which training changes all the time: it then has the default mode.
+
+        Args:
+            mode: See torch.compile.
+            dynamic: See torch.compile; None compiles a second time, for all sizes, once a second
+                size comes.
+            kwargs: What else torch.compile takes.
+        """
+        infer = type(self).infer.__get__(self)
+        self.infer = torch.compile(infer, fullgraph=True, mode=mode, dynamic=dynamic, **kwargs)
+        if mode in ('reduce-overhead', 'max-autotune'):
+            mode = None
+        for part in (self.backbone, self.neck, self.decoder):
+            part.compile(mode=mode, dynamic=dynamic, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # The compiled form would go on to run the weights of the model that it was made from.
+        return {name: value for name, value in super().__getstate__().items() if name != 'infer'}

@@ -4,6 +4,7 @@ Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2
 `DINO <https://arxiv.org/abs/2203.03605>`_, section 3.5, for "look forward twice".
 """
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .hybrid_encoder import ConvNorm
+from .folding import fold_batch_norms
+from .hybrid_encoder import ConvNorm, SelfAttention, to_tokens
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -40,7 +42,7 @@ class RTDETRDecoderLayer(nn.Module):
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
                  num_points: int = 4, ffn_dims: int = 1024, dropout: float = 0.):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
+        self.self_attn = SelfAttention(embed_dims, num_heads, dropout)
         self.norm1 = nn.LayerNorm(embed_dims)
         self.cross_attn = MultiScaleDeformableAttention(
             embed_dims, num_heads, num_levels, num_points, dropout, batch_first=True)
@@ -61,13 +63,12 @@ class RTDETRDecoderLayer(nn.Module):
             memory: (N, L, C).
             reference: (N, Q, 4), boxes (cx, cy, w, h) as fractions of the image.
             spatial_shapes: (H, W) of the memory's maps.
-            attn_mask: (Q, Q), True where a row's query must not see a column's.
+            attn_mask: (Q, Q), -inf where a row's query must not see a column's, 0 elsewhere.
 
         Returns:
             (N, Q, C).
         """
-        placed = query + query_pos
-        mixed = self.self_attn(placed, placed, query, attn_mask=attn_mask, need_weights=False)[0]
+        mixed = self.self_attn(query + query_pos, query, attn_mask)
         query = self.norm1(query + self.dropout(mixed))
         query = self.norm2(self.cross_attn(
             query, value=memory, query_pos=query_pos, reference_points=reference[:, :, None],
@@ -125,7 +126,7 @@ class RTDETRDecoder(BaseModule):
             nn.init.xavier_uniform_(linear.weight)
         super().init_weights()
 
-    def embed(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    def embed(self, feats: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Project the neck's maps and lay them out as tokens, finest map first, row by row.
 
         Args:
@@ -135,8 +136,8 @@ class RTDETRDecoder(BaseModule):
             The memory (N, L, C) and the maps' (H, W).
         """
         maps = [project(feat) for project, feat in zip(self.input_projs, feats, strict=True)]
-        spatial_shapes = [tuple(x.shape[-2:]) for x in maps]
-        return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), spatial_shapes
+        spatial_shapes = tuple(tuple(x.shape[-2:]) for x in maps)
+        return torch.cat([to_tokens(x) for x in maps], 1), spatial_shapes
 
     def forward(self, query: Tensor, memory: Tensor, reference: Tensor,
                 spatial_shapes: Sequence[tuple[int, int]], reg_branches: nn.ModuleList,
@@ -157,6 +158,9 @@ class RTDETRDecoder(BaseModule):
             gradient to the layer before it ("look forward twice").
         """
         num_layers = self.num_layers if self.training else self.eval_idx + 1
+        if attn_mask is not None:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                attn_mask, -math.inf)
         states, boxes = [], []
         # References stay float32 under autocast: float16 would place boxes on a grid of 1 / 2048.
         box = reference.float().sigmoid()
@@ -169,3 +173,14 @@ class RTDETRDecoder(BaseModule):
             states.append(query)
             boxes.append(box)
         return states, boxes
+
+    def switch_to_deploy(self) -> None:
+        """Drop the layers after `eval_idx`, fold the BatchNorms, join projections, for inference.
+
+        Doing it again changes nothing.
+        """
+        self.num_layers = self.eval_idx + 1
+        self.layers = self.layers[:self.num_layers]
+        fold_batch_norms(self.input_projs)
+        for layer in self.layers:
+            layer.cross_attn.switch_to_deploy()

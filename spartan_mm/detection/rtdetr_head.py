@@ -3,9 +3,10 @@ import logging
 
 import numpy as np
 import torch
+from mmdet.models.task_modules import BBoxL1Cost, IoUCost
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures import SampleList
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmdet.utils import InstanceList, reduce_mean
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, bias_init_with_prob
@@ -13,10 +14,13 @@ from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .denoising import DenoisingQueries, boxes_tensor, input_shape, normalized_targets
+from .denoising import DenoisingQueries
+from .losses import paired_overlaps
+from .targets import Targets, input_shape, to_device
 
-LayerMatches = tuple[Tensor, Tensor, Tensor]
-"""Image, query and ground truth index (P,) of each matched pair; the last counts over the batch."""
+Matches = tuple[Tensor, Tensor, Tensor]
+"""Image, query and ground truth index (S, P) of the P matched pairs in each of S sets of
+predictions; the last counts over the batch."""
 
 
 @MODELS.register_module()
@@ -26,10 +30,10 @@ class RTDETRHead(BaseModule):
     The last of the `num_pred_layer` branches rates the encoder's tokens (query selection), the ones
     before it belong to the decoder's layers.
 
-    NOTE: The costs of the matching and the box losses are mmdet's own parts. DINOHead's loss is not
-    reused: it divides denoising terms by the ranks' mean of objects times groups (officially: the
-    ranks' mean of objects, times the own groups), takes IoU targets from normalised boxes with an
-    eps that biases small ones, and its box branch runs in float16 under autocast.
+    NOTE: The costs of the matching are mmdet's own parts. DINOHead's loss is not reused: it divides
+    denoising terms by the ranks' mean of objects times groups (officially: the ranks' mean of
+    objects, times the own groups), takes IoU targets from normalised boxes with an eps that biases
+    small ones, and its box branch runs in float16 under autocast.
 
     Args:
         num_classes: Categories.
@@ -53,7 +57,7 @@ class RTDETRHead(BaseModule):
         self.test_cfg = test_cfg or {}
         self.loss_cls = MODELS.build(loss_cls or dict(type='IoUAwareVarifocalLoss'))
         self.loss_bbox = MODELS.build(loss_bbox or dict(type='L1Loss', loss_weight=5.0))
-        self.loss_iou = MODELS.build(loss_iou or dict(type='GIoULoss', loss_weight=2.0))
+        self.loss_iou = MODELS.build(loss_iou or dict(type='PairedGIoULoss', loss_weight=2.0))
         if train_cfg:
             self.assigner = TASK_UTILS.build(train_cfg['assigner'])
 
@@ -94,7 +98,7 @@ class RTDETRHead(BaseModule):
         return logits, [boxes[layer] for layer in layers]
 
     def loss(self, hidden_states: list[Tensor], boxes: list[Tensor], enc_logits: Tensor,
-             enc_boxes: Tensor, denoising: DenoisingQueries | None,
+             enc_boxes: Tensor, denoising: DenoisingQueries | None, targets: Targets,
              batch_data_samples: SampleList) -> dict[str, Tensor]:
         """All terms of a batch, see :meth:`loss_by_feat`.
 
@@ -104,17 +108,18 @@ class RTDETRHead(BaseModule):
             enc_logits: (N, Q, classes), of the selected tokens.
             enc_boxes: (N, Q, 4), of the selected tokens.
             denoising: The denoising part.
-            batch_data_samples: The images' `gt_instances`.
+            targets: The ground truth.
+            batch_data_samples: Not used; `targets` has all that is read of them.
 
         Returns:
             Named losses, see :meth:`loss_by_feat`.
         """
         return self.loss_by_feat(*self(hidden_states, boxes), enc_logits, enc_boxes, denoising,
-                                 batch_data_samples)
+                                 targets)
 
     def loss_by_feat(self, logits: list[Tensor], boxes: list[Tensor], enc_logits: Tensor,
                      enc_boxes: Tensor, denoising: DenoisingQueries | None,
-                     batch_data_samples: SampleList) -> dict[str, Tensor]:
+                     targets: Targets) -> dict[str, Tensor]:
         """Class, L1 and GIoU loss of every decoder layer, of the encoder and of the denoising part.
 
         Every set of predictions is matched on its own, and all count the same.
@@ -125,171 +130,173 @@ class RTDETRHead(BaseModule):
             enc_logits: (N, Q, classes).
             enc_boxes: (N, Q, 4).
             denoising: The denoising part, None if D = 0.
-            batch_data_samples: The images' `gt_instances`.
+            targets: The ground truth.
 
         Returns:
             `loss_cls`, `loss_bbox`, `loss_iou` of the last layer; with the prefix `d0.`, `d1.` ...
             of the layers before it; with `enc_` of the encoder; with `dn_` of the denoising part.
         """
-        targets = normalized_targets(batch_data_samples)
-        img_shapes = [input_shape(sample.metainfo) for sample in batch_data_samples]
-        num_objects = sum(len(labels) for labels, _ in targets)
         # The mean over the ranks, at least 1: the same divisor everywhere.
-        num_objects = reduce_mean(boxes[0].new_tensor(float(num_objects))).clamp(min=1)
+        num_objects = torch.full((), sum(targets.counts), dtype=torch.float32,
+                                 device=boxes[0].device)
+        num_objects = reduce_mean(num_objects).clamp(min=1)
 
+        # (layers, N, D + Q, ...)
+        logits, boxes = torch.stack(logits), torch.stack(boxes).float()
         num_denoising = 0 if denoising is None else denoising.reference.shape[1]
-        losses = {}
-
-        def add(prefix: str, set_logits: Tensor, set_boxes: Tensor, matches: LayerMatches,
-                divisor: Tensor) -> None:
-            terms = self.loss_by_feat_single(set_logits, set_boxes.float(), matches, targets,
-                                             img_shapes, divisor)
-            for name, term in zip(('cls', 'bbox', 'iou'), terms, strict=True):
-                losses[prefix.format(name)] = term
-
+        set_logits = torch.cat([logits[:, :, num_denoising:], enc_logits[None]])
+        set_boxes = torch.cat([boxes[:, :, num_denoising:], enc_boxes[None]])
+        terms = self.loss_by_set(set_logits, set_boxes, self.match(set_logits, set_boxes, targets),
+                                 targets, num_objects)
         last = len(logits) - 1
-        sets = [('loss_{}' if layer == last else f'd{layer}.loss_{{}}',
-                 logits[layer][:, num_denoising:], boxes[layer][:, num_denoising:])
-                for layer in (last, *range(last))]
-        sets.append(('enc_loss_{}', enc_logits, enc_boxes))
-        matched = self.match([(set_logits, set_boxes) for _, set_logits, set_boxes in sets],
-                             batch_data_samples)
-        for (prefix, set_logits, set_boxes), matches in zip(sets, matched, strict=True):
-            add(prefix, set_logits, set_boxes, matches, num_objects)
+        names = {last: '', **{layer: f'd{layer}.' for layer in range(last)}}
+        losses = {f'{prefix}{name}': term[layer]
+                  for layer, prefix in (names | {last + 1: 'enc_'}).items()
+                  for name, term in terms.items()}
 
         if denoising is not None:
-            matches = self.denoising_matches(targets, denoising)
-            for layer in (last, *range(last)):
+            terms = self.loss_by_set(
+                logits[:, :, :num_denoising], boxes[:, :, :num_denoising],
+                self.denoising_matches(targets, denoising, len(logits)), targets,
                 # NOTE: each rank counts its own groups, on top of the ranks' mean of objects.
-                add('dn_loss_{}' if layer == last else f'd{layer}.dn_loss_{{}}',
-                    logits[layer][:, :num_denoising], boxes[layer][:, :num_denoising], matches,
-                    num_objects * denoising.num_groups)
+                num_objects * denoising.num_groups)
+            losses |= {f'{prefix}dn_{name}': term[layer]
+                       for layer, prefix in names.items() for name, term in terms.items()}
         return losses
 
-    def loss_by_feat_single(self, logits: Tensor, boxes: Tensor, matches: LayerMatches,
-                            targets: list[tuple[Tensor, Tensor]],
-                            img_shapes: list[tuple[int, int]],
-                            avg_factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three terms of one set of predictions.
+    def loss_by_set(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Targets,
+                    avg_factor: Tensor) -> dict[str, Tensor]:
+        """The three terms of S sets of predictions, all at once.
 
         Args:
-            logits: (N, Q, classes).
-            boxes: (N, Q, 4) (cx, cy, w, h; 0 to 1).
-            matches: The P matched pairs.
-            targets: Labels and boxes of each image, see :func:`normalized_targets`.
-            img_shapes: (height, width) in pixels of each image.
+            logits: (S, N, Q, classes).
+            boxes: (S, N, Q, 4) (cx, cy, w, h; 0 to 1).
+            matches: The P matched pairs of each set.
+            targets: The ground truth.
             avg_factor: Divisor of the sums.
 
         Returns:
-            Class, L1 and GIoU loss, scalars; the latter two are 0 (with a gradient) if P = 0.
+            `loss_cls`, `loss_bbox` and `loss_iou`, (S,) each; the latter two are 0 (with a
+            gradient) if P = 0.
         """
         image, query, target = matches
-        target_labels = torch.cat([labels for labels, _ in targets])
-        target_boxes = torch.cat([target_boxes for _, target_boxes in targets])[target]
-        matched_boxes = boxes[image, query]
+        pairs = torch.arange(len(logits), device=logits.device)[:, None], image, query
+        matched_boxes, target_boxes = boxes[pairs], targets.boxes[target]
 
-        # In pixels, so that mmdet's eps of 1e-6 is far below any box' area.
-        scale = boxes.new_tensor([(width, height) * 2 for height, width in img_shapes])[image]
+        # In pixels, so that the losses' eps of 1e-6 is far below any box' area.
+        scale = targets.scale[target]
         predicted_corners = bbox_cxcywh_to_xyxy(matched_boxes) * scale
         target_corners = bbox_cxcywh_to_xyxy(target_boxes) * scale
 
-        labels = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        labels[image, query] = target_labels[target]
-        quality = torch.zeros(logits.shape[:2], device=logits.device)
-        quality[image, query] = bbox_overlaps(predicted_corners.detach(), target_corners,
-                                              is_aligned=True)
+        labels = torch.full(logits.shape[:3], self.num_classes, device=logits.device)
+        labels[pairs] = targets.labels[target]
+        quality = torch.zeros(logits.shape[:3], device=logits.device)
+        quality[pairs] = paired_overlaps(predicted_corners.detach(), target_corners)[0]
 
-        loss_cls = self.loss_cls(logits, labels, quality, avg_factor=avg_factor)
-        if not len(image):
+        def by_set(terms: Tensor) -> Tensor:
+            return terms.reshape(len(logits), -1).sum(1) / avg_factor
+
+        loss_cls = by_set(self.loss_cls(logits, labels, quality, reduction_override='none'))
+        if not query.numel():
             # Keeps the box branches in the graph: distributed training waits for every gradient.
-            zero = boxes.sum() * 0
-            return loss_cls, zero, zero
-        loss_bbox = self.loss_bbox(matched_boxes, target_boxes, avg_factor=avg_factor)
-        loss_iou = self.loss_iou(predicted_corners, target_corners, avg_factor=avg_factor)
-        return loss_cls, loss_bbox, loss_iou
+            zero = boxes.flatten(1).sum(1) * 0
+            return dict(loss_cls=loss_cls, loss_bbox=zero, loss_iou=zero)
+        loss_bbox = by_set(self.loss_bbox(matched_boxes, target_boxes, reduction_override='none'))
+        loss_iou = by_set(self.loss_iou(
+            predicted_corners.flatten(0, 1), target_corners.flatten(0, 1),
+            reduction_override='none'))
+        return dict(loss_cls=loss_cls, loss_bbox=loss_bbox, loss_iou=loss_iou)
 
     @torch.no_grad()
-    def match(self, sets: list[tuple[Tensor, Tensor]],
-              batch_data_samples: SampleList) -> list[LayerMatches]:
-        """Match queries and ground truth one to one, image by image, for each set of predictions.
+    def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
+        """Match queries and ground truth one to one, image by image, in each set of predictions.
 
-        The costs are the assigner's. All of them travel to the CPU, where they are solved, at once:
-        a matcher that is asked image by image makes the GPU wait for every single one.
+        The costs are the assigner's. Those of all sets and images travel to the CPU, where they are
+        solved, at once, and so do the matches back: a matcher that is asked image by image makes
+        the GPU wait for every single one.
 
         Args:
-            sets: Logits (N, Q, classes) and boxes (N, Q, 4) (cx, cy, w, h; 0 to 1) of each set.
-            batch_data_samples: The images' `gt_instances`.
+            logits: (S, N, Q, classes).
+            boxes: (S, N, Q, 4) (cx, cy, w, h; 0 to 1).
+            targets: The ground truth.
 
         Returns:
             The matched pairs of each set.
         """
-        logits = torch.stack([set_logits.float() for set_logits, _ in sets], 1)  # (N, S, Q, C)
-        corners = bbox_cxcywh_to_xyxy(torch.stack([boxes.float() for _, boxes in sets], 1))
-        num_sets, num_queries = logits.shape[1:3]
-
-        costs = []
-        for image, sample in enumerate(batch_data_samples):
-            height, width = input_shape(sample.metainfo)
-            predicted = InstanceData(
-                scores=logits[image].flatten(0, 1),
-                bboxes=corners[image].flatten(0, 1) * corners.new_tensor([width, height] * 2))
-            truth = InstanceData(labels=sample.gt_instances.labels,
-                                 bboxes=boxes_tensor(sample.gt_instances))
-            cost = sum(match_cost(pred_instances=predicted, gt_instances=truth,
-                                  img_meta=dict(img_shape=(height, width)))
-                       for match_cost in self.assigner.match_costs)
-            costs.append(cost.flatten())  # (S * Q * G)
-        counts = [len(sample.gt_instances) for sample in batch_data_samples]
-        joint = torch.cat(costs).cpu()
-        if not joint.isfinite().all():
+        costs = self.match_costs(logits.float(), boxes.float(), targets).cpu()
+        if not costs.isfinite().all():
             # The loss shows it, too; the matcher only must not fail on it.
             print_log('RT-DETR: predictions contain NaN or infinite values, the training has '
                       'diverged: lower the learning rate, or check the data', 'current',
                       logging.WARNING)
-            joint = joint.nan_to_num(0., 0., 0.)
+            costs = costs.nan_to_num(0., 0., 0.)
 
-        solved = [
-            [linear_sum_assignment(cost) for cost in image_costs.view(num_sets, num_queries, count)]
-            for image_costs, count in zip(
-                joint.split([num_sets * num_queries * count for count in counts]), counts,
-                strict=True)]
-        return [collect_matches([image[number] for image in solved], counts, logits.device)
-                for number in range(num_sets)]
+        # Every set has the same number of pairs in an image: that of its objects or its queries.
+        starts = np.cumsum([0, *targets.counts])
+        matched = [
+            [np.stack([np.full(len(query), image), query, objects + start])
+             for image, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+             for objects, query in [linear_sum_assignment(set_costs[start:end])]]
+            for set_costs in costs.numpy()]
+        # S lists of N arrays (3, P_i) -> (3, S, P)
+        joint = np.stack([np.concatenate(per_image, 1) for per_image in matched], 1)
+        return tuple(to_device(joint, logits.device))
+
+    def match_costs(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """What the assigner's costs say of each object and the queries of its image.
+
+        NOTE: mmdet's costs compare all queries with all objects of one image. Here one call serves
+        the batch: a cost of boxes compares each object, as a batch of its own, with its image's
+        queries; any other cost is asked for every class and must depend on nothing but the scores.
+
+        Args:
+            logits: (S, N, Q, classes).
+            boxes: (S, N, Q, 4) (cx, cy, w, h; 0 to 1).
+            targets: The ground truth.
+
+        Returns:
+            (S, G, Q).
+        """
+        num_sets, _, num_queries, num_classes = logits.shape
+        scores = InstanceData(scores=logits.flatten(0, 2))
+        classes = InstanceData(labels=torch.arange(num_classes, device=logits.device))
+        # One size stands for those of all images: the L1 cost divides by it, the IoU doesn't depend
+        # on it. It is in pixels, so that mmdet's eps of 1e-6 is far below any box' area.
+        side = 640.
+        corners = bbox_cxcywh_to_xyxy(boxes).transpose(0, 1).flatten(1, 2) * side
+        queries = InstanceData(bboxes=corners[targets.image])  # (G, S * Q, 4)
+        objects = InstanceData(bboxes=bbox_cxcywh_to_xyxy(targets.boxes)[:, None] * side)
+
+        total = 0
+        for cost in self.assigner.match_costs:
+            if isinstance(cost, BBoxL1Cost | IoUCost):
+                found = cost(queries, objects, dict(img_shape=(side, side)))
+                found = found.view(-1, num_sets, num_queries).transpose(0, 1)
+            else:
+                found = cost(scores, classes).view(logits.shape)
+                found = found[:, targets.image, :, targets.labels].transpose(0, 1)
+            total = total + found
+        return total
 
     @staticmethod
-    def denoising_matches(targets: list[tuple[Tensor, Tensor]],
-                          denoising: DenoisingQueries) -> LayerMatches:
+    def denoising_matches(targets: Targets, denoising: DenoisingQueries,
+                          num_sets: int) -> Matches:
         """Pair each positive denoising query with the object that it was made from.
 
         Args:
-            targets: Labels and boxes of each image.
+            targets: The ground truth.
             denoising: The denoising part.
+            num_sets: S, all of which have the same pairs.
 
         Returns:
             The pairs: object k of an image is positive k of every group.
         """
-        group_starts = np.arange(denoising.num_groups) * 2 * denoising.num_slots
-        counts = [len(labels) for labels, _ in targets]
-        pairs = [((group_starts[:, None] + np.arange(count)).ravel(),
-                  np.tile(np.arange(count), denoising.num_groups)) for count in counts]
-        return collect_matches(pairs, counts, denoising.reference.device)
-
-    def predict(self, hidden_states: list[Tensor], boxes: list[Tensor],
-                batch_data_samples: SampleList, rescale: bool = True) -> InstanceList:
-        """Detections of a batch, see :meth:`predict_by_feat`.
-
-        Args:
-            hidden_states: (N, Q, C) of each decoder layer that ran.
-            boxes: (N, Q, 4) of each of them.
-            batch_data_samples: The images' meta information.
-            rescale: Whether boxes refer to the original images instead of the network's input.
-
-        Returns:
-            Detections of each image.
-        """
-        logits, boxes = self(hidden_states, boxes)
-        return self.predict_by_feat(logits[-1], boxes[-1],
-                                    [sample.metainfo for sample in batch_data_samples], rescale)
+        device = targets.image.device
+        starts = torch.arange(denoising.num_groups, device=device) * 2 * denoising.num_slots
+        query = starts[:, None] + targets.slot  # (groups, G)
+        objects = torch.arange(len(targets.labels), device=device)
+        return tuple(part.expand_as(query).flatten().expand(num_sets, -1)
+                     for part in (targets.image, query, objects))
 
     def predict_by_feat(self, logits: Tensor, boxes: Tensor, batch_img_metas: list[dict],
                         rescale: bool = True) -> InstanceList:
@@ -314,25 +321,28 @@ class RTDETRHead(BaseModule):
         query, labels = index // self.num_classes, index % self.num_classes
         corners = bbox_cxcywh_to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4)))
 
-        results = []
-        for image, img_meta in enumerate(batch_img_metas):
-            input_height, input_width = input_shape(img_meta)
-            height, width = img_meta['img_shape'][:2]
-            bboxes = corners[image] * corners.new_tensor([input_width, input_height] * 2)
-            bboxes = bboxes.clamp(min=bboxes.new_zeros(4),
-                                  max=bboxes.new_tensor([width, height] * 2))
-            if rescale:
-                bboxes = bboxes / bboxes.new_tensor(img_meta['scale_factor']).repeat(2)
-            results.append(InstanceData(bboxes=bboxes, scores=scores[image], labels=labels[image]))
-        return results
+        # (x, y) of the input's size, of the image's size and of the factor from the original's.
+        factors = to_device(np.array(
+            [[input_shape(meta)[::-1], meta['img_shape'][1::-1],
+              meta['scale_factor'] if rescale else (1, 1)] for meta in batch_img_metas],
+            np.float32), boxes.device)
+        # (N, 3, 2) -> three of (N, 1, 4)
+        input_size, image_size, factor = factors.repeat(1, 1, 2)[:, :, None].unbind(1)
+        bboxes = (corners * input_size).clamp(min=0).minimum(image_size) / factor
+        return [InstanceData(bboxes=image_boxes, scores=image_scores, labels=image_labels)
+                for image_boxes, image_scores, image_labels in zip(
+                    bboxes, scores, labels, strict=True)]
 
+    def switch_to_deploy(self, eval_idx: int) -> None:
+        """Drop the branches that no prediction comes from; the others keep their names.
 
-def collect_matches(pairs: list[tuple[np.ndarray, np.ndarray]], counts: list[int],
-                    device: torch.device) -> LayerMatches:
-    """Join the images' (query, ground truth) pairs, ground truth numbered over the batch."""
-    starts = np.cumsum([0, *counts])
-    joint = np.concatenate([
-        np.stack([np.full_like(query, image), query, target + starts[image]])
-        for image, (query, target) in enumerate(pairs)], 1)
-    image, query, target = torch.from_numpy(joint).to(device)
-    return image, query, target
+        Doing it again changes nothing.
+
+        Args:
+            eval_idx: The decoder layer whose output is the prediction.
+        """
+        for branches in (self.cls_branches, self.reg_branches):
+            del branches[eval_idx + 1:-1]
+        # Boxes are refined in every layer, classes are read from the last alone.
+        for layer in range(eval_idx):
+            self.cls_branches[layer] = nn.Identity()

@@ -4,6 +4,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MM
 from torch.testing import assert_close
 
 from spartan_mm.detection import MultiScaleDeformableAttention
+from spartan_mm.detection.deformable_attention import sample_multi_scale
 
 SHAPES = [(6, 9), (3, 5), (2, 3)]
 LENGTH = sum(height * width for height, width in SHAPES)
@@ -61,6 +62,31 @@ def test_half_precision_keeps_its_type_and_stays_close(dtype):
     half = module.to(dtype)(query.to(dtype), value=memory.to(dtype), **call)
     assert half.dtype == dtype
     assert_close(half.float(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('far', [-1e30, -3., 4., 1e30, float('-inf'), float('inf')])
+def test_far_outside_is_zero(far):
+    value = torch.rand(1, LENGTH, 4, 2)
+    locations = torch.full((1, 3, 4, 3, 2, 2), far)
+    assert not sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 3, 2)).any()
+
+
+def test_nan_stays_within_its_query():
+    value, locations = torch.rand(1, LENGTH, 4, 2), torch.rand(1, 3, 4, 3, 2, 2)
+    locations[0, 1] = float('nan')
+    sampled = sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 3, 2))
+    assert sampled[0, 1].isnan().all() and sampled[0, [0, 2]].isfinite().all()
+
+
+@torch.no_grad()
+def test_deploy_form_is_the_same_function():
+    module = pair(True)[0]
+    call = dict(query=torch.randn(1, 5, 16), value=torch.randn(1, LENGTH, 16),
+                reference_points=torch.rand(1, 5, 1, 4), spatial_shapes=SHAPES)
+    expected = module(**call)
+    for _ in range(2):
+        module.switch_to_deploy()
+    assert_close(module(**call), expected)
 
 
 def test_one_reference_serves_all_levels():

@@ -1,14 +1,28 @@
 import pytest
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from mmengine.structures import InstanceData
 from torch.testing import assert_close
 
 from spartan_mm.detection import DenoisingGenerator
+from spartan_mm.detection.targets import gather_targets
 
-TARGETS = [(torch.tensor([1, 4, 0]), torch.tensor([[.5, .5, .2, .4], [.1, .9, .1, .1],
+OBJECTS = [(torch.tensor([1, 4, 0]), torch.tensor([[.5, .5, .2, .4], [.1, .9, .1, .1],
                                                    [.7, .2, .6, .3]])),
            (torch.tensor([], dtype=torch.long), torch.zeros(0, 4)),
            (torch.tensor([3]), torch.tensor([[.05, .5, .1, 1.]]))]
-EMPTY = [TARGETS[1], TARGETS[1]]
+
+
+def targets_of(objects):
+    """The ground truth of images with these labels and boxes."""
+    return gather_targets([
+        DetDataSample(metainfo=dict(img_shape=(1, 1)),
+                      gt_instances=InstanceData(labels=labels, bboxes=bbox_cxcywh_to_xyxy(boxes)))
+        for labels, boxes in objects])
+
+
+TARGETS, EMPTY = targets_of(OBJECTS), targets_of([OBJECTS[1], OBJECTS[1]])
 
 
 def noised_as_officially(targets, num_classes, num_queries, label_noise, box_noise):
@@ -47,7 +61,7 @@ def noised_as_officially(targets, num_classes, num_queries, label_noise, box_noi
 def test_equals_the_official_noise_number_by_number():
     generator = DenoisingGenerator(num_classes=5, embed_dims=8, num_queries=10)
     torch.manual_seed(3)
-    labels, reference, groups = noised_as_officially(TARGETS, 5, 10, 0.5, 1.)
+    labels, reference, groups = noised_as_officially(OBJECTS, 5, 10, 0.5, 1.)
     torch.manual_seed(3)
     denoising = generator(TARGETS, num_matching=4)
     assert (denoising.num_groups, denoising.num_slots) == (groups, 3) == (3, 3)
@@ -57,7 +71,7 @@ def test_equals_the_official_noise_number_by_number():
 
 @pytest.mark.parametrize('most, groups', [(1, 100), (3, 33), (7, 14), (50, 2), (100, 1), (101, 1)])
 def test_number_of_groups(most, groups):
-    targets = [(torch.zeros(most, dtype=torch.long), torch.rand(most, 4))]
+    targets = targets_of([(torch.zeros(most, dtype=torch.long), torch.rand(most, 4))])
     denoising = DenoisingGenerator(80, 8)(targets, 300)
     assert denoising.num_groups == groups
     assert denoising.reference.shape == (1, 2 * groups * most, 4)
@@ -65,7 +79,8 @@ def test_number_of_groups(most, groups):
 
 def test_positives_stay_within_half_a_box_and_negatives_go_beyond():
     box = torch.tensor([[.5, .5, .2, .2]])
-    denoising = DenoisingGenerator(5, 8, 200, label_noise=0.)([(torch.tensor([2]), box)], 1)
+    denoising = DenoisingGenerator(5, 8, 200, label_noise=0.)(
+        targets_of([(torch.tensor([2]), box)]), 1)
     boxes = denoising.reference[0].sigmoid()
     corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
     moved = (corners - torch.tensor([.4, .4, .6, .6])).abs() / 0.1

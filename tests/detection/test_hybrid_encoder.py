@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from spartan_mm.detection import HybridEncoder
-from spartan_mm.detection.hybrid_encoder import RepVGGBlock, position_embedding
+from spartan_mm.detection.hybrid_encoder import RepVGGBlock, position_embedding, to_tokens
 
 
 def encoder(**kwargs):
@@ -60,17 +61,35 @@ def test_fused_blocks_equal_the_branches():
     neck.double().eval()
     maps = [torch.rand(1, c, s, s, dtype=torch.float64) for c, s in ((8, 16), (16, 8), (24, 4))]
     expected = neck(maps)
-    neck.fuse()
+    neck.switch_to_deploy()
+    neck.switch_to_deploy()
     assert not any(hasattr(block, 'dense') for block in neck.modules()
                    if isinstance(block, RepVGGBlock))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in neck.modules())
     assert_close(neck(maps), expected)
 
 
-@pytest.mark.parametrize('sizes', [((13, 9), (6, 4), (3, 2)), ((13, 9), (7, 5), (4, 3)),
-                                   ((1, 1), (1, 1), (1, 1))])
+SIZES = [((13, 9), (6, 4), (3, 2)), ((13, 9), (7, 5), (4, 3)), ((1, 1), (1, 1), (1, 1))]
+
+
+@pytest.mark.parametrize('sizes', SIZES)
 def test_any_size(sizes):
     maps = [torch.rand(2, c, *size) for c, size in zip((8, 16, 24), sizes, strict=True)]
     assert [tuple(x.shape) for x in encoder()(maps)] == [(2, 16, *size) for size in sizes]
+
+
+@pytest.mark.parametrize('sizes', SIZES)
+@pytest.mark.parametrize('in_channels', [(8, 16, 24), (64, 128, 16)])
+@torch.no_grad()
+def test_deploy_form_of_any_size_and_width(in_channels, sizes):
+    neck = HybridEncoder(in_channels, embed_dims=16, ffn_dims=32, num_heads=2).eval()
+    maps = [torch.rand(2, c, *size) for c, size in zip(in_channels, sizes, strict=True)]
+    expected = neck(maps)
+    neck.switch_to_deploy()
+    assert_close(neck(maps), expected, rtol=1e-5, atol=1e-5)
+    # A projection is folded in unless that would be more to compute.
+    assert [isinstance(module, torch.nn.Identity) for module in neck.input_projs] == [
+        channels <= 32 for channels in in_channels[:2]] + [False]
 
 
 def test_other_channels_are_named():
@@ -82,3 +101,21 @@ def test_other_channels_are_named():
 def test_embed_dims_must_fit():
     with pytest.raises(ValueError, match='embed_dims=30'):
         HybridEncoder([8], embed_dims=30)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('samples', [1, 2])
+def test_gradients_of_a_norm_before_tokens(samples, training):
+    norm = nn.BatchNorm2d(4).double().train(training)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(samples, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(samples, 15, 4, dtype=torch.float64)
+
+    def gradients(lay_out):
+        loss = (lay_out(norm(x)) * cotangent).sum()
+        return torch.autograd.grad(loss, [x, norm.weight, norm.bias])
+
+    def one_by_one(y):
+        return torch.stack([y[:, :, row, column] for row in range(5) for column in range(3)], 1)
+
+    assert_close(gradients(to_tokens), gradients(one_by_one))

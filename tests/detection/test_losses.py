@@ -1,8 +1,11 @@
 import pytest
 import torch
+from mmdet.models.losses import GIoULoss
+from mmdet.structures.bbox import bbox_overlaps
 from torch.testing import assert_close
 
 from spartan_mm.detection import IoUAwareVarifocalLoss
+from spartan_mm.detection.losses import PairedGIoULoss, paired_overlaps
 
 
 def test_value_is_the_formula():
@@ -46,3 +49,36 @@ def test_half_precision_is_computed_in_float32():
     logits = torch.tensor([[-20., 20.]], dtype=torch.float16)
     loss = IoUAwareVarifocalLoss()(logits, torch.tensor([0]), torch.ones(1), 1.)
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_terms_add_up_to_the_sum():
+    logits, labels, quality = torch.randn(2, 3, 4), torch.randint(0, 5, (2, 3)), torch.rand(2, 3)
+    loss = IoUAwareVarifocalLoss(loss_weight=2.)
+    terms = loss(logits, labels, quality, reduction_override='none')
+    assert terms.shape == logits.shape
+    assert_close(terms.sum() / 5, loss(logits, labels, quality, 5.))
+
+
+def test_overlaps_equal_mmdets_in_values_and_gradients():
+    corners = torch.rand(2, 40, 2, 2).sort(2).values.flatten(2) * 50
+    corners[:, :3] = corners[:, 3:6] + 60  # apart
+    corners[0, 4] = corners[1, 4]
+    corners[0, 5, 2:] = corners[0, 5, :2]  # no area
+    grads, values = [], []
+    for overlaps in (lambda *boxes: paired_overlaps(*boxes),
+                     lambda *boxes: [bbox_overlaps(*boxes, mode=mode, is_aligned=True)
+                                     for mode in ('iou', 'giou')]):
+        boxes = corners[0].clone().requires_grad_()
+        values.append(tuple(overlaps(boxes, corners[1])))
+        grads.append([torch.autograd.grad(value.sum(), boxes, retain_graph=True)[0]
+                      for value in values[-1]])
+    assert_close(*values)
+    assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_giou_loss_is_mmdets():
+    boxes, targets = torch.rand(2, 9, 2, 2).sort(2).values.flatten(2) * 50
+    ours, theirs = PairedGIoULoss(loss_weight=2.), GIoULoss(loss_weight=2.)
+    assert_close(ours(boxes, targets, avg_factor=4.), theirs(boxes, targets, avg_factor=4.))
+    assert_close(ours(boxes, targets, reduction_override='none'),
+                 theirs(boxes, targets, reduction_override='none'))

@@ -12,6 +12,7 @@ from spartan_mm.detection import ResNetVd
 def test_maps_and_parameters(depth, channels, parameters):
     backbone = ResNetVd(depth=depth, out_indices=(1, 2, 3))
     assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert (backbone.out_channels, backbone.strides) == (channels, (8, 16, 32))
     with torch.no_grad():
         maps = backbone.eval()(torch.rand(1, 3, 70, 45))
     assert [tuple(x.shape[1:]) for x in maps] == [

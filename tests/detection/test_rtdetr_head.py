@@ -4,14 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.models.losses import GIoULoss
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps, bbox_xyxy_to_cxcywh
 from mmengine.structures import InstanceData
 from torch.testing import assert_close
 
 from spartan_mm.detection import rtdetr_head
 from spartan_mm.detection.denoising import DenoisingQueries
+from spartan_mm.detection.targets import gather_targets
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 OURS = {'vfl': 'cls', 'bbox': 'bbox', 'giou': 'iou'}
@@ -54,7 +56,7 @@ def test_every_term_equals_the_official_one(head):
 
     losses = head.loss_by_feat(
         joined('logits'), joined('boxes'), golden['aux1_logits'], golden['aux1_boxes'],
-        part(3, meta['dn_groups'], max(meta['gt_per_image'])), samples)
+        part(3, meta['dn_groups'], max(meta['gt_per_image'])), gather_targets(samples))
 
     expected = {}
     for name, value in meta['losses_weighted'].items():
@@ -68,7 +70,7 @@ def test_every_term_equals_the_official_one(head):
 def test_terms_of_the_loss(head, make_samples):
     logits, boxes, enc_logits, enc_boxes = random_outputs(2, 12, 7)
     losses = head.loss_by_feat(logits, boxes, enc_logits, enc_boxes, part(2, 2, 3),
-                               make_samples([3, 1]))
+                               gather_targets(make_samples([3, 1])))
     # 3 terms of 2 layers, encoder, 2 layers' denoising.
     assert len(losses) == 3 * (2 + 1 + 2)
     assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
@@ -77,7 +79,8 @@ def test_terms_of_the_loss(head, make_samples):
 @pytest.mark.parametrize('counts', [(0, 0), (0, 3), (12, 0)])
 def test_images_without_objects_and_more_objects_than_queries(head, make_samples, counts):
     outputs = random_outputs(2, 2 * max(1, *counts), 7)
-    losses = head.loss_by_feat(*outputs, part(2, 1, max(1, *counts)), make_samples(counts))
+    losses = head.loss_by_feat(*outputs, part(2, 1, max(1, *counts)),
+                               gather_targets(make_samples(counts)))
     total = sum(losses.values())
     total.backward()
     assert total.isfinite()
@@ -88,12 +91,77 @@ def test_images_without_objects_and_more_objects_than_queries(head, make_samples
         assert all(value > 0 for name, value in losses.items() if 'cls' in name)
 
 
+def losses_one_by_one(head, logits, boxes, enc_logits, enc_boxes, denoising, samples):
+    """The terms computed set by set and image by image, with mmdet's parts."""
+    giou, losses = GIoULoss(reduction='none'), {}
+    num_objects = max(1, sum(len(sample.gt_instances) for sample in samples))
+
+    def add(prefix, set_logits, set_boxes, pairs, divisor):
+        cls, l1, iou = 0., 0., 0.
+        for image, sample in enumerate(samples):
+            height, width = sample.img_shape
+            size = torch.tensor([width, height] * 2)
+            truth = sample.gt_instances
+            corners = bbox_cxcywh_to_xyxy(set_boxes[image]) * size
+            target = torch.zeros_like(set_logits[image])
+            matched = torch.zeros_like(target)
+            for query, number in pairs(image, set_logits[image], corners, truth):
+                box = corners[query:query + 1], truth.bboxes[number:number + 1]
+                target[query, truth.labels[number]] = bbox_overlaps(*box, is_aligned=True).detach()
+                matched[query, truth.labels[number]] = 1
+                l1 = l1 + 5 * (set_boxes[image, query]
+                               - bbox_xyxy_to_cxcywh(box[1])[0] / size).abs().sum()
+                iou = iou + 2 * giou(*box).sum()
+            weight = 0.75 * set_logits[image].detach().sigmoid() ** 2 * (1 - matched) + target
+            cls = cls + torch.nn.functional.binary_cross_entropy_with_logits(
+                set_logits[image], target, weight, reduction='sum')
+        losses.update({prefix.format(name): torch.as_tensor(term / divisor) for name, term in
+                       (('cls', cls), ('bbox', l1), ('iou', iou))})
+
+    def hungarian(image, image_logits, corners, truth):
+        found = head.assigner.assign(InstanceData(scores=image_logits, bboxes=corners), truth,
+                                     dict(img_shape=samples[image].img_shape)).gt_inds
+        return [(query, number - 1) for query, number in enumerate(found.tolist()) if number]
+
+    def fixed(image, image_logits, corners, truth):
+        return [(group * 2 * denoising.num_slots + number, number)
+                for group in range(denoising.num_groups) for number in range(len(truth))]
+
+    split = denoising.reference.shape[1]
+    last = len(logits) - 1
+    for layer in range(len(logits)):
+        prefix = '' if layer == last else f'd{layer}.'
+        add(prefix + 'loss_{}', logits[layer][:, split:], boxes[layer][:, split:], hungarian,
+            num_objects)
+        add(prefix + 'dn_loss_{}', logits[layer][:, :split], boxes[layer][:, :split], fixed,
+            num_objects * denoising.num_groups)
+    add('enc_loss_{}', enc_logits, enc_boxes, hungarian, num_objects)
+    return losses
+
+
+@pytest.mark.parametrize('counts', [(3, 1), (0, 2), (9, 0), (0, 0)])
+def test_all_sets_at_once_equal_one_by_one(head, make_samples, counts):
+    slots = max(1, *counts)
+    samples, denoising = make_samples(counts, 40, 80), part(2, 2, slots)
+    outputs = random_outputs(2, 4 * slots, 7, layers=3)
+    leaves = [*outputs[0], *outputs[1], *outputs[2:]]
+    found = head.loss_by_feat(*outputs, denoising, gather_targets(samples))
+    expected = losses_one_by_one(head, *outputs, denoising, samples)
+    assert_close(found, {name: expected[name] for name in found}, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys()
+    grads = [torch.autograd.grad(sum(losses.values()), leaves, allow_unused=True)
+             for losses in (found, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs,
+                     rtol=1e-4, atol=1e-6)
+
+
 def test_divisor_is_the_mean_number_of_objects_over_the_ranks(head, make_samples, monkeypatch):
     logits, boxes, *_ = random_outputs(1, 0, 7)
-    samples = make_samples([3])
+    targets = gather_targets(make_samples([3]))
 
     def losses():
-        return head.loss_by_feat(logits, boxes, logits[0], boxes[0], None, samples)
+        return head.loss_by_feat(logits, boxes, logits[0], boxes[0], None, targets)
 
     alone = losses()
     # As if another rank had 7 objects: (3 + 7) / 2.
@@ -104,20 +172,20 @@ def test_divisor_is_the_mean_number_of_objects_over_the_ranks(head, make_samples
 def test_denoising_divisor_has_the_own_groups_and_the_joint_objects(head, make_samples,
                                                                     monkeypatch):
     outputs = random_outputs(1, 12, 7)
-    samples = make_samples([3])
+    targets = gather_targets(make_samples([3]))
     monkeypatch.setattr(rtdetr_head, 'reduce_mean', lambda count: count * 2)
-    doubled = head.loss_by_feat(*outputs, part(1, 2, 3), samples)
+    doubled = head.loss_by_feat(*outputs, part(1, 2, 3), targets)
     monkeypatch.undo()
-    single = head.loss_by_feat(*outputs, part(1, 2, 3), samples)
+    single = head.loss_by_feat(*outputs, part(1, 2, 3), targets)
     assert_close(doubled, {name: value / 2 for name, value in single.items()})
 
 
-def test_positives_of_every_group_get_their_object():
-    targets = [(torch.zeros(n, dtype=torch.long), torch.zeros(n, 4)) for n in (2, 0, 1)]
-    image, query, target = rtdetr_head.RTDETRHead.denoising_matches(targets, part(3, 2, 2))
-    assert image.tolist() == [0, 0, 0, 0, 2, 2]
-    assert query.tolist() == [0, 1, 4, 5, 0, 4]
-    assert target.tolist() == [0, 1, 0, 1, 2, 2]
+def test_positives_of_every_group_get_their_object(make_samples):
+    targets = gather_targets(make_samples([2, 0, 1]))
+    matches = rtdetr_head.RTDETRHead.denoising_matches(targets, part(3, 2, 2), num_sets=2)
+    for of_set in zip(*matches, strict=True):
+        assert sorted(zip(*(part.tolist() for part in of_set), strict=True)) == [
+            (0, 0, 0), (0, 1, 1), (0, 4, 0), (0, 5, 1), (2, 0, 2), (2, 4, 2)]
 
 
 def test_small_boxes_have_an_unbiased_iou(head):
@@ -127,21 +195,23 @@ def test_small_boxes_have_an_unbiased_iou(head):
         labels=torch.tensor([0]), bboxes=bbox_cxcywh_to_xyxy(box[0]) * 640))
     logits = torch.full((1, 1, 5), -30.)
     logits[..., 0] = 30.
-    losses = head.loss_by_feat([logits], [box], logits, box, None, [sample])
+    losses = head.loss_by_feat([logits], [box], logits, box, None, gather_targets([sample]))
     assert losses['loss_cls'] < 0.05
 
 
 def test_matcher_survives_nan(head, make_samples):
     logits, boxes = torch.randn(1, 6, 5), torch.rand(1, 6, 4)
     logits[0, 2], boxes[0, 3] = float('nan'), float('inf')
-    (image, query, target), = head.match([(logits, boxes)], make_samples([3]))
-    assert len(image) == 3 and sorted(target.tolist()) == [0, 1, 2]
+    image, query, target = head.match(logits[None], boxes[None],
+                                      gather_targets(make_samples([3])))
+    assert image.shape == (1, 3) and sorted(target[0].tolist()) == [0, 1, 2]
 
 
 def test_matching_all_sets_at_once_equals_mmdets_assigner_one_by_one(head, make_samples):
     samples = make_samples([3, 0, 9], 40, 80)
-    sets = [(torch.randn(3, 6, 5), torch.rand(3, 6, 4)) for _ in range(2)]
-    for (logits, boxes), matches in zip(sets, head.match(sets, samples), strict=True):
+    set_logits, set_boxes = torch.randn(2, 3, 6, 5), torch.rand(2, 3, 6, 4)
+    matched = head.match(set_logits, set_boxes, gather_targets(samples))
+    for logits, boxes, *matches in zip(set_logits, set_boxes, *matched, strict=True):
         expected = []
         for index, sample in enumerate(samples):
             start = sum(len(other.gt_instances) for other in samples[:index])
