@@ -163,36 +163,23 @@ def stand_in_for_mmcv_ext() -> bool:
     return True
 
 
-def _statistics_method(owner: type, name: str) -> Callable:
-    """Stand in for ``getattr`` while a checkpoint is read: only ``HistoryBuffer`` methods pass."""
-    if owner.__module__ != 'mmengine.logging.history_buffer' or name.startswith('_'):
-        raise ValueError(f'a checkpoint asks for attribute {name!r} of {owner!r}; it was not '
-                         'written by mmengine and is refused')
-    return getattr(owner, name)
+def read_checkpoints_safely() -> None:
+    """Have mmengine, and all that loads through it, read checkpoints without running code in them.
 
-
-def let_torch_read_mmengine_checkpoints() -> bool:
-    """Allow what mmengine writes beside the weights, where mmengine does not do so itself.
-
-    From torch 2.6 on, ``torch.load`` refuses everything but weights, and the original mmengine
-    (0.10.7) calls it without more ado: resuming fails on the log history and NumPy scalars in its
-    own checkpoints. Exactly these types are allowed; code in a checkpoint stays refused.
-
-    Returns:
-        Whether it was needed.
+    The onedl builds of mmengine unpickle whatever torch refuses to read as weights; the original
+    does so before torch 2.6, and from then on cannot resume from its own checkpoints; both unpickle
+    what they download. Here :mod:`spartan_mm.engine.reading` reads for both, safetensors files,
+    too.
     """
-    if Version(torch.__version__) < Version('2.6'):
-        return False
-    import mmengine.runner.checkpoint
-    if hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        return False
+    from mmengine.runner import checkpoint as module
 
-    import numpy
-    from mmengine.logging.history_buffer import HistoryBuffer
-    core = importlib.import_module('numpy._core.multiarray' if hasattr(numpy, '_core')
-                                   else 'numpy.core.multiarray')
-    dtypes = {type(numpy.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')}
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, numpy.ndarray, numpy.dtype, core._reconstruct, core.scalar, *dtypes,
-        (_statistics_method, 'builtins.getattr')])
-    return True
+    from .engine import reading
+    loader = module.CheckpointLoader
+    loader.register_scheme('', reading.load_from_local, force=True)
+    loader.register_scheme(['http://', 'https://'], reading.load_from_http, force=True)
+    # Loaders of other schemes call it by name: open-mmlab://, torchvision://, mmcls://.
+    module.load_from_http = reading.load_from_http
+    # Two stores in which no public model lies.
+    others = [scheme for scheme in loader._schemes
+              if any(store in scheme for store in ('s3://', 'petrel://', 'pavi://'))]
+    loader.register_scheme(others, reading.refuse_scheme, force=True)

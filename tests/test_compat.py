@@ -7,12 +7,10 @@ import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import revert_sync_batchnorm
-from packaging.version import Version
 
 from spartan_mm import compat
 
@@ -199,46 +197,20 @@ class TestNMS:
             compat.MMCVExtStandIn.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
 
 
-class Intruder:
-    """What a checkpoint must not be able to call."""
-
-    def __reduce__(self):
-        return getattr, (torch.nn.Module, 'state_dict')
-
-
-@pytest.mark.skipif(Version(torch.__version__) < Version('2.6'),
-                    reason='older torch loads any checkpoint')
 class TestCheckpoints:
 
-    @pytest.fixture(autouse=True)
-    def original_mmengine(self, monkeypatch):
-        """mmengine as it is without a list of its own, and torch's list as it was."""
-        monkeypatch.delattr('mmengine.runner.checkpoint.get_torch_safe_globals', raising=False)
-        allowed = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
-        yield
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
+    def test_every_scheme_of_mmengine_is_safe(self):
+        from mmengine.runner import checkpoint
 
-    def test_resumable_checkpoint_loads(self, tmp_path):
-        log = HistoryBuffer([0.5, 0.25], [1, 1])
-        torch.save(dict(message_hub=dict(log_scalars=dict(loss=log)), best=np.float64(0.5),
-                        count=np.int64(3), values=np.arange(3)), tmp_path / 'checkpoint.pth')
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+        from spartan_mm.engine import reading
+        ours = {reading.load_from_local, reading.load_from_http, reading.refuse_scheme}
+        # They find the address and call `load_from_http`.
+        indirect = {checkpoint.load_from_torchvision, checkpoint.load_from_openmmlab,
+                    checkpoint.load_from_mmcls}
+        assert set(checkpoint.CheckpointLoader._schemes.values()) == ours | indirect
+        assert checkpoint.load_from_http is reading.load_from_http
 
-        assert compat.let_torch_read_mmengine_checkpoints()
-        loaded = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
-        assert loaded['message_hub']['log_scalars']['loss'].mean() == 0.375
-        assert (loaded['best'], loaded['count'], loaded['values'].tolist()) == (0.5, 3, [0, 1, 2])
-
-    def test_code_stays_refused(self, tmp_path):
-        torch.save(dict(state_dict=Intruder()), tmp_path / 'checkpoint.pth')
-        compat.let_torch_read_mmengine_checkpoints()
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
-
-
-def test_an_mmengine_that_reads_its_checkpoints_is_left_alone(monkeypatch):
-    monkeypatch.setattr('mmengine.runner.checkpoint.get_torch_safe_globals', list, raising=False)
-    assert not compat.let_torch_read_mmengine_checkpoints()
+    def test_a_store_that_is_not_read(self):
+        from mmengine.runner import CheckpointLoader
+        with pytest.raises(RuntimeError, match='s3://a.pth is refused: .* download it'):
+            CheckpointLoader.load_checkpoint('s3://a.pth')

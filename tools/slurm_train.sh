@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Slurm cluster, on one node or several. For the settings, see srun.sh.
+#
+# To save before the time limit, let Slurm announce it: SRUN_ARGS="--signal=TERM@60". The job then ends
+# with status 143 within half a minute; start it again, with --resume, for the rest.
 set -euo pipefail
 
 if (( $# < 4 )); then

@@ -8,12 +8,12 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from spartan_mm.engine import launch  # noqa: E402
-from spartan_mm.engine.checkpoint import CheckpointError, StrictCheckpointHook  # noqa: E402
+from spartan_mm.engine.checkpoint import StrictCheckpointHook  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of a model')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     launch.add_common_arguments(parser)
     parser.add_argument('--out', metavar='FILE.pkl', help='keep the predictions in a pickle file')
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with launch.reporting():
         cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
         launch.load_weights(cfg, args.checkpoint)
         if args.show or args.show_dir:
@@ -42,9 +42,6 @@ def main() -> None:
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
         runner.test()
-    except (FileNotFoundError, launch.UsageError, CheckpointError) as error:
-        sys.exit(f'error: {error}')
-    launch.shut_down()
 
 
 if __name__ == '__main__':

@@ -51,5 +51,8 @@ fi
 
 # torchrun would set this with a warning: several processes share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# torchrun hands these on, gives the processes half a minute to save and leave, and kills them. On
+# others, SIGUSR1 among them, it would die at once.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" \
     "$tools/$script" "$@" --launcher pytorch

@@ -8,12 +8,13 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from spartan_mm.engine import launch  # noqa: E402
-from spartan_mm.engine.checkpoint import CheckpointError, StrictCheckpointHook  # noqa: E402
+from spartan_mm.engine.finetune import FineTuneHook  # noqa: E402
+from spartan_mm.engine.preflight import PreflightHook  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of a model')
     launch.add_common_arguments(parser)
     parser.add_argument('--amp', nargs='?', const='float16', choices=('float16', 'bfloat16'),
                         help='train in automatic mixed precision, float16 unless said otherwise')
@@ -22,8 +23,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate to the real total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from a checkpoint; without a name, from the latest one in '
-                             'the work dir')
+                        help='continue from a checkpoint, exactly as if there had been no '
+                             'interruption; without a name, from the latest whole one in the work '
+                             'dir, or from the beginning if there is none')
+    parser.add_argument('--save-every', type=int, metavar='ITERATIONS',
+                        help='save in the middle of epochs, too (default: as '
+                             'default_hooks.checkpoint.every_iters of the config says)')
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
     parser.add_argument('--deterministic', action='store_true',
                         help='let torch use deterministic algorithms wherever it has them')
@@ -34,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with launch.reporting():
         cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
         if args.amp:
             launch.use_amp(cfg, args.amp)
@@ -42,16 +47,15 @@ def main() -> None:
             launch.use_channels_last(cfg)
         if args.auto_scale_lr:
             launch.scale_learning_rate(cfg)
-        if args.resume:
-            launch.resume_from(cfg, args.resume)
         launch.set_randomness(cfg, args.seed, args.deterministic)
+        launch.make_resumable(cfg, args.save_every)
+        if args.resume or cfg.get('resume'):
+            launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
         runner = launch.build_runner(cfg)
-        if cfg.get('resume'):
-            runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+        # Ahead of hooks that load the checkpoint themselves.
+        runner.register_hook(FineTuneHook(), priority='HIGHEST')
+        runner.register_hook(PreflightHook(), priority='HIGHEST')
         runner.train()
-    except (FileNotFoundError, launch.UsageError, CheckpointError) as error:
-        sys.exit(f'error: {error}')
-    launch.shut_down()
 
 
 if __name__ == '__main__':

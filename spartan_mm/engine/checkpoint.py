@@ -7,8 +7,10 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
+
+from .reading import CheckpointError, local_file, read_checkpoint
 
 # What other programs call the weights in their checkpoints, and the command that converts these.
 FOREIGN_CHECKPOINTS = {
@@ -16,42 +18,54 @@ FOREIGN_CHECKPOINTS = {
     'model': 'tools/model_converters/spartan_to_mm.py or tools/model_converters/rtdetr_to_mm.py',
 }
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or belongs to another model."""
+_REMEDY = 'Use the config it was trained with, which lies next to it'
 
 
 def load_for_inference(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load the weights that a model is tested with, all of them.
 
     Of a training with a moving average, mmengine keeps the averaged weights in ``state_dict``:
-    these are loaded.
+    these are loaded. A model takes its deploy form first if the weights are of that form.
 
     Args:
         model: the model, changed in place.
-        path: the checkpoint, a local path or a URL.
+        path: the checkpoint, safetensors or written by torch, a local path or a URL.
 
     Returns:
         The whole checkpoint, with ``meta`` beside the weights.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is no checkpoint, or one of another architecture.
+        CheckpointError: if it is no checkpoint, would run code, or is of another architecture.
     """
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'checkpoint {path} does not exist') from error
-    except Exception as error:
-        # torch reports a damaged file by half a dozen exception types.
-        raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
-    load_all_weights(model, checkpoint, str(path))
+    checkpoint = read_checkpoint(local_file(path))
+    fill_for_inference(model, checkpoint, str(path))
     return checkpoint
 
 
-def load_all_weights(
-        model: nn.Module, checkpoint: dict[str, Any], name: str,
-        remedy: str = 'Use the config it was trained with, which lies next to it') -> None:
+def fill_for_inference(model: nn.Module, checkpoint: Any, name: str) -> None:
+    """Do what :func:`load_for_inference` does, with a checkpoint that was read already.
+
+    Args:
+        model: the model, changed in place.
+        checkpoint: the checkpoint.
+        name: what to call it in an error message.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, or of another architecture.
+    """
+    if find_meta(checkpoint).get('deploy'):
+        from ..deploy import switch_to_deploy
+        switch_to_deploy(model)
+    elif is_deployed(model):
+        raise CheckpointError(f'checkpoint {name} does not fit the {type(model).__name__}, which '
+                              'is in its deploy form already: load it into a model as the config '
+                              'builds it, and deploy that')
+    load_all_weights(model, checkpoint, name)
+
+
+def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str,
+                     remedy: str = _REMEDY) -> None:
     """Load a checkpoint's ``state_dict``, allowing nothing missing, left over or of another shape.
 
     A counter of batches that a batch norm layer has seen (``num_batches_tracked``) may be missing:
@@ -98,8 +112,13 @@ def load_all_weights(
 class StrictCheckpointHook(Hook):
     """Stops a run whose checkpoint does not fit the model, where mmengine only warns."""
 
+    #: What to do if it does not fit.
+    remedy = _REMEDY
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare the weights with the model's before the runner loads what fits.
+
+        The model takes its deploy form first if the weights are of that form.
 
         The checkpoint's own are replaced by what was compared: a name that still has its prefix
         would fit nothing where other hooks load it, and leave random weights.
@@ -109,8 +128,44 @@ class StrictCheckpointHook(Hook):
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         name = runner._load_from or f'in {runner.work_dir}'
-        checkpoint['state_dict'] = find_state_dict(checkpoint, name)
-        load_all_weights(model, checkpoint, name)
+        checkpoint['state_dict'] = self.find_weights(runner, model, checkpoint, name)
+        load_all_weights(model, checkpoint, name, self.remedy)
+
+    def find_weights(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any],
+                     name: str) -> dict[str, Tensor]:
+        """Find the weights to load.
+
+        Args:
+            runner: the runner.
+            model: its model, out of its wrapper.
+            checkpoint: the checkpoint.
+            name: what to call it in an error message.
+        """
+        if find_meta(checkpoint).get('deploy'):
+            from ..deploy import switch_to_deploy
+            switch_to_deploy(model)
+        return find_state_dict(checkpoint, name)
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether parts of a model were merged for inference."""
+    return any(getattr(module, 'deploy', False) is True for module in model.modules())
+
+
+def find_meta(checkpoint: Any) -> dict[str, Any]:
+    """Find what a checkpoint says about itself; nothing in one of bare weights."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
+    """Find the names of the classes in a checkpoint; None if it does not tell."""
+    meta = find_meta(checkpoint)
+    # 'CLASSES' is what OpenMMLab's versions before 3.0 wrote.
+    classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    if not classes:
+        return None
+    return (classes, ) if isinstance(classes, str) else tuple(classes)
 
 
 def find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:

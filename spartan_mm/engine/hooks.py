@@ -1,6 +1,6 @@
 """Hooks of training and evaluation that need neither mmdet nor mmpretrain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -10,6 +10,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+
+from ..datasets.findings import DataError
 
 
 @HOOKS.register_module()
@@ -29,7 +31,7 @@ class ClassCountCheckHook(Hook):
         """Check the training dataset, and already the validation dataset.
 
         Raises:
-            ValueError: the numbers of classes, or the classes of the two datasets, differ.
+            DataError: the numbers of classes, or the classes of the two datasets, differ.
         """
         train = runner.train_dataloader.dataset
         _check_heads(runner.model, train, 'train_dataloader')
@@ -67,18 +69,34 @@ def _check_heads(model: nn.Module, dataset: Any, loader: str) -> None:
         return
     for name, head in _heads(model):
         if head.num_classes != len(classes):
-            setting = f'model.{name}.num_classes={len(classes)}'
             own = model.module if is_model_wrapper(model) else model
             preprocessor = getattr(own, 'data_preprocessor', None)
-            if isinstance(getattr(preprocessor, 'num_classes', None), int):
-                # mmpretrain's, which makes the targets of mixed images.
-                setting += f' model.data_preprocessor.num_classes={len(classes)}'
-            raise ValueError(
-                f'model.{name} ({type(head).__name__}) has num_classes={head.num_classes}, but the '
-                f'dataset of {loader}, {_describe(dataset)}, has {len(classes)} classes '
-                f'({_excerpt(classes)}). Set {setting} in the config (or on the command line: '
-                f"--cfg-options {setting}), or correct the dataset's files or `metainfo`."
-            )
+            raise DataError(describe_class_count(
+                name, type(head).__name__, head.num_classes, classes, loader, _describe(dataset),
+                isinstance(getattr(preprocessor, 'num_classes', None), int)))
+
+
+def describe_class_count(head: str, kind: str, num_classes: int, classes: Sequence[str],
+                         loader: str, dataset: str, in_preprocessor: bool) -> str:
+    """Say that a head has another number of classes than a dataset, and what to set.
+
+    Args:
+        head: the path of the head in the model, such as 'bbox_head'.
+        kind: its class.
+        num_classes: its number of classes.
+        classes: those of the dataset.
+        loader: the data loader, such as 'train_dataloader'.
+        dataset: what to call the dataset.
+        in_preprocessor: whether the model's data preprocessor has the number, too, as mmpretrain's,
+            which makes the targets of mixed images.
+    """
+    setting = f'model.{head}.num_classes={len(classes)}'
+    if in_preprocessor:
+        setting += f' model.data_preprocessor.num_classes={len(classes)}'
+    return (f'model.{head} ({kind}) has num_classes={num_classes}, but the dataset of {loader}, '
+            f'{dataset}, has {len(classes)} classes ({_excerpt(classes)}). Set {setting} in the '
+            f'config (or on the command line: --cfg-options {setting}), or correct the '
+            "dataset's files or `metainfo`.")
 
 
 def _check_same_classes(train: Any, val: Any) -> None:
@@ -89,12 +107,19 @@ def _check_same_classes(train: Any, val: Any) -> None:
     )
     if None in (train_classes, val_classes) or train_classes == val_classes:
         return
+    raise DataError(describe_other_classes(train_classes, _describe(train), val_classes,
+                                           _describe(val)))
+
+
+def describe_other_classes(train_classes: Sequence[str], train: str, val_classes: Sequence[str],
+                           val: str) -> str:
+    """Say where the classes of two datasets, which are called so, differ."""
     label = next(
         i for i, pair in enumerate(zip_longest(train_classes, val_classes)) if len({*pair}) > 1
     )
-    raise ValueError(
-        f'The classes of the training dataset, {_describe(train)}, and of the validation dataset, '
-        f'{_describe(val)}, differ: label {label} is {_at(train_classes, label)} in the one and '
+    return (
+        f'The classes of the training dataset, {train}, and of the validation dataset, {val}, '
+        f'differ: label {label} is {_at(train_classes, label)} in the one and '
         f'{_at(val_classes, label)} in the other. Give both the same classes in the same order.'
     )
 
@@ -116,7 +141,7 @@ def _classes(dataset: Any, loader: str) -> tuple[str, ...] | None:
         dataset = dataset.dataset
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if isinstance(classes, str):
-        raise ValueError(
+        raise DataError(
             f'The dataset of {loader}, {_describe(dataset)}, has classes={classes!r}, which must '
             f'be a tuple; a single class is written metainfo=dict(classes=({classes!r},)).'
         )

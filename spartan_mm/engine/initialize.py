@@ -1,9 +1,4 @@
 """Initialisation from checkpoints that other code bases published."""
-import os
-from pathlib import Path
-
-import torch
-from mmengine import dist
 from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
@@ -11,6 +6,7 @@ from torch import nn
 from ..converters.common import load_checkpoint, pick_state_dict
 from ..converters.rtdetr import convert_resnet_vd
 from ..converters.spartan import convert_spartan_backbone
+from .reading import local_file
 
 CONVERTERS = {
     'resnet_vd': convert_resnet_vd,
@@ -27,12 +23,13 @@ class ConvertedPretrained:
     in the file is executed.
 
     Args:
-        checkpoint: Path or URL.
+        checkpoint: Path or URL of a file, safetensors or written by torch.
         converter: 'resnet_vd' for RT-DETR's ResNet-vd weights, 'spartan' for the authors'
             classifiers, whose linear layer is left out.
 
     Raises:
         ValueError: Unknown converter, or the checkpoint does not fit.
+        CheckpointError: The checkpoint cannot be downloaded.
     """
 
     def __init__(self, checkpoint: str, converter: str):
@@ -44,8 +41,9 @@ class ConvertedPretrained:
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into `module`."""
+        path = local_file(self.checkpoint)
         try:
-            weights = pick_state_dict(load_checkpoint(local_file(self.checkpoint)),
+            weights = pick_state_dict(load_checkpoint(path),
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
@@ -53,23 +51,3 @@ class ConvertedPretrained:
                 from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
                   'current')
-
-
-def local_file(checkpoint: str) -> Path:
-    """Where a checkpoint lies; one behind a URL is downloaded to torch's cache first.
-
-    Args:
-        checkpoint: Path or URL.
-
-    Returns:
-        The path of the file.
-    """
-    if '://' not in checkpoint:
-        return Path(checkpoint)
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / checkpoint.rsplit('/', 1)[-1]
-    # One process of each node; the others wait for it.
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(checkpoint, str(path), progress=dist.is_main_process())
-    dist.barrier()
-    return path

@@ -1,17 +1,30 @@
 """From command line flags to a runner: what ``tools/train.py`` and ``tools/test.py`` share."""
 
 import argparse
+import logging
 import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine import dist
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from ..datasets.findings import DataError
+from ..zoo import find_config, without_pretrained
+from .checkpoint import CheckpointError
+from .numbers import NonFiniteError
+from .resume import find_resumable, read_resumable
+from .saving import Interrupted, SavingError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -22,8 +35,18 @@ VISUALIZATION_HOOKS = {
 }
 
 
+#: How long one process waits for another before it gives up, in seconds, unless the config's
+#: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
+#: the others wait for, has to fit in.
+TIMEOUT = 1800
+
+
 class UsageError(ValueError):
     """Flags that do not go with the config or the machine."""
+
+
+#: Errors that say all there is to say: what is wrong and what to do.
+EXPLAINED = (FileNotFoundError, UsageError, DataError, CheckpointError, NonFiniteError, SavingError)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +69,17 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
     """Read a config and apply the flags that every command has.
 
     Args:
-        path: the config file.
+        path: the config file, or the name of a model, see :func:`spartan_mm.list_models`.
         work_dir: folder for logs and results; None for the config's own, else
             ``./work_dirs/<name of the config>``.
         options: settings to override, with dots in the keys.
         launcher: what started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file or model.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path} does not exist')
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(find_config(path))
     except ModuleNotFoundError as error:
         if error.name != 'pkg_resources':
             raise
@@ -124,22 +145,73 @@ def scale_learning_rate(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def resume_from(cfg: Config, checkpoint: str) -> None:
-    """Continue an interrupted training.
+def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
+    """Let a training be interrupted at any moment, and go on as if nothing had happened.
+
+    mmengine's checkpoint hook and its loop by epochs are replaced by ``ResumableCheckpointHook``
+    and ``ResumableTrainLoop``; others that the config names stay. ``LeaveOnSignalHook`` is added.
 
     Args:
         cfg: the config, changed in place.
-        checkpoint: a checkpoint of that training, or 'auto' for the latest one in ``work_dir``.
+        every_iters: number of iterations between checkpoints in the middle of epochs; None for the
+            config's.
+
+    Raises:
+        UsageError: ``every_iters`` is less than 1, or the config has a checkpoint hook of its own.
+    """
+    loop = dict(cfg.get('train_cfg') or {})
+    if loop.get('type') == 'EpochBasedTrainLoop' or loop.pop('by_epoch', False):
+        cfg.train_cfg = dict(loop, type='ResumableTrainLoop')
+
+    hooks = dict(cfg.get('default_hooks') or {})
+    # mmengine adds one where there is none; None is for a training without checkpoints.
+    checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+    replaced = checkpoint is not None and checkpoint['type'] == 'CheckpointHook'
+    if replaced:
+        checkpoint = dict(checkpoint, type='ResumableCheckpointHook')
+    if every_iters is not None:
+        if every_iters < 1:
+            raise UsageError(f'--save-every {every_iters}: must be at least 1')
+        if checkpoint is None or checkpoint['type'] != 'ResumableCheckpointHook':
+            raise UsageError('--save-every needs default_hooks.checkpoint.type=CheckpointHook in '
+                             'the config')
+        checkpoint = dict(checkpoint, every_iters=every_iters)
+    cfg.default_hooks = dict(hooks, checkpoint=checkpoint)
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='LeaveOnSignalHook')]
+
+
+def resume_from(cfg: Config, checkpoint: str) -> None:
+    """Continue an interrupted training.
+
+    Its seed is taken from the checkpoint.
+
+    Args:
+        cfg: the config, changed in place.
+        checkpoint: a checkpoint of that training, or 'auto' for the latest whole one in
+            ``work_dir``; if there is none, the training starts from the beginning.
 
     Raises:
         FileNotFoundError: if the checkpoint is a local path that does not exist.
+        CheckpointError: if it is damaged, or with 'auto' all there are.
     """
-    cfg.resume = True
     if checkpoint == 'auto':
-        cfg.load_from = None
+        found = find_resumable(cfg.work_dir)
+    else:
+        _check_exists(checkpoint)
+        found = read_resumable(checkpoint)
+    cfg.resume = found is not None
+    if found is None:
+        print_log(f'no checkpoint in {cfg.work_dir} to resume from: starting from the beginning',
+                  'current', logging.WARNING)
         return
-    _check_exists(checkpoint)
-    cfg.load_from = checkpoint
+    print_log(f'resuming from {found.path}', 'current')
+    cfg.load_from = found.path
+    if found.seed is not None:
+        asked = (cfg.get('randomness') or {}).get('seed')
+        if asked not in (None, found.seed):
+            print_log(f'the seed is {found.seed}, as in the run to resume, not {asked}', 'current',
+                      logging.WARNING)
+        set_randomness(cfg, found.seed)
 
 
 def load_weights(cfg: Config, checkpoint: str) -> None:
@@ -217,6 +289,9 @@ def build_runner(cfg: Config) -> Runner:
     """Set up the processes and build the runner that the config describes."""
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
+    if cfg.get('load_from'):
+        # All weights come from there: those of a pretrained backbone would be read in vain.
+        cfg.model = without_pretrained(cfg.model)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
@@ -225,10 +300,41 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
-def shut_down() -> None:
-    """Leave the process group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Be the frame of a command: an error ends it with one line and status 1.
+
+    A traceback goes before that line unless the error explains itself. A process that is one of
+    several ends at once, whatever it is doing, so that torchrun or Slurm end the others. A training
+    that saved and left on a signal ends with status 128 + the signal's number.
+    """
+    try:
+        yield
+    except Interrupted as interruption:
+        _leave(str(interruption), 128 + interruption.number)
+    except EXPLAINED as error:
+        _leave(f'error: {error}', 1)
+    except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
+        traceback.print_exc()
+        _leave(f'error: process {dist.get_rank()} of {dist.get_world_size()} failed: '
+               f'{type(error).__name__}: {error}', 1)
+    else:
+        if dist.is_distributed():
+            torch.distributed.destroy_process_group()
+
+
+def _leave(message: str, status: int) -> None:
+    if dist.get_world_size() == 1 and status == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr)
+    if dist.get_world_size() == 1:
+        sys.exit(status)
+    # Leaving the process group in order could wait for the others, which wait for this process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _check_exists(checkpoint: str) -> None:
@@ -237,12 +343,15 @@ def _check_exists(checkpoint: str) -> None:
 
 
 def _prepare_distributed(cfg: Config) -> None:
+    dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}))
+    dist_cfg.setdefault('timeout', TIMEOUT)
     if get_device() != 'cpu':
         local_rank = int(os.environ.get('LOCAL_RANK', 0))
         gpus = torch.cuda.device_count()
         if gpus and local_rank >= gpus:
             raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
                              'Start as many processes as there are GPUs')
+        cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
         return
 
     if cfg.launcher != 'pytorch':
@@ -250,9 +359,8 @@ def _prepare_distributed(cfg: Config) -> None:
                          'several processes on CPUs, use tools/dist_train.sh or dist_test.sh')
     # mmengine sets a CUDA device before it joins the group, so the group is made here: it keeps
     # one that is there.
-    dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}), backend='gloo')
-    timeout = {'timeout': timedelta(seconds=dist_cfg['timeout'])} if 'timeout' in dist_cfg else {}
-    torch.distributed.init_process_group('gloo', **timeout)
+    dist_cfg['backend'] = 'gloo'
+    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=dist_cfg['timeout']))
     cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
 
     # mmengine's own default wrapper names a device id, which torch refuses for a model on the CPU.

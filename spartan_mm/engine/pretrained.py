@@ -5,10 +5,10 @@ import logging
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .checkpoint import CheckpointError, find_state_dict, load_all_weights
+from .reading import local_file, read_checkpoint
 
 _MAX_NAMED = 5
 
@@ -23,9 +23,10 @@ class CheckedPretrained:
     much that was.
 
     Args:
-        checkpoint: path or URL; None for none, so that a config can leave the choice to the command
-            line (``--cfg-options model.backbone.init_cfg.checkpoint=FILE``). A warning then says
-            that the weights are random.
+        checkpoint: path or URL of a file, safetensors or written by torch; None for none, so that a
+            config can leave the choice to the command line (``--cfg-options
+            model.backbone.init_cfg.checkpoint=FILE``). A warning then says that the weights are
+            random.
         prefix: what the names of the module's weights begin with in the checkpoint, such as
             'backbone.'; empty if they are all the checkpoint has.
 
@@ -69,15 +70,12 @@ class CheckedPretrained:
 
     def _read(self) -> dict:
         try:
-            checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, map_location='cpu')
+            checkpoint = read_checkpoint(local_file(self.checkpoint))
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f'checkpoint {self.checkpoint}, which init_cfg names, does not exist; point to '
                 'yours with --cfg-options model.backbone.init_cfg.checkpoint=FILE, or start from '
                 'random weights with model.backbone.init_cfg=None') from error
-        except Exception as error:
-            raise CheckpointError(
-                f'{self.checkpoint} cannot be read as a checkpoint: {error}') from error
         return find_state_dict(checkpoint, self.checkpoint)
 
 

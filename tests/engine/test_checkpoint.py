@@ -1,5 +1,8 @@
 """Checkpoints that fit, and those that do not."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -73,3 +76,42 @@ def test_damaged_file(tmp_path):
     (tmp_path / 'damaged.pth').write_bytes(b'PK\x03\x04 and then nothing')
     with pytest.raises(CheckpointError, match=r'damaged\.pth cannot be read as a checkpoint'):
         load_for_inference(make_model(), str(tmp_path / 'damaged.pth'))
+
+
+class Mergeable(nn.Module):
+    """Has other weights in its deploy form."""
+
+    deploy = False
+
+    def __init__(self):
+        super().__init__()
+        self.two = nn.Linear(2, 2)
+
+    def switch_to_deploy(self):
+        if not self.deploy:
+            self.deploy = True
+            self.one, self.two = nn.Linear(2, 1), None
+        return self
+
+
+class TestDeployedForm:
+
+    @pytest.fixture(autouse=True)
+    def switch(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, 'spartan_mm.deploy',
+                            SimpleNamespace(switch_to_deploy=Mergeable.switch_to_deploy))
+
+    @pytest.mark.parametrize('target', [Mergeable(), Mergeable().switch_to_deploy()],
+                             ids=['trained form', 'deploy form'])
+    def test_the_model_takes_the_form_of_the_weights(self, tmp_path, target):
+        source = Mergeable().switch_to_deploy()
+        torch.save(dict(meta=dict(deploy=True), state_dict=source.state_dict()), tmp_path / 'a.pth')
+        load_for_inference(target, tmp_path / 'a.pth')
+        assert target.deploy
+        torch.testing.assert_close(target.state_dict(), source.state_dict())
+
+    def test_a_deployed_model_does_not_go_back(self, tmp_path):
+        torch.save(dict(state_dict=Mergeable().state_dict()), tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError, match=r'a\.pth does not fit the Mergeable, which is in '
+                                                  'its deploy form already'):
+            load_for_inference(Mergeable().switch_to_deploy(), tmp_path / 'a.pth')

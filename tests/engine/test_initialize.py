@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from spartan_mm.backbones import SpaRTAN
-from spartan_mm.engine.initialize import ConvertedPretrained, local_file
+from spartan_mm.engine.initialize import ConvertedPretrained
+from spartan_mm.engine.reading import CheckpointError, local_file
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 
@@ -64,3 +65,13 @@ def test_url_is_downloaded_once(tmp_path, monkeypatch):
     url = 'https://example.org/some/vd.pth'
     assert local_file(url) == local_file(url) == tmp_path / 'checkpoints' / 'vd.pth'
     assert calls == [url]
+
+
+def test_a_download_that_fails(tmp_path, monkeypatch):
+    def download(*_, **__):
+        raise OSError('no network')
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    with pytest.raises(CheckpointError, match='org/vd.pth cannot be downloaded: no network'):
+        local_file('https://example.org/vd.pth')

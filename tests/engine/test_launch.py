@@ -5,6 +5,8 @@ import torch
 from mmengine.config import Config
 
 from spartan_mm.engine import launch
+from spartan_mm.engine.checkpoint import CheckpointError
+from spartan_mm.engine.saving import Interrupted
 
 
 @pytest.fixture
@@ -95,18 +97,86 @@ def test_learning_rate_scaling(config_file):
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=16)
 
 
-@pytest.mark.parametrize('checkpoint', ['file', 'https://example.org/checkpoint.pth'])
-def test_resume_from_checkpoint(config_file, checkpoint):
-    checkpoint = config_file if checkpoint == 'file' else checkpoint
-    cfg = launch.load_config(config_file)
-    launch.resume_from(cfg, checkpoint)
-    assert (cfg.resume, cfg.load_from) == (True, checkpoint)
+class TestMakeResumable:
+
+    @pytest.mark.parametrize('loop', [dict(type='EpochBasedTrainLoop'), dict(by_epoch=True)])
+    def test_mmengine_s_parts_are_replaced(self, loop):
+        cfg = Config(dict(
+            train_cfg=dict(loop, max_epochs=3), custom_hooks=[dict(type='EMAHook')],
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=2))))
+        launch.make_resumable(cfg, 100)
+        assert cfg.train_cfg == dict(type='ResumableTrainLoop', max_epochs=3)
+        assert cfg.default_hooks.checkpoint == dict(
+            type='ResumableCheckpointHook', interval=2, every_iters=100)
+        assert cfg.custom_hooks == [dict(type='EMAHook'), dict(type='LeaveOnSignalHook')]
+
+    def test_nothing_is_configured(self, config_file):
+        cfg = launch.load_config(config_file)
+        launch.make_resumable(cfg)
+        assert cfg.default_hooks.checkpoint == dict(type='ResumableCheckpointHook', interval=1)
+
+    def test_the_config_s_own_parts_stay(self):
+        own = dict(train_cfg=dict(by_epoch=False, max_iters=3),
+                   default_hooks=dict(checkpoint=dict(type='OwnHook')))
+        cfg = Config(own)
+        launch.make_resumable(cfg)
+        assert cfg.train_cfg == own['train_cfg']
+        assert cfg.default_hooks == own['default_hooks']
+        with pytest.raises(launch.UsageError, match='--save-every needs .*CheckpointHook'):
+            launch.make_resumable(Config(own), 5)
+
+    def test_save_every_nothing(self, config_file):
+        with pytest.raises(launch.UsageError, match='--save-every 0: must be at least 1'):
+            launch.make_resumable(launch.load_config(config_file), 0)
 
 
-def test_resume_latest(config_file):
-    cfg = launch.load_config(config_file, options=dict(load_from='weights.pth'))
-    launch.resume_from(cfg, 'auto')
-    assert (cfg.resume, cfg.load_from) == (True, None)
+class TestResume:
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        path = tmp_path / 'run' / 'epoch_1.pth'
+        path.parent.mkdir()
+        torch.save(dict(meta=dict(epoch=1, iter=8, seed=11), optimizer={}, state_dict={}), path)
+        return str(path)
+
+    @pytest.mark.parametrize('how', ['by name', 'auto'])
+    @pytest.mark.parametrize('seed', [None, 3])
+    def test_from_a_checkpoint(self, config_file, checkpoint, tmp_path, how, seed):
+        cfg = launch.load_config(config_file, str(tmp_path / 'run'))
+        launch.set_randomness(cfg, seed, deterministic=True)
+        launch.resume_from(cfg, 'auto' if how == 'auto' else checkpoint)
+        assert (cfg.resume, cfg.load_from) == (True, checkpoint)
+        assert cfg.randomness == dict(seed=11, deterministic=True)
+
+    def test_from_the_beginning(self, config_file, tmp_path):
+        options = dict(load_from='weights.pth')
+        cfg = launch.load_config(config_file, str(tmp_path / 'empty'), options)
+        launch.resume_from(cfg, 'auto')
+        assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
+
+    def test_damaged(self, config_file, checkpoint):
+        with open(checkpoint, 'r+b') as file:
+            file.truncate(100)
+        with pytest.raises(CheckpointError, match=r'epoch_1\.pth'):
+            launch.resume_from(launch.load_config(config_file), checkpoint)
+
+
+class TestReporting:
+
+    def test_an_error_that_explains_itself(self):
+        with pytest.raises(SystemExit) as leaving, launch.reporting():
+            raise launch.UsageError('no such thing')
+        assert leaving.value.code == 'error: no such thing'  # the status is 1
+
+    def test_a_signal(self, capsys):
+        with pytest.raises(SystemExit) as leaving, launch.reporting():
+            raise Interrupted('SIGTERM received', 15)
+        assert leaving.value.code == 143
+        assert capsys.readouterr().err == 'SIGTERM received\n'
+
+    def test_another_error_keeps_its_traceback(self):
+        with pytest.raises(KeyError), launch.reporting():
+            raise KeyError('slip')
 
 
 @pytest.mark.parametrize('function', [launch.resume_from, launch.load_weights])

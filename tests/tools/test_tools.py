@@ -131,7 +131,8 @@ class TestTrainAndTest:
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
     @pytest.mark.parametrize('tool, arguments, message', [
-        ('train.py', ['none.py'], 'error: config none.py does not exist'),
+        ('train.py', ['none.py'], "error: config none.py does not exist, and there is no model 'none.py'; "
+         'see spartan_mm.list_models()'),
         ('train.py', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
         ('test.py', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
@@ -160,7 +161,9 @@ class TestInfer:
         with pytest.raises(SystemExit) as stopped:
             run_here('infer.py', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
                      '--out-dir', tmp_path / 'out')
-        assert stopped.value.code == (f'error: {tmp_path}/broken.jpg cannot be decoded as an image')
+        assert stopped.value.code == (
+            f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known image '
+            'format, or damaged')
 
 
 class TestDistributed:

@@ -103,13 +103,12 @@ def test_mixed_precision_is_resumed(train, tmp_path):
 
 
 def test_a_resumed_training_goes_on_as_if_nothing_had_happened(train, tmp_path):
-    options = ['model.backbone.drop_path_rate=0.']  # what is random but the order of the pictures
-    whole = train(options=[*options, 'train_cfg.max_epochs=2'])
+    whole = train(options=['train_cfg.max_epochs=2'])
     shutil.rmtree(tmp_path / 'work_dir')
-    train(options=options)
-    resumed = train('--resume', options=[*options, 'train_cfg.max_epochs=2'])
-    assert_close(resumed.losses, whole.losses[2:])
-    assert_close(resumed.weights[1:], whole.weights[3:])
+    train()
+    resumed = train('--resume', options=['train_cfg.max_epochs=2'])
+    assert_close(resumed.losses, whole.losses[2:], rtol=0, atol=0)
+    assert_close(resumed.weights[1:], whole.weights[3:], rtol=0, atol=0)
     assert steps_taken(read_checkpoint(tmp_path, 'epoch_2.pth')) == 4
 
 
@@ -119,8 +118,6 @@ def test_channels_last(train):
                         run.runner.model.backbone.stages[1].embedding.conv):
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(computed.is_contiguous(memory_format=torch.channels_last) for computed in run.maps)
-    assert not any(computed.is_contiguous(memory_format=torch.channels_last)
-                   for computed in plain.maps)
     assert_close(run.losses, plain.losses, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,272 @@
+"""Starting from a checkpoint of the same architecture that knows other classes."""
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointError, StrictCheckpointHook, find_classes, find_meta
+
+Names = Sequence[str] | None
+StateDict = Mapping[str, Tensor]
+
+_MAX_NAMED = 8
+
+
+class Rows(NamedTuple):
+    """How the classes lie in the first dimension of a tensor.
+
+    Attributes:
+        blocks: how often all classes follow each other, such as once for each anchor.
+        extra: number of rows behind them, such as one for the background or for padding.
+    """
+
+    blocks: int
+    extra: int
+
+
+class Change(NamedTuple):
+    """What became of a tensor that depends on the classes.
+
+    Attributes:
+        name: of the tensor.
+        theirs: its shape in the checkpoint.
+        ours: its shape in the model.
+        kept: number of classes whose rows come from the checkpoint.
+        total: number of classes of the model.
+    """
+
+    name: str
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+    kept: int
+    total: int
+
+
+@HOOKS.register_module()
+class FineTuneHook(StrictCheckpointHook):
+    """Lets a training start (``load_from``) from a checkpoint with other classes.
+
+    All weights have to fit, but for what depends on the classes: of these, the rows of a class that
+    checkpoint and training set both know by name go to its new place, and the rows of all others
+    keep the initialisation of the config. Where one of them has no names, an equal number of
+    classes is taken for the same classes, and another number for other classes. The log says what
+    was done. ``tools/train.py`` registers this hook by itself.
+
+    NOTE: mmengine loads whatever has the same name and shape and warns of the rest: a checkpoint
+    of the same number of other classes would start with the heads of the wrong ones.
+    """
+
+    remedy = ('Use the config it was trained with, which lies next to it; to take the backbone '
+              "alone, set model.backbone.init_cfg=dict(type='CheckedPretrained', checkpoint=..., "
+              "prefix='backbone.') instead of load_from")
+
+    def find_weights(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any],
+                     name: str) -> dict[str, Tensor]:
+        """Find the weights, with the rows of classes at their new places.
+
+        A training that is resumed has the same classes.
+
+        Raises:
+            CheckpointError: if the weights are of the deploy form.
+        """
+        if find_meta(checkpoint).get('deploy'):
+            raise CheckpointError(f'checkpoint {name} is of the deploy form, which is for '
+                                  'inference alone; take the one that it was made of')
+        state_dict = super().find_weights(runner, model, checkpoint, name)
+        if runner._resume:
+            return state_dict
+        own = model.state_dict()
+        theirs, ours = find_classes(checkpoint), _dataset_classes(runner)
+        fitted, changes = fit_classes(state_dict, own, find_rows(runner.cfg.model, own), theirs,
+                                      ours)
+        anew = any(change.kept < change.total for change in changes)
+        print_log(describe(name, len(state_dict), changes, theirs, ours), 'current',
+                  logging.WARNING if anew else logging.INFO)
+        return fitted
+
+
+def find_rows(model_cfg: dict[str, Any], own: StateDict) -> dict[str, Rows]:
+    """Find the tensors of a model that depend on the number of classes.
+
+    A second model is built, with one class more, and compared.
+
+    Args:
+        model_cfg: config of the model.
+        own: its state dict.
+
+    Returns:
+        The layout of each such tensor by name; none if the config's heads have no ``num_classes``,
+        or several that differ.
+    """
+    counts = set(_class_counts(model_cfg))
+    if len(counts) != 1:
+        return {}
+    [count] = counts
+    with torch.random.fork_rng(devices=[]):
+        larger = MODELS.build(_with_classes(copy.deepcopy(model_cfg), count, count + 1))
+    layouts = {}
+    for name, tensor in larger.state_dict().items():
+        if name in own and tensor.shape != own[name].shape:
+            blocks = len(tensor) - len(own[name])
+            layouts[name] = Rows(blocks, len(own[name]) - blocks * count)
+    return layouts
+
+
+def fit_classes(state_dict: StateDict, own: StateDict, layouts: Mapping[str, Rows], theirs: Names,
+                ours: Names) -> tuple[dict[str, Tensor], list[Change]]:
+    """Make the tensors that depend on the classes fit a model.
+
+    Args:
+        state_dict: weights of the checkpoint.
+        own: weights of the model.
+        layouts: the tensors that depend on the classes.
+        theirs: names of the checkpoint's classes, None if unknown.
+        ours: names of the model's classes, None if unknown.
+
+    Returns:
+        The weights, those of the model where the checkpoint has none for a class; and what became
+        of each tensor that was changed. A tensor that differs in anything else is left as it is.
+    """
+    fitted, changes = dict(state_dict), []
+    for name, (blocks, extra) in layouts.items():
+        if name not in state_dict or state_dict[name].shape[1:] != own[name].shape[1:]:
+            continue
+        source, target = state_dict[name], own[name].cpu().clone()
+        old_count, rest = divmod(len(source) - extra, blocks)
+        new_count = (len(target) - extra) // blocks
+        if rest or old_count < 1:
+            continue
+        pairs = match_classes(old_count, new_count, theirs, ours)
+        if pairs == [(i, i) for i in range(new_count)] and old_count == new_count:
+            continue
+        # (blocks, classes, ...)
+        old_rows = source[:blocks * old_count].unflatten(0, (blocks, old_count))
+        new_rows = target[:blocks * new_count].unflatten(0, (blocks, new_count))
+        for old, new in pairs:
+            new_rows[:, new] = old_rows[:, old]
+        target[blocks * new_count:] = source[blocks * old_count:]
+        fitted[name] = target
+        changes.append(Change(name, tuple(source.shape), tuple(target.shape), len(pairs),
+                              new_count))
+    return fitted, changes
+
+
+def match_classes(old_count: int, new_count: int, theirs: Names,
+                  ours: Names) -> list[tuple[int, int]]:
+    """Pair classes of the same name; if names are missing, classes of the same number.
+
+    Args:
+        old_count: number of the checkpoint's classes.
+        new_count: number of the model's classes.
+        theirs: names of the checkpoint's classes, None if unknown.
+        ours: names of the model's classes, None if unknown.
+
+    Returns:
+        Pairs (old index, new index), by new index.
+
+    Example:
+        >>> match_classes(3, 2, ['cat', 'dog', 'emu'], ['emu', 'fox'])
+        [(2, 0)]
+        >>> match_classes(2, 2, None, ['emu', 'fox'])
+        [(0, 0), (1, 1)]
+    """
+    if not _usable(theirs, old_count) or not _usable(ours, new_count):
+        return [(i, i) for i in range(new_count)] if old_count == new_count else []
+    places = {name: index for index, name in enumerate(_numbered(theirs))}
+    return [(places[name], index) for index, name in enumerate(_numbered(ours)) if name in places]
+
+
+def describe(checkpoint: str, count: int, changes: Sequence[Change], theirs: Names,
+             ours: Names) -> str:
+    """Say in a short table what was loaded and what was not.
+
+    Args:
+        checkpoint: what to call the checkpoint.
+        count: number of its tensors.
+        changes: what became of those that were changed.
+        theirs: names of the checkpoint's classes, None if unknown.
+        ours: names of the model's classes, None if unknown.
+    """
+    if not changes:
+        known = '' if theirs else '; it does not name its classes, which are taken to be the same'
+        return f'{checkpoint}: all {count} tensors loaded{known}'
+    unnamed = 'the checkpoint' if theirs is None else 'the training set' if ours is None else None
+    if unnamed:
+        reason = f'by number, as {unnamed} does not name its classes'
+    else:
+        kept = set(theirs).intersection(ours)
+        reason = f'by name; in both: {_excerpt([name for name in ours if name in kept])}'
+    header = ('depends on the classes', 'checkpoint', 'model', 'classes kept')
+    rows = [(name, str(theirs), str(ours), f'{kept} of {total}')
+            for name, theirs, ours, kept, total in _grouped(changes)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    table = ['  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in (header, *rows)]
+    return '\n  '.join([
+        f'{checkpoint}: {count - len(changes)} tensors loaded as they are, {len(changes)} fitted '
+        f'to other classes ({reason}); rows of classes not kept start anew', *table])
+
+
+def _usable(names: Names, count: int) -> bool:
+    return names is not None and len(names) == count
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Tell repeated names, which ImageNet has, apart."""
+    names = list(names)
+    return [(name, names[:index].count(name)) for index, name in enumerate(names)]
+
+
+def _grouped(changes: Sequence[Change]) -> list[Change]:
+    """Merge lines that differ in the number of a layer alone."""
+    groups: dict[Change, int] = {}
+    for change in changes:
+        key = change._replace(name=re.sub(r'\.\d+(?=\.)', '.*', change.name))
+        groups[key] = groups.get(key, 0) + 1
+    return [key._replace(name=f'{key.name} ({number}x)' if number > 1 else key.name)
+            for key, number in groups.items()]
+
+
+def _excerpt(names: Sequence[str]) -> str:
+    more = f', ... ({len(names)} in all)' if len(names) > _MAX_NAMED else ''
+    return (', '.join(names[:_MAX_NAMED]) or 'none') + more
+
+
+def _class_counts(settings: Any, in_head: bool = False) -> Iterator[int]:
+    """Find the ``num_classes`` of all heads in a model's config."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if in_head and key == 'num_classes' and isinstance(value, int):
+                yield value
+            elif key != 'rpn_head':
+                yield from _class_counts(value, in_head or str(key).endswith('head'))
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            yield from _class_counts(value, in_head)
+
+
+def _with_classes(settings: Any, old: int, new: int) -> Any:
+    """Replace the number of classes everywhere in a model's config, in place."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key == 'num_classes' and value == old:
+                settings[key] = new
+            else:
+                _with_classes(value, old, new)
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            _with_classes(value, old, new)
+    return settings
+
+
+def _dataset_classes(runner: Runner) -> tuple[str, ...] | None:
+    classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
+    return tuple(classes) if classes and not isinstance(classes, str) else None

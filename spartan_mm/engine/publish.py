@@ -1,0 +1,264 @@
+"""Files to give away: weights, class names and config, and nothing else of the training."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import mmengine
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..files import write_whole
+from ..version import __version__
+from ..zoo import find_config, without_pretrained
+from .checkpoint import (
+    CheckpointError,
+    fill_for_inference,
+    find_classes,
+    find_meta,
+    find_state_dict,
+    is_deployed,
+)
+from .config_text import find_code
+from .reading import config_texts, local_file, read_checkpoint, with_tuples
+
+# What a config imports to know the parts of this package, by its default scope.
+_IMPORTS = {'mmdet': 'spartan_mm.detection', 'mmpretrain': 'spartan_mm.classification'}
+
+# What belongs to one run on one machine.
+_OF_THE_RUN = ('work_dir', 'load_from', 'resume', 'launcher', 'local_rank', 'gpu_ids', 'device')
+
+_NO_TEXT = ('the config holds what cannot be written as plain text, such as a function; give its '
+            'name in its place')
+
+
+class PublishError(ValueError):
+    """A model cannot be published; the message says what is missing."""
+
+
+class Published(NamedTuple):
+    """The files that were written; they say the same.
+
+    Attributes:
+        safetensors: holds no code whatever reads it.
+        pth: for programs that read ``torch.save`` alone.
+    """
+
+    safetensors: Path
+    pth: Path
+
+
+def publish(source: nn.Module | str | Path, stem: str | Path,
+            cfg: Config | str | Path | None = None,
+            classes: Sequence[str] | str | None = None) -> Published:
+    """Write a model to files that inference needs nothing besides.
+
+    Kept are the weights that the model is evaluated with (the averaged ones of a training with a
+    moving average), the names and colours of the classes, and the config, without the places on
+    this machine and without pretrained files. The same model gives the same bytes.
+
+    Args:
+        source: a model, or a checkpoint: a path or a URL.
+        stem: what the files are called before ``-<hash>.safetensors`` and ``-<hash>.pth``; the hash
+            is the first 8 digits of the file's SHA-256.
+        cfg: the config, its file or the name of a model; None for the one that a checkpoint of a
+            training holds, or that ``get_model`` left in the model.
+        classes: names of the classes, or 'coco'; None for those in the checkpoint, else in the
+            config.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: if the checkpoint or the config does not exist.
+        CheckpointError: if the checkpoint cannot be read, or does not fit the config.
+        PublishError: if config or class names are missing.
+        OSError: if the files cannot be written.
+    """
+    if isinstance(source, nn.Module):
+        checkpoint = _checkpoint_of(source)
+        cfg = cfg or getattr(source, 'cfg', None) or getattr(source, '_config', None)
+        source = type(source).__name__
+    else:
+        checkpoint = read_checkpoint(local_file(source))
+    if cfg is None:
+        config = _embedded_config(checkpoint, str(source))
+        if config is None:
+            raise PublishError('the checkpoint holds no config: name the one it was trained with')
+    else:
+        config = cfg if isinstance(cfg, Config) else Config.fromfile(find_config(cfg))
+    text, portable = _make_portable(config)
+
+    found = find_state_dict(checkpoint, str(source))
+    weights = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)}
+    meta = find_meta(checkpoint)
+    kept = dict(dataset_meta=_dataset_meta(checkpoint, config, classes), cfg=text,
+                spartan_mm_version=meta.get('spartan_mm_version', __version__),
+                mmengine_version=meta.get('mmengine_version', mmengine.__version__))
+    kept |= {key: meta[key] for key in ('epoch', 'iter', 'deploy') if key in meta}
+
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        model = MODELS.build(portable.model)
+    fill_for_inference(model, dict(meta=kept, state_dict=weights), str(source))
+    _check_class_count(model, kept['dataset_meta']['classes'])
+
+    files = Published(*(_write(stem, suffix, content)
+                        for suffix, content in _contents(weights, kept)))
+    for path in files:
+        _verify(path, weights, kept)
+    return files
+
+
+def config_from(path: str | Path) -> Config:
+    """Read the config inside of a checkpoint, and import what it names.
+
+    Args:
+        path: a file that :func:`publish` or a training wrote, or its URL.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it cannot be read, or has no config that can be used.
+    """
+    config = _embedded_config(read_checkpoint(local_file(path)), str(path))
+    if config is None:
+        raise CheckpointError(f'{path} holds no config; name the config that it was trained with, '
+                              'too')
+    return config
+
+
+def _embedded_config(checkpoint: Any, name: str) -> Config | None:
+    text = next(config_texts(checkpoint), None)
+    if text is None:
+        return None
+    try:
+        return Config.fromstring(text, '.py')
+    except Exception as error:  # whatever Python says about what is no config
+        raise CheckpointError(f'the config inside of {name} cannot be used: {error}') from error
+
+
+def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
+    """Put a model into the terms of a checkpoint."""
+    dataset_meta = getattr(model, 'dataset_meta', None) or getattr(model, '_dataset_meta', None)
+    meta = dict(dataset_meta=dataset_meta or {})
+    if is_deployed(model):
+        meta['deploy'] = True
+    return dict(meta=meta, state_dict=model.state_dict())
+
+
+def _make_portable(config: Config) -> tuple[str, Config]:
+    """Make a config that works elsewhere: as text, and read back from that."""
+    content = {key: _without_places(value) for key, value in config.to_dict().items()
+               if key not in _OF_THE_RUN}
+    content['model'] = without_pretrained(content['model'])
+    imports = dict(content.get('custom_imports') or {})
+    names = imports.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    needed = _IMPORTS.get(config.get('default_scope'), 'spartan_mm')
+    content['custom_imports'] = dict(imports, imports=names if needed in names
+                                     else [*names, needed])
+
+    try:
+        text = Config(content).pretty_text
+        portable = Config.fromstring(text, '.py')
+    except (SyntaxError, NameError) as error:
+        raise PublishError(f'{_NO_TEXT}: {str(error).splitlines()[0]}') from error
+    if find_code(text) or portable.to_dict() != content:
+        raise PublishError(_NO_TEXT)
+    return text, portable
+
+
+def _without_places(value: Any) -> Any:
+    """Keep the last part alone of paths that begin at the root of this machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_places(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    path = value.removeprefix('file://')
+    kind = PureWindowsPath if PureWindowsPath(path).drive else PurePosixPath
+    absolute = kind(path).is_absolute() or path.startswith('~')
+    if not absolute or not kind(path).name:
+        return value
+    return kind(path).name + ('/' if path.endswith(('/', '\\')) else '')
+
+
+def _dataset_meta(checkpoint: Any, config: Config,
+                  classes: Sequence[str] | str | None) -> dict[str, Any]:
+    """Find names and colours of the classes."""
+    if classes == 'coco':
+        from mmdet.datasets import CocoDataset
+        found = CocoDataset.METAINFO
+    elif classes is not None:
+        found = dict(classes=[classes] if isinstance(classes, str) else classes)
+    else:
+        found = dict(find_meta(checkpoint).get('dataset_meta') or {},
+                     classes=find_classes(checkpoint))
+    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
+    for described in (dataset.get('metainfo') or {}, getattr(kind, 'METAINFO', {})):
+        if not found.get('classes'):
+            found = dict(found, **described)
+    if not found.get('classes'):
+        raise PublishError('neither the checkpoint nor the config names the classes: name them, or '
+                           "give 'coco'")
+    names = [str(name) for name in found['classes']]
+    palette = found.get('palette')
+    if palette is None:
+        return dict(classes=names)
+    return dict(classes=names,
+                palette=palette if isinstance(palette, str) else np.asarray(palette).tolist())
+
+
+def _check_class_count(model: nn.Module, names: Sequence[str]) -> None:
+    """Insist that there is a name for each class that the model's head tells apart."""
+    head = getattr(model, 'bbox_head', None) or getattr(model, 'head', None)
+    count = getattr(head, 'num_classes', len(names))
+    if count != len(names):
+        raise PublishError(f'{len(names)} classes are named, but the model has {count}')
+
+
+def _contents(weights: dict[str, Tensor], meta: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Make the bytes of both files, by suffix."""
+    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+    # One entry alone: safetensors does not write several in the same order every time.
+    content = save(weights, dict(meta=text))
+    # Into memory: in a file torch notes down the file's name.
+    buffer = io.BytesIO()
+    torch.save(dict(meta=with_tuples(json.loads(text)), state_dict=weights), buffer)
+    return [('.safetensors', content), ('.pth', buffer.getvalue())]
+
+
+def _write(stem: str | Path, suffix: str, content: bytes) -> Path:
+    stem = Path(stem)
+    path = stem.with_name(f'{stem.name}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}')
+    with write_whole(path) as file:
+        file.write(content)
+    return path
+
+
+def _verify(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Read a file and insist on every bit."""
+    found = read_checkpoint(path)
+    same = found['meta'] == with_tuples(json.loads(json.dumps(meta))) \
+        and found['state_dict'].keys() == weights.keys() \
+        and all(_bits(found['state_dict'][name]) == _bits(value)
+                for name, value in weights.items())
+    if not same:
+        path.unlink()
+        raise OSError(f'{path} could not be read back as it was written: is the disk sound?')
+
+
+def _bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()

@@ -1,0 +1,97 @@
+"""A training says before it begins what would end it later."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.dataset import ConcatDataset
+
+from spartan_mm.datasets.findings import DataError
+from spartan_mm.detection import CheckedCocoDataset
+from spartan_mm.engine.preflight import PreflightHook
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(name='set.json', change=None):
+        content = dict(
+            images=[dict(id=number, file_name=f'{number}.png', width=8, height=8)
+                    for number in range(3)],
+            annotations=[dict(id=1, image_id=0, category_id=1, bbox=[0, 0, 4, 4], area=16,
+                              iscrowd=0)],
+            categories=[dict(id=1, name='disc'), dict(id=2, name='square')])
+        for image in content['images']:
+            cv2.imwrite(str(tmp_path / image['file_name']), np.zeros((8, 8, 3), np.uint8))
+        if change is not None:
+            change(content)
+        (tmp_path / name).write_text(json.dumps(content))
+        return CheckedCocoDataset(data_root=str(tmp_path), ann_file=name)
+    return make
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    messages = []
+    monkeypatch.setattr('spartan_mm.engine.preflight.print_log',
+                        lambda message, *_: messages.append(message))
+    return messages
+
+
+def make_runner(train, val=None):
+    loaders = [dataset and SimpleNamespace(dataset=dataset) for dataset in (train, val)]
+    return SimpleNamespace(train_dataloader=loaders[0], val_dataloader=loaders[1],
+                           val_loop=None if val is None else object())
+
+
+def test_sums_up(make, logged):
+    dataset = make()
+    PreflightHook().before_train(make_runner(dataset, dataset))
+    assert logged[0].endswith('set.json: 3 images, 1 labels of 2 classes')
+    assert 'train data, images without objects: 2 of 3 images have no object' in logged
+    assert ('train data, classes without objects: 1 of 2 classes have no object: square'
+            in logged)
+
+
+def test_missing_images_of_a_joined_set(make, tmp_path, logged):
+    train, val = make(), make('val.json', lambda content: content['images'].append(
+        dict(id=9, file_name='gone.png', width=8, height=8)))
+    for runner in (make_runner(ConcatDataset([train, val])), make_runner(train, val)):
+        with pytest.raises(DataError, match=r'_dataloader: .*val\.json: 1 of 4 images do not exist '
+                                            r'\(.*gone\.png\): check `data_root`'):
+            PreflightHook().before_train(runner)
+
+
+def test_commands(user_project, tmp_path, monkeypatch, capfd):
+    """check_dataset.py reports and train.py refuses, in the same words and without a traceback."""
+    monkeypatch.chdir(user_project)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TOOLS / name), run_name='__main__')
+        return capfd.readouterr().out, stopped.value.code
+
+    (user_project / 'pictures' / '3.png').rename(user_project / 'kept.png')
+    try:
+        checked, status = run('check_dataset.py', 'user_detector.py', '--out',
+                              tmp_path / 'report', '--decode', '--workers', 1)
+        _, line = run('train.py', 'user_detector.py', '--work-dir', tmp_path / 'work')
+    finally:
+        (user_project / 'kept.png').rename(user_project / 'pictures' / '3.png')
+
+    words = '1 of 4 images do not exist (pictures/3.png): check `data_root` and `data_prefix`'
+    assert status == 1 and f'error: {words}' in checked
+    report = json.loads((tmp_path / 'report' / 'report.json').read_text())
+    # The datasets of training and validation, which that of the test is the same as.
+    assert report['errors'] == 2 and len(report['datasets']) == 3
+    assert report['datasets'][2]['dataset'].startswith('the same as val: CocoDataset of ')
+    assert {path.suffix for path in (tmp_path / 'report').iterdir()} == {'.json', '.png'}
+    # The line that Python prints when a command leaves with a text.
+    assert line.startswith('error: train_dataloader: ') and words in line and '\n' not in line

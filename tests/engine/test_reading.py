@@ -1,0 +1,301 @@
+"""Checkpoints are read as data: what runs code is refused, whatever way it comes in."""
+
+import io
+import json
+import os
+import pickle
+import runpy
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from spartan_mm import SpaRTAN, config_from
+from spartan_mm.engine import CheckedPretrained, ConvertedPretrained
+from spartan_mm.engine.checkpoint import CheckpointError, load_for_inference
+from spartan_mm.engine.publish import publish
+from spartan_mm.engine.reading import _Unpickler, read_checkpoint
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+WEIGHTS = dict(weight=torch.ones(3, 2), bias=torch.zeros(3))
+
+
+class Attack:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(trace):
+    """Ways to leave a trace, and what the message says of each."""
+    return {
+        'posix.system|nt.system': Attack(os.system, f'echo > "{trace}"'),
+        'builtins.exec': Attack(exec, f'open({str(trace)!r}, "w")'),
+        'io.open': Attack(open, str(trace), 'w'),
+        'getattr of HistoryBuffer.__init__': Attack(getattr, HistoryBuffer, '__init__'),
+        'torch.storage._load_from_bytes': Attack(
+            torch.storage._load_from_bytes, pickle.dumps(Attack(open, str(trace), 'w'))),
+    }
+
+
+@pytest.fixture
+def malicious(tmp_path):
+    """A checkpoint that has the right weights, and writes a file if it is unpickled."""
+    trace, path = tmp_path / 'trace', tmp_path / 'malicious.pth'
+    torch.save(dict(state_dict=WEIGHTS, meta={}, optimizer=attacks(trace)['builtins.exec']), path)
+    yield path
+    assert not trace.exists()
+    # The test could have failed: nothing but the reader's care has spared us the file.
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def saved(tmp_path, content, **options):
+    torch.save(content, tmp_path / 'checkpoint.pth', **options)
+    return tmp_path / 'checkpoint.pth'
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+@pytest.mark.parametrize('name', attacks(None))
+def test_what_runs_is_refused_by_name(tmp_path, name, zipped):
+    trace = tmp_path / 'trace'
+    path = saved(tmp_path, dict(a=attacks(trace)[name]), _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=rf'checkpoint\.pth is refused: .* run ({name}), '
+                                              '.*Nothing was run'):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize('load', [
+    lambda path: load_for_inference(nn.Linear(2, 3), path),
+    lambda path: CheckedPretrained(path)(nn.Linear(2, 3)),
+    lambda path: ConvertedPretrained(path, 'spartan')(SpaRTAN('xt')),
+    lambda path: CheckpointLoader.load_checkpoint(path),
+    lambda path: load_checkpoint(nn.Linear(2, 3), path),
+    lambda path: nn_initialize(path),
+    lambda path: config_from(path),
+    lambda path: publish(path, 'published'),
+    lambda path: det_inferencer(path),
+    lambda path: image_classification_inferencer(path),
+], ids=['load_for_inference', 'CheckedPretrained', 'ConvertedPretrained', 'CheckpointLoader',
+        "mmengine's load_checkpoint", "mmengine's Pretrained", 'config_from', 'publish',
+        'DetInferencer', 'ImageClassificationInferencer'])
+def test_every_way_in(malicious, load):
+    with pytest.raises((CheckpointError, ValueError), match=r'malicious\.pth.* refused: .*exec'):
+        load(str(malicious))
+
+
+def nn_initialize(path):
+    from mmengine.model import initialize
+    initialize(nn.Linear(2, 3), dict(type='Pretrained', checkpoint=path))
+
+
+def det_inferencer(path):
+    from mmdet.apis import DetInferencer
+    DetInferencer(weights=path, device='cpu')
+
+
+def image_classification_inferencer(path):
+    from mmpretrain import ImageClassificationInferencer
+    config = Config.fromfile(Path(__file__).parents[1] / 'data' / 'user_classifier.py')
+    ImageClassificationInferencer(config, pretrained=path)
+
+
+@pytest.mark.parametrize('command', [
+    ('test.py', 'user_detector.py', 'FILE'),
+    ('infer.py', 'pictures', 'user_detector.py', 'FILE'),
+    ('infer.py', 'pictures', 'FILE'),
+    ('train.py', 'user_detector.py', '--resume', 'FILE'),
+    ('train.py', 'user_detector.py', '--cfg-options', 'load_from=FILE'),
+    ('model_converters/publish_model.py', 'FILE', 'published'),
+    ('model_converters/spartan_to_mm.py', 'FILE', 'converted.pth'),
+], ids=' '.join)
+def test_every_command(malicious, user_project, monkeypatch, capfd, command):
+    monkeypatch.chdir(user_project)
+    monkeypatch.setattr(sys, 'argv', [word.replace('FILE', str(malicious)) for word in command])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOLS / command[0]), run_name='__main__')
+    message = str(end.value.code) + capfd.readouterr().err
+    assert end.value.code != 0 and 'error: ' in message
+    assert 'malicious.pth' in message and 'exec' in message and 'refused' in message
+
+
+def test_a_download(malicious, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file',
+                        lambda url, target, progress: shutil.copy(malicious, target))
+    with pytest.raises(CheckpointError, match='refused'):
+        CheckpointLoader.load_checkpoint('https://example.org/weights.pth?version=1')
+    assert (tmp_path / 'checkpoints' / 'weights.pth').is_file()
+
+
+class TestUnpickler:
+
+    def unpickle(self, content):
+        return _Unpickler(io.BytesIO(content)).load()
+
+    def test_a_known_class_is_not_changed(self):
+        # Gives the class HistoryBuffer a state: a dict of what is set on it.
+        content = (b'\x80\x02cmmengine.logging.history_buffer\nHistoryBuffer\n'
+                   b'N}X\x04\x00\x00\x00meanctorch\nfloat32\ns\x86b.')
+        with pytest.raises(Exception, match='a change of type'):
+            self.unpickle(content)
+
+    @pytest.mark.parametrize('value', [np.array([{}]), np.dtype('f4,f8'), np.array(['text'])],
+                             ids=['objects', 'record', 'text'])
+    def test_arrays_of_numbers_alone(self, value):
+        with pytest.raises(Exception, match=r'numpy\.dtype|a change of'):
+            self.unpickle(pickle.dumps(value, 2))
+
+    @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='torch < 2.5')
+    def test_a_class_of_ones_own_can_be_allowed(self, tmp_path):
+        path = saved(tmp_path, dict(a=Part(3)))
+        with pytest.raises(CheckpointError, match=r'Part, .*add_safe_globals'):
+            read_checkpoint(path)
+        with torch.serialization.safe_globals([Part]):
+            assert read_checkpoint(path)['a'].number == 3
+
+
+class Part:
+
+    def __init__(self, number):
+        self.number = number
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_all_that_a_training_writes(tmp_path, zipped):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    content = dict(
+        state_dict=model.state_dict(), optimizer=optimizer.state_dict(), parameter=model[0].bias,
+        half=torch.ones(2, dtype=torch.bfloat16), shape=torch.Size([1, 2]), numbers={1, 2},
+        best=np.float64(0.5), count=np.int64(3), flag=np.bool_(True), bytes=b'\xff\x00',
+        random=np.random.get_state(), meta=dict(classes=('a', 'b'), none=None),
+        message_hub=dict(log_scalars=dict(loss=HistoryBuffer([0.5, 0.25], [1, 1]))))
+    found = read_checkpoint(saved(tmp_path, content, _use_new_zipfile_serialization=zipped))
+    log = found.pop('message_hub')['log_scalars']['loss']
+    assert (log.mean(), log.statistics('current')) == (0.375, 0.25)
+    del content['message_hub']
+    assert found.keys() == content.keys()
+    assert found['state_dict']._metadata == content['state_dict']._metadata
+    np.testing.assert_array_equal(found['random'][1], content['random'][1])
+    for key in ('state_dict', 'parameter', 'half'):
+        torch.testing.assert_close(found[key], content[key], rtol=0, atol=0)
+    for key in ('shape', 'numbers', 'best', 'count', 'flag', 'bytes', 'meta'):
+        assert (type(found[key]), found[key]) == (type(content[key]), content[key])
+    optimizer.load_state_dict(found['optimizer'])
+
+
+def test_torch_told_to_read_weights_only(tmp_path, monkeypatch):
+    path = saved(tmp_path, dict(log=HistoryBuffer([0.5], [1])))
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    assert read_checkpoint(path)['log'].mean() == 0.5
+    assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
+
+
+@pytest.mark.parametrize('place', [
+    lambda text: dict(meta=dict(cfg=text)),
+    lambda text: dict(meta=dict(config=text)),
+    lambda text: dict(message_hub=dict(runtime_info=dict(cfg=text))),
+])
+@pytest.mark.parametrize('text', ['import os\nos.system("ls")', 'a = dict(type="os.system")'])
+def test_a_config_that_runs_code(tmp_path, place, text):
+    path = saved(tmp_path, dict(place(text), state_dict=WEIGHTS))
+    with pytest.raises(CheckpointError, match=r'is refused: the config in it would run code \(line '
+                                              '1: .*os'):
+        read_checkpoint(path)
+
+
+class TestSafetensors:
+
+    def write(self, path, **metadata):
+        path.parent.mkdir(exist_ok=True)
+        save_file(WEIGHTS, path, {key: json.dumps(value) for key, value in metadata.items()})
+        return path
+
+    @pytest.mark.parametrize('name', ['weights.safetensors', 'gewichte für alle/weights',
+                                      '重み.safetensors'])
+    def test_weights_and_meta(self, tmp_path, name):
+        meta = dict(dataset_meta=dict(classes=['one', 'twö'], palette=[[1, 2, 3], [4, 5, 6]]))
+        path = self.write(tmp_path / name, meta=meta)
+        found = read_checkpoint(path)
+        assert found['meta']['dataset_meta'] == dict(classes=('one', 'twö'),
+                                                     palette=[(1, 2, 3), (4, 5, 6)])
+        torch.testing.assert_close(found['state_dict'], WEIGHTS)
+
+    @pytest.mark.parametrize('load', [
+        lambda model, path: load_for_inference(model, path),
+        lambda model, path: CheckedPretrained(path)(model),
+        lambda model, path: load_checkpoint(model, path, map_location='cpu', strict=True),
+    ], ids=['load_for_inference', 'CheckedPretrained', "mmengine's"])
+    def test_wherever_a_checkpoint_is_taken(self, tmp_path, load):
+        model = nn.Linear(2, 3)
+        load(model, str(self.write(tmp_path / 'weights.safetensors')))
+        torch.testing.assert_close(dict(model.state_dict()), WEIGHTS)
+
+    def test_code_in_the_config(self, tmp_path):
+        path = self.write(tmp_path / 'weights.safetensors', meta=dict(cfg='exec("")'))
+        with pytest.raises(CheckpointError, match='refused'):
+            read_checkpoint(path)
+
+    def test_the_header_is_no_dict(self, tmp_path):
+        path = self.write(tmp_path / 'weights.safetensors', meta=[1])
+        with pytest.raises(CheckpointError, match="the entry 'meta' of its header is no dict"):
+            read_checkpoint(path)
+
+
+def truncated_safetensors(path):
+    save_file(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def truncated_zip(path):
+    torch.save(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def script(path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 3)), path)
+
+
+def tar(path):
+    with tarfile.open(path, 'w') as file:
+        file.add(__file__)
+
+
+@pytest.mark.parametrize('name, write, message', [
+    ('a.safetensors', truncated_safetensors, ''),
+    ('a.safetensors', lambda path: torch.save(WEIGHTS, path), ''),
+    ('a.safetensors', lambda path: path.write_bytes(b''), ''),
+    ('a.pth', lambda path: path.write_bytes(b''), ''),
+    ('a.pth', lambda path: path.write_text('<html>Not found</html>'), ''),
+    ('a.pth', truncated_zip, ''),
+    ('a.pth', script, 'TorchScript'),
+    ('a.pth', tar, 'tar archive'),
+])
+def test_files_of_another_kind(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf'{name} cannot be read as a checkpoint: .*{message}'
+                       ):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize('name', ['none.pth', 'none.safetensors', '.'])
+def test_no_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        read_checkpoint(tmp_path / name)

@@ -1,0 +1,69 @@
+"""The deploy form of whole models, and its checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spartan_mm
+from spartan_mm.deploy import DeployError, deploy_checkpoint, switch_to_deploy
+from spartan_mm.engine.checkpoint import is_deployed, load_for_inference
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    torch.manual_seed(0)
+    model = spartan_mm.get_model('spartan_xt', num_classes=10)
+    for name, buffer in model.named_buffers():
+        if name.endswith('running_mean'):
+            nn.init.normal_(buffer, std=0.1)
+        elif name.endswith('running_var'):
+            nn.init.uniform_(buffer, 0.5, 2)
+    return model
+
+
+@pytest.fixture(scope='module')
+def files(classifier, tmp_path_factory):
+    """A checkpoint of the training, and of the deploy form."""
+    folder = tmp_path_factory.mktemp('checkpoints')
+    torch.save(dict(state_dict=classifier.state_dict(),
+                    meta=dict(dataset_meta=dict(classes=list('abcdefghij')))),
+               folder / 'trained.pth')
+    deploy_checkpoint(copy.deepcopy(classifier), folder / 'trained.pth', folder / 'deploy.pth')
+    return folder
+
+
+def test_a_classifier_is_switched_by_its_parts(classifier):
+    images = torch.rand(2, 3, 64, 64)
+    deployed = switch_to_deploy(copy.deepcopy(classifier))
+    assert is_deployed(deployed) and not deployed.training
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(images), classifier(images), rtol=1e-5, atol=1e-5)
+    assert switch_to_deploy(deployed) is deployed
+    with pytest.raises(RuntimeError, match='deploy form'):
+        deployed.train()
+
+
+def test_checkpoint_says_what_it_is_and_is_loaded_as_that(classifier, files):
+    checkpoint = torch.load(files / 'deploy.pth', weights_only=True)
+    assert checkpoint['meta'] == dict(
+        deploy=True, dataset_meta=dict(classes=list('abcdefghij')))
+
+    model = spartan_mm.get_model('spartan_xt', pretrained=files / 'deploy.pth', num_classes=10)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
+    load_for_inference(model, files / 'deploy.pth')
+
+
+def test_deploying_twice_is_refused(classifier, files):
+    with pytest.raises(DeployError, match='deploy form already'):
+        deploy_checkpoint(copy.deepcopy(classifier), files / 'deploy.pth', files / 'again.pth')
+    assert not (files / 'again.pth').exists()
+
+
+def test_a_model_without_deploy_form():
+    with pytest.raises(DeployError, match='Linear has no deploy form'):
+        switch_to_deploy(nn.Linear(2, 2))
