@@ -2,15 +2,18 @@
 # make demo    train and evaluate a detector on generated data, with pictures and curves
 # make demo-classification   the same for a classifier, on real handwritten digits
 # make test    lint and tests
+# make test-parity   RT-DETR against the implementation in transformers, in an environment of its own
+# make benchmark   time and memory of the models on this machine, for docs/performance.md
 # make lint    ruff alone
-# make clean   remove .venv and what tests and builds leave
+# make clean   remove both environments and what tests and builds leave
 
 VENV := .venv
 PY := $(VENV)/bin/python
 # Its date tells whether .venv is older than what decides its content.
 READY := $(VENV)/.ready
+PARITY := .venv-parity
 
-.PHONY: help setup demo demo-classification test lint clean
+.PHONY: help setup demo demo-classification benchmark test test-parity lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -27,12 +30,22 @@ demo: $(READY)
 demo-classification: $(READY)
 	$(PY) tools/demo_classification.py $(ARGS)
 
+benchmark: $(READY)
+	$(PY) tools/analysis_tools/benchmark.py --standard $(ARGS)
+
 lint: $(READY)
 	$(PY) -m ruff check .
 
 # One thread a process: the tensors in tests are small, and CI has few cores.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 $(ARGS)
+
+test-parity: $(PARITY)/.ready
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest -rP tests/parity $(ARGS)
+
+$(PARITY)/.ready: $(READY) requirements/parity.txt requirements/parity.sh
+	@bash requirements/parity.sh
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache

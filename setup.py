@@ -22,25 +22,31 @@ EXTRAS = {
     'detection': [*MMCV, 'onedl-mmdetection>=3.5', 'pycocotools>=2.0.6', 'scipy>=1.9',
                   'rich>=10'],
     'classification': [*MMCV, 'onedl-mmpretrain>=1.3'],
+    # Backbones of timm for detectors.
+    'timm': [*MMENGINE, 'timm>=1.0.4'],
+    # COCO's figures in a fraction of pycocotools' time.
+    'faster-coco-eval': ['faster-coco-eval>=1.6'],
     'demo': ['scikit-learn>=1.2', 'matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60'],
-    'tests': ['pytest>=8.2', 'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6',
-              'tqdm>=4.60'],
+    'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.6',
+              'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6', 'tqdm>=4.60'],
 }
 EXTRAS['all'] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
 class BuildWithConfigsAndTools(build_py):
-    """Copies ``configs`` and ``tools`` to ``spartan_mm/.mim``, where ``mim`` looks for them."""
+    """Copies configs, tools and ``model-index.yml`` to ``spartan_mm/.mim``, where ``mim`` looks."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
-            return  # An editable install uses the checkout's own folders.
+            return  # An editable install uses the checkout's own.
+        target = Path(self.build_lib) / 'spartan_mm' / '.mim'
+        # A build directory may hold files that are gone from the checkout by now.
+        shutil.rmtree(target, ignore_errors=True)
         for folder in ('configs', 'tools'):
-            target = Path(self.build_lib) / 'spartan_mm' / '.mim' / folder
-            # A build directory may hold files that are gone from the checkout by now.
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(ROOT / folder, target / folder,
+                            ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'model-index.yml', target)
 
 
 setup(
@@ -62,6 +68,6 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['spartan_mm', 'spartan_mm.*']),
     cmdclass={'build_py': BuildWithConfigsAndTools},
-    install_requires=['torch>=2.1', 'numpy>=1.24', 'packaging>=21'],
+    install_requires=['torch>=2.4', 'numpy>=1.24', 'packaging>=21', 'safetensors>=0.4'],
     extras_require=EXTRAS,
 )

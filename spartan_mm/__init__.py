@@ -9,8 +9,13 @@ from .version import __version__
 
 compat.require('mmengine', '0.10.0', 'backbone')
 compat.stand_in_for_mmcv_ext()
-compat.let_torch_read_mmengine_checkpoints()
+compat.read_checkpoints_safely()
 
-from .backbones import SpaRTAN  # noqa: E402  (needs mmengine, checked above)
+# ruff: noqa: E402 - mmengine is checked before anything of it is touched
+from .backbones import SpaRTAN
+from .engine.publish import config_from
+from .zoo import config_path, get_config, get_model, list_models
 
-__all__ = ['SpaRTAN', '__version__']
+__all__ = [
+    'SpaRTAN', '__version__', 'config_from', 'config_path', 'get_config', 'get_model', 'list_models'
+]

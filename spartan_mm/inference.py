@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import cv2
 import matplotlib
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -21,8 +20,13 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
+from .datasets.findings import UndecodableError
+from .datasets.images import decode_image
 from .engine.checkpoint import load_for_inference
+from .engine.publish import config_from
+from .zoo import find_config
 
+CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
@@ -111,7 +115,8 @@ class Report:
 
     Args:
         results: one dict for each image or frame, fit for JSON.
-        failures: for each image that could not be read, what is wrong with it.
+        failures: for each image that could not be read or written, and for a video that breaks
+            off, what is wrong with it.
     """
 
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -122,13 +127,14 @@ class Model:
     """A model and the test pipeline of its config; subclasses are for a task each.
 
     Args:
-        config: the config file.
-        checkpoint: its weights, a local path or a URL.
+        config: the config file or the name of a model; or a checkpoint that holds its config.
+        checkpoint: the weights, a local path or a URL; None if ``config`` is a checkpoint that
+            holds them.
         device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
 
     Raises:
         FileNotFoundError: if the config or the checkpoint does not exist.
-        InputError: if the config is for another task.
+        InputError: if the config is for another task, or there are no weights.
         CheckpointError: if the checkpoint belongs to another architecture.
     """
 
@@ -137,14 +143,17 @@ class Model:
     kind: ClassVar[str]
     doing: ClassVar[str]
 
-    def __init__(self, config: str, checkpoint: str, device: str | None = None) -> None:
+    def __init__(self, config: str, checkpoint: str | None = None,
+                 device: str | None = None) -> None:
         cfg = _read_config(config)
+        if checkpoint is None and not _is_checkpoint(config):
+            raise InputError(f'{config} is a config without weights; name a checkpoint, too')
         scope = cfg.get('default_scope')
         if scope != self.scope:
             raise InputError(f'{config} describes no {self.kind} (its default_scope is {scope!r}, '
                              f'not {self.scope!r})')
         with DefaultScope.overwrite_default_scope(scope):
-            self._build(cfg, checkpoint, device)
+            self._build(cfg, checkpoint or config, device)
 
     def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
         # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
@@ -166,6 +175,9 @@ class Model:
     def read(self, path: Path) -> np.ndarray:
         """Read an image the way the config's pipeline does.
 
+        Grey and palette images become colour, 16 bits are scaled to 8, transparency is left out,
+        and the image is turned as its EXIF orientation says, see :func:`decode_image`.
+
         Returns:
             The image in BGR order, shape (H, W, 3).
 
@@ -173,14 +185,11 @@ class Model:
             InputError: if the file cannot be read or is no image.
         """
         try:
-            image = mmcv.imfrombytes(path.read_bytes(), **self._decoding)
+            return decode_image(path.read_bytes(), **self._decoding)
         except OSError as error:
             raise InputError(f'{path} cannot be read: {error.strerror or error}') from error
-        except Exception as error:  # each decoder has exceptions of its own
+        except UndecodableError as error:
             raise InputError(f'{path} cannot be decoded as an image: {error}') from error
-        if image is None:
-            raise InputError(f'{path} cannot be decoded as an image')
-        return image
 
     def process(self, images: Sequence[np.ndarray], **options: Any) -> list[Processed]:
         """Make of each image a picture to look at and a record."""
@@ -259,7 +268,8 @@ class Classifier(Model):
                 for image, classes in zip(images, found, strict=True)]
 
 
-def load_model(config: str, checkpoint: str, device: str | None = None) -> Detector | Classifier:
+def load_model(config: str, checkpoint: str | None = None,
+               device: str | None = None) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
     scope = _read_config(config).get('default_scope')
     tasks = {task.scope: task for task in (Detector, Classifier)}
@@ -290,7 +300,9 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     if path.is_dir():
         skip = own_results if path.resolve() in own_results.parents else None
         images = sorted(file for file in path.rglob('*')
-                        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+                        if file.suffix.lower() in IMAGE_SUFFIXES
+                        # A link that leads nowhere is an image that is missing.
+                        and (file.is_file() or file.is_symlink() and not file.exists())
                         and skip not in file.resolve().parents)
         if not images:
             raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
@@ -316,8 +328,9 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             ``score_threshold``.
 
     Raises:
-        InputError: if a video cannot be opened or has no frames. An image that cannot be decoded is
-            noted in the report and in the file, and the others are processed.
+        InputError: if a video cannot be opened or has no frames. An image that cannot be decoded,
+            and a video that breaks off, is noted in the report and in the file, and the others
+            are processed.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -327,8 +340,9 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
     report = process(model, source, out_dir, batch_size, options)
     content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
                    results=report.results, failures=report.failures)
+    # Bytes of a name that are no UTF-8 become escapes, which JSON reads as Python's own names.
     (out_dir / 'results.json').write_text(json.dumps(content, ensure_ascii=False, indent=1),
-                                          encoding='utf-8')
+                                          encoding='utf-8', errors='backslashreplace')
     return report
 
 
@@ -434,7 +448,10 @@ def _infer_images(model: Model, source: Source, out_dir: Path, batch_size: int,
             if target.suffix.lower() not in IMAGE_SUFFIXES:
                 target = target.with_name(f'{target.name}.png')
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write_image(target, picture)
+            try:
+                _write_image(target, picture)
+            except InputError as error:
+                report.failures[name] = str(error)
             height, width = image.shape[:2]
             report.results.append(dict(file=name, width=width, height=height, **record))
     return report
@@ -473,6 +490,10 @@ def _infer_video(model: Model, source: Source, out_dir: Path, batch_size: int,
             writer.release()
     if not report.results:
         raise InputError(f'{path} has no frame that can be decoded')
+    # The length that a container tells is often an estimate, off by a frame or two.
+    if len(report.results) < length - max(2, length // 100):
+        report.failures[path.name] = (f'{path} breaks off after {len(report.results)} of {length} '
+                                      'frames; those are processed')
     return report
 
 
@@ -486,14 +507,22 @@ def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 def _write_image(path: Path, image: np.ndarray) -> None:
     # cv2.imwrite cannot write to names beyond ASCII on Windows.
-    _, content = cv2.imencode(path.suffix, image)
+    encoded, content = cv2.imencode(path.suffix, image)
+    if not encoded:
+        height, width = image.shape[:2]
+        raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
+                         f'{width}x{height} pixels; its results are in results.json')
     path.write_bytes(content.tobytes())
 
 
 def _read_config(path: str) -> Config:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path} does not exist')
-    return Config.fromfile(path)
+    return config_from(path) if _is_checkpoint(path) else Config.fromfile(find_config(path))
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether something is a checkpoint rather than a config or the name of a model."""
+    return '://' in str(path) or (Path(path).is_file()
+                                  and Path(path).suffix not in CONFIG_SUFFIXES)
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -1,6 +1,8 @@
 """Images, folders and videos in; pictures and JSON out."""
 
+import io
 import json
+import os
 import shutil
 
 import cv2
@@ -9,6 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
 
 from spartan_mm.engine.checkpoint import CheckpointError
 from spartan_mm.inference import (
@@ -264,6 +267,126 @@ class TestImages:
             find_source(tmp_path / path, tmp_path / out)
 
 
+def encode(image, file_format, **options):
+    memory = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(memory, file_format, **options)
+    return memory.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+RGBA = np.dstack([NOISE, np.zeros((60, 80), np.uint8)])
+GREY_16 = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
+CMYK = Image.fromarray(NOISE).convert('CMYK')
+PALETTE = Image.fromarray(NOISE).convert('P')
+
+# Content, and the shape of the image that it is read as.
+PICTURES = {
+    'grey.jpg': (encode(NOISE[..., 0], 'JPEG'), (60, 80)),
+    'rgba.png': (encode(RGBA, 'PNG'), (60, 80)),
+    'grey and alpha.png': (encode(Image.fromarray(RGBA).convert('LA'), 'PNG'), (60, 80)),
+    'sixteen bits.png': (cv2.imencode('.png', GREY_16)[1].tobytes(), (60, 80)),
+    'sixteen bits.tif': (cv2.imencode('.tif', GREY_16)[1].tobytes(), (60, 80)),
+    'sixteen bits colour.PNG': (cv2.imencode('.png', np.dstack([GREY_16] * 3))[1].tobytes(),
+                                (60, 80)),
+    'palette.png': (encode(PALETTE, 'PNG', transparency=0), (60, 80)),
+    'black and white.png': (encode(GREY_16 > 30000, 'PNG'), (60, 80)),
+    'cmyk.jpg': (encode(CMYK, 'JPEG'), (60, 80)),
+    'turned.jpg': (encode(NOISE, 'JPEG', exif=exif(6)), (80, 60)),
+    'one pixel.png': (encode(NOISE[:1, :1], 'PNG'), (1, 1)),
+    'wide.png': (encode(np.tile(NOISE[:2], (1, 125, 1)), 'PNG'), (2, 10_000)),
+    'päth with späces ⛰/ünd  ¿ noch einer?.png': (encode(NOISE, 'PNG'), (60, 80)),
+}
+NO_PICTURES = {
+    'truncated.jpg': encode(NOISE, 'JPEG')[:900],
+    'truncated.png': encode(NOISE, 'PNG')[:900],
+    'truncated.webp': encode(NOISE, 'WEBP')[:900],
+    'zero bytes.jpg': b'',
+    'text.png': b'<html>not found</html>',
+    'sound.jpg': bytes(range(256)) * 4,
+}
+
+
+@pytest.fixture(scope='module')
+def strange(tmp_path_factory):
+    """A folder of all kinds of pictures, and of what is none."""
+    folder = tmp_path_factory.mktemp('strange')
+    for name, (content, _) in PICTURES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    for name, content in NO_PICTURES.items():
+        (folder / name).write_bytes(content)
+    (folder / 'notes.txt').write_text('no image by name')
+    (folder / 'link.png').symlink_to(folder / 'nowhere.png')
+    return folder
+
+
+class TestStrangeInputs:
+
+    @pytest.mark.parametrize('batch_size', [1, 4])
+    @pytest.mark.parametrize('kind', ['detector', 'classifier'])
+    def test_each_gives_a_result_or_a_clear_error(self, request, strange, tmp_path, kind,
+                                                  batch_size):
+        model = request.getfixturevalue(kind)
+        report = infer(model, find_source(strange, tmp_path), tmp_path, batch_size=batch_size)
+        results = {result['file']: result for result in read_results(tmp_path)['results']}
+        assert {name: (result['height'], result['width']) for name, result in results.items()} == {
+            name: shape for name, (_, shape) in PICTURES.items()}
+        assert set(report.failures) == {*NO_PICTURES, 'link.png'}
+        for name, failure in report.failures.items():
+            assert name in failure and '\n' not in failure
+        for name in PICTURES:
+            assert read_picture(tmp_path / name) is not None
+        assert 'the file is empty' in report.failures['zero bytes.jpg']
+
+    @pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+    def test_sixteen_bits_are_scaled(self, detector, strange, monkeypatch, backend):
+        monkeypatch.setitem(detector._decoding, 'backend', backend)
+        for name in ('sixteen bits.png', 'sixteen bits.tif', 'sixteen bits colour.PNG'):
+            image = detector.read(strange / name).astype(int)
+            assert np.abs(image - (GREY_16 >> 8).astype(int)[..., None]).max() <= 1, name
+
+    @pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+    def test_colours(self, detector, strange, monkeypatch, backend):
+        monkeypatch.setitem(detector._decoding, 'backend', backend)
+        read = detector.read
+        assert (read(strange / 'rgba.png') == NOISE[..., ::-1]).all()
+        assert (read(strange / 'one pixel.png') == NOISE[:1, :1, ::-1]).all()
+        palette = np.asarray(PALETTE.convert('RGB'))[..., ::-1]
+        assert (read(strange / 'palette.png') == palette).all()
+        upright = read(strange / 'turned.jpg').astype(int)
+        expected = np.rot90(NOISE, -1)[..., ::-1].astype(int)
+        assert np.abs(upright - expected).mean() < np.abs(upright - expected[::-1]).mean() - 20
+
+    def test_a_name_of_any_bytes(self, detector, tmp_path):
+        folder = tmp_path / 'pictures'
+        folder.mkdir()
+        name = os.fsdecode(b'caf\xe9.png')
+        try:
+            (folder / name).write_bytes(encode(NOISE, 'PNG'))
+        except OSError:
+            pytest.skip('this file system takes no such name')
+        infer(detector, find_source(folder, tmp_path / 'out'), tmp_path / 'out')
+        assert read_results(tmp_path / 'out')['results'][0]['file'] == name
+
+    def test_a_format_that_is_too_small_for_the_picture(self, detector, tmp_path):
+        folder = tmp_path / 'pictures'
+        folder.mkdir()
+        content = cv2.imencode('.png', np.zeros((2, 20_000, 3), np.uint8))[1].tobytes()
+        (folder / 'wide.webp').write_bytes(content)
+        (folder / 'wide.png').write_bytes(content)
+        report = infer(detector, find_source(folder, tmp_path / 'out'), tmp_path / 'out')
+        assert len(report.results) == 2
+        assert report.failures.keys() == {'wide.webp'}
+        assert '.webp holds no picture of 20000x2 pixels' in report.failures['wide.webp']
+
+
 class TestVideo:
 
     @pytest.fixture
@@ -285,6 +408,21 @@ class TestVideo:
         written = cv2.VideoCapture(str(out / 'a film.mp4'))
         assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 5
         assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+
+    def test_video_that_breaks_off(self, detector, tmp_path):
+        path = tmp_path / 'long.avi'
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (96, 64))
+        for frame in np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), np.uint8):
+            writer.write(frame)
+        writer.release()
+        content = path.read_bytes()
+        path.write_bytes(content[:len(content) // 2])
+        out = tmp_path / 'out'
+        report = infer(detector, find_source(path, out), out)
+        frames = len(report.results)
+        assert 5 < frames < 15
+        assert f'long.avi breaks off after {frames} of 20 frames' in report.failures['long.avi']
+        assert read_results(out)['failures'] == report.failures
 
     def test_broken_video(self, detector, tmp_path):
         (tmp_path / 'broken.mp4').write_text('no film')

@@ -90,6 +90,7 @@ class TestInstallation:
         assert shipped
         for path in shipped:
             assert f'spartan_mm/.mim/{path.relative_to(source).as_posix()}' in names
+        assert 'spartan_mm/.mim/model-index.yml' in names
         assert not [name for name in names if name.startswith(('tests/', 'tools/', 'configs/'))]
 
     def test_every_requirement_is_pinned(self):

@@ -21,8 +21,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('input',
                         help='an image, a video, or a folder; it is searched with its subfolders')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('config', help='config file, or the name of a model; or a checkpoint that '
+                                       'holds its config, as published ones do')
+    parser.add_argument('checkpoint', nargs='?',
+                        help='checkpoint file or URL, if it is not in the place of the config')
     parser.add_argument('--out-dir', default='outputs', metavar='DIR',
                         help='where to write (default: %(default)s)')
     parser.add_argument('--device',

@@ -15,7 +15,7 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=12, eta_min=1e-5,
          convert_to_iter_based=True),
 ]
-custom_hooks = [dict(type='ClassCountCheckHook')]
+custom_hooks = [dict(type='ClassCountCheckHook'), dict(type='FiniteNumbersHook')]
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(_delete_=True, type='CheckpointHook', interval=1, max_keep_ckpts=1))

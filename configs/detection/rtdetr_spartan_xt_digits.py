@@ -28,6 +28,7 @@ auto_scale_lr = dict(base_batch_size=8)
 randomness = dict(seed=0)
 custom_hooks = [
     dict(type='ClassCountCheckHook'),
+    dict(type='FiniteNumbersHook'),
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=2e-3, gamma=100, update_buffers=True,
          priority=49),
 ]

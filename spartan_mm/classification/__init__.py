@@ -8,7 +8,12 @@ compat.require('mmcv', '2.0.0', 'classification')
 compat.require('mmpretrain', '1.2.0', 'classification')
 
 # ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
-from .. import engine  # noqa: F401
+from mmpretrain.apis import ModelHub
+
+from .. import (
+    engine,  # noqa: F401
+    zoo,
+)
 from .dataset import CheckedImageFolder, CheckedImageNet
 from .hooks import AverageStatisticsHook
 from .losses import HardLabelSmoothLoss
@@ -19,3 +24,6 @@ __all__ = [
     'AverageStatisticsHook', 'CheckedImageFolder', 'CheckedImageNet', 'HardLabelSmoothLoss',
     'TorchvisionTransforms', 'WarmupCosineLR'
 ]
+
+# By name in mmpretrain's get_model, list_models and inferencers.
+ModelHub.register_model_index(zoo.root() / 'configs/classification/metafile.yml', zoo.root())

@@ -8,14 +8,15 @@ the culprit.
 from collections.abc import Iterable
 from typing import Any
 
-import mmcv
 from mmengine import fileio
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 from mmpretrain.datasets.custom import find_folders, get_samples
 from mmpretrain.registry import DATASETS
 
-_MAX_NAMED = 5
+from ..datasets.findings import MAX_NAMED, DataError, MissingDataError
+from ..datasets.findings import join as join_values
+from ..datasets.images import MISSING_REMEDY, BadImages, describe_picture, load_image
 
 
 @DATASETS.register_module()
@@ -33,11 +34,15 @@ class CheckedImageFolder(CustomDataset):
             class.
         ann_file: the list, if it lies elsewhere.
         allow_empty_classes: accept class folders without pictures.
+        bad_images: what to do about pictures that cannot be decoded: 'stop', or 'replace' to take
+            another picture in training and log a warning; None for 'replace' if ``split`` is
+            'train', else 'stop'. A missing picture always stops.
+        max_bad_images: the share of the pictures that may be replaced before training stops.
         kwargs: arguments of mmpretrain's ``CustomDataset``.
 
     Raises:
         FileNotFoundError: there is no such folder or list.
-        ValueError: they are not what they should be; the message names the first culprits.
+        DataError: they are not what they should be; the message names the first culprits.
     """
 
     def __init__(self,
@@ -45,14 +50,26 @@ class CheckedImageFolder(CustomDataset):
                  split: str = '',
                  ann_file: str = '',
                  allow_empty_classes: bool = False,
+                 bad_images: str | None = None,
+                 max_bad_images: float = 0.01,
                  **kwargs: Any) -> None:
         self.allow_empty_classes = allow_empty_classes
+        # NOTE: mmpretrain's evaluation does not set test_mode, so the name of the split decides.
+        training = split == 'train' and not kwargs.get('test_mode')
+        self.bad_images = BadImages(bad_images or ('replace' if training else 'stop'),
+                                    max_bad_images)
         if split:
             kwargs.setdefault('data_prefix', split)
             listed = f'meta/{split}.txt'
             if not ann_file and fileio.exists(fileio.join_path(data_root, listed)):
                 ann_file = listed
         super().__init__(data_root=data_root, ann_file=ann_file, **kwargs)
+
+    def full_init(self) -> None:
+        """Find the pictures, once."""
+        if not self._fully_initialized:
+            super().full_init()
+            self.bad_images.share(len(self))
 
     def load_data_list(self) -> list[dict]:
         """Find the pictures.
@@ -61,7 +78,7 @@ class CheckedImageFolder(CustomDataset):
             A dict for each with ``img_path``, and ``gt_label`` unless ``with_label`` is False.
         """
         if not fileio.isdir(self.img_prefix):
-            raise FileNotFoundError(
+            raise MissingDataError(
                 f'There is no folder {self.img_prefix!r}: check `data_root` and `split` (or '
                 '`data_prefix`) of the dataset in the config (a relative path starts at the '
                 'working directory).')
@@ -76,12 +93,15 @@ class CheckedImageFolder(CustomDataset):
                 for name, label in samples]
 
     def prepare_data(self, idx: int) -> Any:
-        """Run the pipeline on a picture.
+        """Run the pipeline on a picture, or on another one in place of a bad one.
 
         Raises:
             FileNotFoundError: the picture does not exist.
-            ValueError: it cannot be decoded.
+            DataError: it, or too many of them, cannot be decoded.
         """
+        return self.bad_images.fetch(self._prepare, idx, len(self))
+
+    def _prepare(self, idx: int) -> Any:
         try:
             return super().prepare_data(idx)
         except Exception as error:
@@ -93,12 +113,12 @@ class CheckedImageFolder(CustomDataset):
         """Find the pictures in the class folders, and name the classes."""
         folders = [name for name in find_folders(self.img_prefix)[0] if not name.startswith('.')]
         if not folders:
-            raise ValueError(
+            raise DataError(
                 f'{self.img_prefix} has no folders: put the pictures of each class into one of its '
                 "own, or list them in a file with a line '<path> <label>' for each (`ann_file`).")
         classes = self._metainfo.setdefault('classes', tuple(folders))
         if len(classes) != len(folders):
-            raise ValueError(
+            raise DataError(
                 f'{self.img_prefix} has {len(folders)} class folders ({_join(folders)}), but '
                 f'{type(self).__name__} has {len(classes)} classes by name ({_join(classes)}). '
                 'Correct the folder, or name its own classes: `metainfo=dict(classes=...)` of the '
@@ -107,7 +127,7 @@ class CheckedImageFolder(CustomDataset):
         labels = {name: label for label, name in enumerate(folders)}
         samples, empty = get_samples(self.img_prefix, labels, self.is_valid_file)
         if empty and not (self.allow_empty_classes and samples):
-            raise ValueError(
+            raise DataError(
                 f'{self.img_prefix} has class folders without a picture '
                 f'({", ".join(sorted(self.extensions))}): {_join(sorted(empty))}. Fill them, or '
                 'remove them from training and validation alike, or accept them: '
@@ -118,25 +138,25 @@ class CheckedImageFolder(CustomDataset):
         """Find pictures without labels."""
         samples, _ = get_samples(self.img_prefix, None, self.is_valid_file)
         if not samples:
-            raise ValueError(f'{self.img_prefix} has no picture in it '
-                             f'({", ".join(sorted(self.extensions))}).')
+            raise DataError(f'{self.img_prefix} has no picture in it '
+                            f'({", ".join(sorted(self.extensions))}).')
         return samples
 
     def _read_list(self) -> list:
         """Read the names and, unless ``with_label`` is False, the labels in ``ann_file``."""
         if not fileio.exists(self.ann_file):
-            raise FileNotFoundError(f'There is no list {self.ann_file!r}: check `data_root` and '
-                                    '`ann_file` of the dataset in the config.')
+            raise MissingDataError(f'There is no list {self.ann_file!r}: check `data_root` and '
+                                   '`ann_file` of the dataset in the config.')
         lines = [(number, line.strip()) for number, line
                  in enumerate(fileio.list_from_file(self.ann_file), start=1) if line.strip()]
         if not lines:
-            raise ValueError(f'{self.ann_file} is empty.')
+            raise DataError(f'{self.ann_file} is empty.')
         if not self.with_label:
             return [line for _, line in lines]
 
         classes = self._metainfo.get('classes')
         if classes is None:
-            raise ValueError(
+            raise DataError(
                 f'{self.ann_file} numbers the classes, but nothing names them: set '
                 '`metainfo=dict(classes=...)` of the dataset in the config, or `classes` to a file '
                 'with a name in each line.')
@@ -148,7 +168,7 @@ class CheckedImageFolder(CustomDataset):
             else:
                 faulty.append(f'line {number} is {line!r}')
         if faulty:
-            raise ValueError(
+            raise DataError(
                 f"{self.ann_file}: each line must be '<path> <label>' with a label from 0 to "
                 f'{len(classes) - 1}, since there are {len(classes)} classes by name; but '
                 f'{_join(faulty)}.')
@@ -156,27 +176,11 @@ class CheckedImageFolder(CustomDataset):
 
     def _check_picture(self, info: dict, cause: Exception) -> None:
         """Raise an error that names a picture, if it does not exist or cannot be decoded."""
-        path = info['img_path']
-        label = info.get('gt_label')
-        described = f'picture {path!r}'
-        if label is not None:
-            described += f' (class {label}, {self.metainfo["classes"][label]})'
         try:
-            content = fileio.get(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f'The {described} does not exist: check `data_root`, `split` and `ann_file` of the '
-                'dataset in the config.') from cause
-        if not content:
-            raise ValueError(f'The {described} cannot be decoded: the file is empty. Replace or '
-                             'remove it.') from cause
-        try:
-            decoded = mmcv.imfrombytes(content) is not None
-        except Exception:  # each decoder has exceptions of its own
-            decoded = False
-        if not decoded:
-            raise ValueError(f'The {described} cannot be decoded: it is of no known image format, '
-                             'or damaged. Replace or remove it.') from cause
+            load_image(info['img_path'], describe_picture(info, self.metainfo.get('classes', ())),
+                       MISSING_REMEDY)
+        except DataError as error:
+            raise error from cause
 
 
 @DATASETS.register_module()
@@ -194,6 +198,4 @@ class CheckedImageNet(CheckedImageFolder):
 
 def _join(items: Iterable[str]) -> str:
     """List items, shortened where there are many."""
-    items = list(items)
-    more = f', ... ({len(items)} in all)' if len(items) > _MAX_NAMED else ''
-    return ', '.join(items[:_MAX_NAMED]) + more
+    return join_values(items, MAX_NAMED)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from .once import Stamp, is_missing, make_once, refuse_to_replace
 
@@ -120,6 +119,7 @@ def make_digits(
     stamp = dict(version=_VERSION, seed=seed, image_size=list(image_size), **counts)
 
     def write(folder: Path) -> None:
+        from tqdm import tqdm
         sources = _load_sources(seed)
         (folder / 'annotations').mkdir()
         for number, split in enumerate(_SPLITS):

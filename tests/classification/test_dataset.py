@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
 from spartan_mm.classification.dataset import CheckedImageFolder, CheckedImageNet
+from spartan_mm.datasets.findings import DataError
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=8), dict(type='PackInputs')]
 
@@ -158,8 +159,18 @@ class TestPictures:
         dataset.pipeline.transforms[0].imdecode_backend = backend
         dataset[0]
         with pytest.raises(ValueError, match=r"picture '.*val/dog/e\.png' \(class 1, dog\) cannot "
-                                             'be decoded: .* Replace or remove it'):
+                                             'be decoded: .*'):
             dataset[1]
+
+    def test_in_training_another_takes_its_place(self, root):
+        (root / 'train' / 'dog' / 'c c.png').write_bytes(b'')
+        dataset = build(root, split='train')
+        first, again = dataset[2]['data_samples'], dataset[2]['data_samples']
+        assert first.img_path == again.img_path != str(root / 'train' / 'dog' / 'c c.png')
+        assert dataset.bad_images.count == 1
+        for stops in (dict(split='train', bad_images='stop'), dict(data_prefix='train')):
+            with pytest.raises(DataError, match='c c.png.*cannot be decoded: the file is empty'):
+                build(root, **stops)[2]
 
     def test_missing_picture(self, root):
         dataset = build(root, split='val')

@@ -24,7 +24,8 @@ optim_wrapper = dict(
 param_scheduler = dict(
     type='WarmupCosineLR', warmup=20, start_factor=1e-4 / 2.5e-3, eta_min=1e-6, end=300)
 
-custom_hooks = [dict(type='ClassCountCheckHook'), dict(type='AverageStatisticsHook')]
+custom_hooks = [dict(type='ClassCountCheckHook'), dict(type='FiniteNumbersHook'),
+                dict(type='AverageStatisticsHook')]
 default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3,
                     save_best='accuracy/top1'))

@@ -50,6 +50,6 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/val.json', metric='bbox',
+    type='CheckedCocoMetric', ann_file=data_root + 'annotations/val.json', metric='bbox',
     proposal_nums=(1, 10, 100))
 test_evaluator = val_evaluator

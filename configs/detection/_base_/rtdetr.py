@@ -39,7 +39,7 @@ model = dict(
         embed_dims=256,
         loss_cls=dict(type='IoUAwareVarifocalLoss', alpha=0.75, gamma=2.0, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=5.0),
-        loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
+        loss_iou=dict(type='PairedGIoULoss', loss_weight=2.0)),
     dn_cfg=dict(num_queries=100, label_noise=0.5, box_noise=1.0),
     train_cfg=dict(
         assigner=dict(

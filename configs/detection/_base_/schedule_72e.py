@@ -22,6 +22,7 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, beg
 
 custom_hooks = [
     dict(type='ClassCountCheckHook'),
+    dict(type='FiniteNumbersHook'),
     # decay(u) = 0.9999 (1 - exp(-u / 2000)) after u steps, running statistics included; before
     # the other hooks of normal priority (50), so that they see the averaged weights.
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=1e-4, gamma=2000, update_buffers=True,

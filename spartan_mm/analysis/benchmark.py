@@ -1,0 +1,721 @@
+"""Time and memory of models, side by side in one run.
+
+A model is measured in one or several forms (as it is trained, deployed, compiled, as the formulas
+are written) on the same work. The forms take turns, step by step, so that whatever else slows the
+machine slows all of them: ratios are of steps that ran next to each other.
+"""
+
+import gc
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor, nn
+
+from ..backbones import SpaRTAN
+from ..engine.compile import compile_model
+from ..engine.launch import load_config
+from ..version import __version__
+from ..zoo import get_model
+from .memory import peak_of_step, size_of
+from .roofline import count_work, measure_limits, time_step, wait_for
+
+ORACLE = 'oracle'
+DTYPES = ('float16', 'bfloat16')
+
+# A detector's images in training have as many objects as COCO's have on average.
+_NUM_OBJECTS = 7
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 200
+
+_SCOPES = {'mmdet': 'detector', 'mmpretrain': 'classifier'}
+
+Report = Callable[[str], None]
+
+
+class BenchmarkError(ValueError):
+    """Something that cannot be measured as asked for."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step consists of.
+
+    Args:
+        train: Forward and backward pass in training mode, else inference.
+        device: Such as 'cpu' or 'cuda:0'.
+        amp: 'float16' or 'bfloat16' for automatic mixed precision, None for float32.
+        batch: Images in a step; None for what the config trains with, or 1 in inference.
+        sizes: (height, width) of the images, for one step after the other in turn; None for the
+            size of the config's test pipeline.
+        multi_scale: Whether to take the sizes that the config's ``BatchRandomResize`` draws from.
+
+    Raises:
+        BenchmarkError: If a value is not among the legal ones.
+    """
+
+    train: bool = False
+    device: str = 'cpu'
+    amp: str | None = None
+    batch: int | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
+    multi_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise BenchmarkError(f'batch {self.batch} must be at least 1')
+        if self.amp not in (None, *DTYPES):
+            raise BenchmarkError(f'amp {self.amp!r} must be one of {", ".join(DTYPES)}')
+        if self.sizes is not None:
+            # From JSON they come as lists.
+            object.__setattr__(self, 'sizes', tuple(tuple(size) for size in self.sizes))
+            if not self.sizes or min(min(size) for size in self.sizes) < 1:
+                raise BenchmarkError(f'sizes {self.sizes} must be pairs of positive numbers')
+        if self.sizes is not None and self.multi_scale:
+            raise BenchmarkError('sizes are given, and those of multi-scale training asked for: '
+                                 'choose one of the two')
+        if self.device.partition(':')[0] not in ('cpu', 'cuda'):
+            raise BenchmarkError(f'device {self.device!r} must be cpu or cuda, or one such as '
+                                 'cuda:1')
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model and the form in which it runs.
+
+    Args:
+        model: A config file, the name of a model of this package, or the arch of a SpaRTAN
+            backbone, which then runs alone.
+        oracle: Put the literal form of the formulas in the place of the SpaRTAN backbone.
+        deploy: Switch to the inference form.
+        compile: A mode of ``torch.compile``; None for not compiled. 'reduce-overhead' and
+            'max-autotune' run CUDA graphs.
+        channels_last: Lay weights and images out with the channels last.
+    """
+
+    model: str
+    oracle: bool = False
+    deploy: bool = False
+    compile: str | None = None
+    channels_last: bool = False
+
+    @property
+    def label(self) -> str:
+        """The form in words, without the model."""
+        words = [ORACLE if self.oracle else '', 'deploy' if self.deploy else '',
+                 self._compiled, 'channels last' if self.channels_last else '']
+        return ', '.join(word for word in words if word) or 'eager'
+
+    @property
+    def _compiled(self) -> str:
+        if self.compile in (None, 'default'):
+            return 'compiled' if self.compile else ''
+        return f'compiled ({self.compile})'
+
+
+@dataclass(frozen=True)
+class Group:
+    """Forms that are measured side by side on the same work.
+
+    Args:
+        workload: The work.
+        forms: The forms; ratios are against the others.
+        rounds: Steps of each form; None for as many as take `seconds` in all.
+        seconds: See `rounds`; there are at least 5 rounds, and at most 200.
+        warm_up: Steps of each form, and each size, before anything is measured.
+        parts: Whether to measure the parts of a training step, too, with the optimiser's, for the
+            forms that are not compiled.
+    """
+
+    workload: Workload
+    forms: tuple[Form, ...]
+    rounds: int | None = None
+    seconds: float = 20.
+    warm_up: int = 3
+    parts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise BenchmarkError(f'{self.rounds} rounds: must be at least 1')
+        for form in self.forms:
+            if form.deploy and self.workload.train:
+                raise BenchmarkError('the deploy form cannot be trained: measure one of the two')
+            if form.deploy and form.oracle:
+                raise BenchmarkError('the oracle has no deploy form')
+        if self.parts and not self.workload.train:
+            raise BenchmarkError('parts are those of a training step')
+        if self.parts and all(form.compile for form in self.forms):
+            raise BenchmarkError('a compiled step has no parts: measure them without compiling')
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> 'Group':
+        """Read what ``dataclasses.asdict`` wrote."""
+        return cls(**{**content, 'workload': Workload(**content['workload']),
+                      'forms': tuple(Form(**form) for form in content['forms'])})
+
+
+class Subject:
+    """A model built in one form, and its step.
+
+    Args:
+        form: The form.
+        workload: The work; the same random images for every subject.
+        make_oracle: Makes the literal form of a SpaRTAN backbone; needed for forms with `oracle`.
+
+    Raises:
+        BenchmarkError: If the form or the work does not go with the model.
+    """
+
+    def __init__(self, form: Form, workload: Workload,
+                 make_oracle: Callable[[SpaRTAN], nn.Module] | None = None):
+        self.form = form
+        self.device = torch.device(workload.device)
+        self.before = _held_by_gpu(self.device)
+        self.task, self.config = read_model(form.model)
+        self.train = workload.train
+        self.amp = workload.amp and getattr(torch, workload.amp)
+        self.batch = workload.batch or self._default_batch()
+
+        self.model = self._build(make_oracle)
+        self.sizes = workload.sizes or (
+            self._training_sizes() if workload.multi_scale else (self._default_size(), ))
+        inputs = {size: self._make_inputs(size) for size in self.sizes}
+        self.inputs = [inputs[size] for size in self.sizes]
+        self.step_index = 0
+
+    def step(self) -> None:
+        """Run the next step; in training, the gradients stay until the step after."""
+        images, samples = self.inputs[self.step_index % len(self.inputs)]
+        self.step_index += 1
+        if self.form.compile and self.device.type == 'cuda':
+            # The outputs of the step before may be overwritten by a CUDA graph.
+            torch.compiler.cudagraph_mark_step_begin()
+        if not self.train:
+            with torch.no_grad(), self.autocast():
+                self._infer(images, samples)
+            return
+        self.free_gradients()
+        self.loss(images, samples).backward()
+
+    def loss(self, images: Tensor, samples: Any) -> Tensor:
+        """The loss of a batch; of a backbone, the sum of its outputs."""
+        with self.autocast():
+            if self.task == 'detector':
+                return self.model.parse_losses(self.model(images, samples, mode='loss'))[0]
+            outputs = self.model(images)
+            if self.task == 'classifier':
+                return F.cross_entropy(outputs, samples)
+            return sum(output.float().sum() for output in outputs)
+
+    def autocast(self):
+        """Mixed precision, if it is asked for."""
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def free_gradients(self) -> None:
+        """Drop the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def compile(self) -> None:
+        """Compile the model, which takes place in its next steps."""
+        compile_model(self.model, mode=self.form.compile,
+                      dynamic=True if len(set(self.sizes)) > 1 else None)
+
+    def measure_memory(self) -> tuple[int, int]:
+        """Measure the peak of a step on the largest images.
+
+        Returns:
+            Bytes at the peak with weights and images, and those of weights and images.
+        """
+        self.free_gradients()
+        self.step_index = max(range(len(self.sizes)), key=lambda i: math.prod(self.sizes[i]))
+        peak = peak_of_step(self.step, self.device)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        held = size_of([*tensors, *(images for images, _ in self.inputs)])
+        if self.device.type == 'cuda':
+            # What a CUDA graph needs is allocated before the step that replays it.
+            self.free_gradients()
+            return max(peak + held, _held_by_gpu(self.device) - self.before), held
+        return peak + held, held
+
+    def _infer(self, images: Tensor, samples: Any) -> None:
+        if self.task == 'detector':
+            self.model(images, samples, mode='predict')
+        else:
+            self.model(images)
+
+    def _build(self, make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
+        torch.manual_seed(0)
+        if self.config is None:
+            model = SpaRTAN(self.form.model)
+        else:
+            model = get_model(self.config)
+        if self.form.oracle:
+            model = _replace_backbone(model, self.form.model, make_oracle)
+        model.train(self.train).to(self.device)
+        if self.form.deploy:
+            from ..deploy import switch_to_deploy
+            model = switch_to_deploy(model)
+        if self.form.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    def _make_inputs(self, size: tuple[int, int]) -> tuple[Tensor, Any]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(self.batch, 3, *size, generator=generator).to(self.device)
+        if self.form.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        if self.task == 'backbone':
+            return images, None
+        num_classes = next((module.num_classes for module in self.model.modules()
+                            if isinstance(getattr(module, 'num_classes', None), int)), 1)
+        if self.task == 'classifier':
+            labels = torch.randint(num_classes, (self.batch, ), generator=generator)
+            return images, labels.to(self.device)
+        return images, _make_samples(self.batch, size, num_classes, generator, self.device)
+
+    def _default_batch(self) -> int:
+        if not self.train:
+            return 1
+        return self.config.train_dataloader.batch_size if self.config else 16
+
+    def _training_sizes(self) -> tuple[tuple[int, int], ...]:
+        augments = getattr(getattr(self.model, 'data_preprocessor', None), 'batch_augments', None)
+        sizes = [tuple(size) for augment in augments or ()
+                 for size in getattr(augment, 'sizes', ())]
+        if not sizes:
+            raise BenchmarkError(f'{self.form.model} does not train at several scales: it has no '
+                                 'BatchRandomResize')
+        return tuple(sizes)
+
+    def _default_size(self) -> tuple[int, int]:
+        if self.config is None:
+            return 224, 224
+        pipeline = self.config.get('test_dataloader', {}).get('dataset', {}).get('pipeline', ())
+        size = _find_size(pipeline)
+        if size is None:
+            raise BenchmarkError(f'{self.form.model} does not say in its test pipeline how large '
+                                 'the images are; give a size')
+        return size
+
+
+class PartTimer:
+    """Shares out the time of a step to the parts that it consists of.
+
+    Time within a part that is in another part counts for the inner one alone.
+
+    Args:
+        device: Of the model.
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._open: list[str] = []
+        self._last = 0.
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs within for a part."""
+        self._note()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._note()
+            self._open.pop()
+
+    def wrap(self, owner: object, method: str, name: str) -> None:
+        """Count a method of an object for a part, from now on."""
+        function = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+        setattr(owner, method, timed)
+
+    def _note(self) -> None:
+        wait_for(self._device)
+        now = perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.) + now - self._last
+        self._last = now
+
+
+def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None = None,
+              report: Report = lambda text: None) -> dict[str, Any]:
+    """Measure forms side by side.
+
+    Args:
+        group: What to measure.
+        make_oracle: Makes the literal form of a SpaRTAN backbone; needed for forms with `oracle`.
+        report: Is told what is being done.
+
+    Returns:
+        A dict fit for JSON: 'machine', 'workload', 'limits' (see :class:`Limits`) and 'results',
+        one for each form, with 'form' and 'model', its 'times' (seconds, round by round), 'pixels'
+        and 'batch' of a step, 'peak_memory' and 'held_memory' (bytes; the latter of weights and
+        images), 'first_step' (seconds, with compiling), 'work' (see :class:`Work`), and 'parts'.
+
+    Raises:
+        BenchmarkError: If a form or the work does not go with the model.
+    """
+    workload = group.workload
+    device = torch.device(workload.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise BenchmarkError(f'device {workload.device!r}: torch finds no GPU')
+    report('the limits of the machine')
+    limits = measure_limits(device, getattr(torch, workload.amp or 'float32'))
+
+    subjects, results = [], []
+    for form in group.forms:
+        name = f'{form.model}, {form.label}'
+        report(f'{name}: building')
+        subject = Subject(form, workload, make_oracle)
+        work = count_work(subject.step, limits, len(subject.sizes))
+        if form.compile:
+            report(f'{name}: compiling')
+            subject.compile()
+        seconds = _warm_up(subject, group.warm_up)
+        report(f'{name}: memory')
+        peak, held = subject.measure_memory()
+        subjects.append(subject)
+        results.append(dict(
+            form=asdict(form), label=form.label, batch=subject.batch, sizes=subject.sizes,
+            peak_memory=peak, held_memory=held, first_step=seconds, work=asdict(work), times=[]))
+
+    for index, times in _take_turns(subjects, group, report):
+        results[index]['times'] = times
+    if group.parts:
+        for subject, result in zip(subjects, results, strict=True):
+            if not subject.form.compile:
+                report(f'{subject.form.model}, {subject.form.label}: parts')
+                result['parts'] = measure_parts(subject, group.rounds or _MIN_ROUNDS)
+    return dict(machine=describe_machine(device), workload=asdict(workload),
+                limits=asdict(limits), results=results)
+
+
+def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
+    """Share out the time of a training step, the optimiser's included, to the parts of the model.
+
+    Args:
+        subject: A classifier or a detector in training. Its weights change, and its methods are
+            wrapped: it is good for nothing else afterwards.
+        rounds: Steps to take the median of, for each size of the images at least one.
+
+    Returns:
+        Seconds of each part, as medians over the steps.
+    """
+    if subject.config is None:
+        raise BenchmarkError('a backbone alone has no parts: measure those of a detector or a '
+                             'classifier')
+    model, timer = subject.model, PartTimer(subject.device)
+    for name, part in (('backbone', 'backbone'), ('neck', 'neck'), ('decoder', 'decoder'),
+                       ('head', 'head')):
+        if isinstance(getattr(model, name, None), nn.Module):
+            timer.wrap(getattr(model, name), 'forward', part)
+    head = getattr(model, 'bbox_head', None)
+    if head is not None:
+        timer.wrap(head, 'loss', 'head and losses')
+        if hasattr(head, 'match'):
+            timer.wrap(head, 'match', 'matching')
+    optimizer = build_optim_wrapper(model, subject.config.optim_wrapper)
+
+    steps = []
+    for index in range(1 + max(rounds, len(subject.inputs))):
+        timer.seconds = {}
+        images, samples = subject.inputs[index % len(subject.inputs)]
+        with timer.part('rest of the forward pass'):
+            loss = subject.loss(images, samples)
+        with timer.part('backward'):
+            loss.backward()
+        with timer.part('optimizer'):
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(timer.seconds)
+    steps = steps[1:]  # the first one allocates the optimiser's state
+    return {part: median(step.get(part, 0.) for step in steps) for part in steps[0]}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A median with its spread.
+
+    Args:
+        median: The median.
+        low: The first quartile.
+        high: The third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> 'Summary':
+        """Summarise some values."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, middle, high = quantiles(values, n=4, method='inclusive')
+        return cls(middle, low, high)
+
+    def write(self, scale: float = 1., digits: int = 1) -> str:
+        """Write the median and, in brackets, the quartiles."""
+        middle, low, high = (f'{scale * value:.{digits}f}'
+                             for value in (self.median, self.low, self.high))
+        return f'{middle} ({low}–{high})'
+
+
+def speedup(result: Mapping[str, Any], reference: Mapping[str, Any]) -> Summary:
+    """How many times as fast as the reference, from the steps that ran next to each other."""
+    return Summary.of([theirs / ours for ours, theirs in
+                       zip(result['times'], reference['times'], strict=True)])
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value below which this percentage of the values lies, interpolated."""
+    if len(values) == 1:
+        return values[0]
+    return quantiles(values, n=100, method='inclusive')[percent - 1]
+
+
+def throughput(result: Mapping[str, Any]) -> float:
+    """Images per second: at the median time, or at the average of several sizes."""
+    times = result['times']
+    typical = median(times) if len(result['sizes']) == 1 else sum(times) / len(times)
+    return result['batch'] / typical
+
+
+def table(group: Mapping[str, Any]) -> str:
+    """Lay out what :func:`run_group` measured.
+
+    Args:
+        group: What it returned. The last of its results is what the others are compared with.
+
+    Returns:
+        A table in Markdown.
+    """
+    workload, results = group['workload'], group['results']
+    rows = [['model', 'form', 'step', 'batch', 'size', 'dtype', 'ms (quartiles)', 'p90, ms',
+             'images/s', 'peak, MiB', 'of which weights and images', 'first step, s',
+             'of the limit, %']]
+    compared = len(results) > 1
+    if compared:
+        rows[0] += ['times as fast (quartiles)', 'of the memory, %']
+    for result in results:
+        cells = [
+            Path(result['form']['model']).stem, result['label'],
+            'training' if workload['train'] else 'inference', str(result['batch']),
+            write_sizes(result['sizes']), workload['amp'] or 'float32',
+            Summary.of(result['times']).write(1e3), f"{1e3 * percentile(result['times'], 90):.1f}",
+            f'{throughput(result):.1f}', f"{result['peak_memory'] / 2**20:.0f}",
+            f"{result['held_memory'] / 2**20:.0f}", f"{result['first_step']:.1f}",
+            f"{100 * result['work']['fused_seconds'] / median(result['times']):.0f}"]
+        if compared:
+            reference = results[-1]
+            cells += [speedup(result, reference).write(digits=2),
+                      f"{100 * result['peak_memory'] / reference['peak_memory']:.0f}"]
+        rows.append(cells)
+    text = markdown(rows)
+    for result in results:
+        if 'parts' in result:
+            text += f"\n{result['label']}\n\n{parts_table(result['parts'])}"
+    return text
+
+
+def parts_table(parts: Mapping[str, float]) -> str:
+    """Lay out the parts of a step in Markdown."""
+    total = sum(parts.values())
+    rows = [[name, f'{1e3 * seconds:.1f}', f'{100 * seconds / total:.1f}']
+            for name, seconds in parts.items()]
+    return markdown([['part', 'ms', '%'], *rows, ['all', f'{1e3 * total:.1f}', '100']])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, its first row the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, '|' + '---|' * len(rows[0]))
+    return '\n'.join(lines) + '\n'
+
+
+def write_sizes(sizes: Sequence[Sequence[int]]) -> str:
+    """Write one size, or the range of several."""
+    texts = [f'{height}×{width}' for height, width in sorted(map(tuple, sizes))]
+    return texts[0] if len(set(texts)) == 1 else f'{texts[0]} to {texts[-1]}'
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Say what is measured on and with, and when."""
+    machine = dict(
+        date=datetime.now(timezone.utc).date().isoformat(),
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        spartan_mm=__version__)
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        machine.update(
+            gpu=properties.name, gpu_memory=properties.total_memory, cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+            # Of convolutions and of products of matrices in float32.
+            tf32=[torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32])
+    return machine
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """Describe in one line what :func:`describe_machine` found."""
+    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, " if machine['gpu'] else ''
+    return (f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
+            f"Python {machine['python']}, torch {machine['torch']}, spartan_mm "
+            f"{machine['spartan_mm']}; {machine['date']}")
+
+
+def read_model(name: str) -> tuple[str, Config | None]:
+    """Find what a name stands for.
+
+    Args:
+        name: A config file, the name of a model of this package, or the arch of a SpaRTAN backbone.
+
+    Returns:
+        'backbone', 'classifier' or 'detector', and the config; None for a backbone.
+
+    Raises:
+        BenchmarkError: If there is no such thing, or it is neither.
+    """
+    if name in SpaRTAN.arch_settings:
+        return 'backbone', None
+    try:
+        config = load_config(name)
+    except FileNotFoundError as error:
+        archs = ', '.join(SpaRTAN.arch_settings)
+        raise BenchmarkError(f'{error}; the backbones alone are {archs}') from error
+    scope = config.get('default_scope')
+    if scope not in _SCOPES or 'model' not in config:
+        raise BenchmarkError(f'{name} describes neither a detector nor a classifier (its '
+                             f'default_scope is {scope!r}, not one of '
+                             f'{", ".join(map(repr, _SCOPES))})')
+    return _SCOPES[scope], config
+
+
+def _warm_up(subject: Subject, steps: int) -> float:
+    """Run steps of every size; return the seconds that the first one took."""
+    first = time_step(subject.step, subject.device)
+    for _ in range(steps * len(subject.sizes)):
+        subject.step()
+    return first
+
+
+def _take_turns(subjects: Sequence[Subject], group: Group,
+                report: Report) -> Iterator[tuple[int, list[float]]]:
+    """Time the steps of all subjects round by round; give the times of each."""
+    def run_round() -> list[float]:
+        return [time_step(subject.step, subject.device) for subject in subjects]
+
+    for subject in subjects:
+        subject.step_index = 0
+    cycle = max(len(subject.sizes) for subject in subjects)
+    rounds = group.rounds
+    if rounds is None:
+        fitting = round(group.seconds / sum(run_round()))
+        rounds = min(max(fitting, _MIN_ROUNDS), _MAX_ROUNDS)
+    # Each size as often as the others.
+    rounds = cycle * math.ceil(rounds / cycle)
+
+    gc.collect()
+    gc.disable()
+    try:
+        times = []
+        for index in range(rounds):
+            report(f'round {index + 1} of {rounds}')
+            times.append(run_round())
+    finally:
+        gc.enable()
+    return enumerate(map(list, zip(*times, strict=True)))
+
+
+def _replace_backbone(model: nn.Module, name: str,
+                      make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
+    if make_oracle is None:
+        raise BenchmarkError('the oracle comes with the repository, in its tests, and is not '
+                             'installed: run the benchmark from a checkout')
+    backbone = model if isinstance(model, SpaRTAN) else getattr(model, 'backbone', None)
+    if not isinstance(backbone, SpaRTAN):
+        raise BenchmarkError(f'{name} has no SpaRTAN backbone, and the oracle is the literal form '
+                             'of one')
+    try:
+        oracle = make_oracle(backbone)
+    except RuntimeError as error:
+        raise BenchmarkError(f'{name} has a SpaRTAN of the ablations, of which the oracle has none '
+                             f'({error})') from error
+    if backbone is model:
+        return oracle
+    model.backbone = oracle
+    return model
+
+
+def _make_samples(batch: int, size: tuple[int, int], num_classes: int,
+                  generator: torch.Generator, device: torch.device) -> list:
+    """Samples of a detector with random objects."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    height, width = size
+    scale = torch.tensor([width, height] * 2)
+    samples = []
+    for index in range(batch):
+        center = torch.rand(_NUM_OBJECTS, 2, generator=generator)
+        side = 0.05 + 0.4 * torch.rand(_NUM_OBJECTS, 2, generator=generator)
+        corners = torch.cat([center - side / 2, center + side / 2], 1).clamp(0, 1) * scale
+        labels = torch.randint(num_classes, (_NUM_OBJECTS, ), generator=generator)
+        samples.append(DetDataSample(
+            gt_instances=InstanceData(bboxes=corners.to(device), labels=labels.to(device)),
+            metainfo=dict(img_id=index, img_shape=size, ori_shape=size, pad_shape=size,
+                          batch_input_shape=size, scale_factor=(1., 1.))))
+    return samples
+
+
+def _find_size(pipeline: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Find the (height, width) of what a pipeline gives: what its last resize or crop says."""
+    found = None
+    for step in pipeline:
+        if 'transforms' in step:
+            found = _find_size(step['transforms']) or found
+        for key in ('size', 'scale', 'crop_size'):
+            value = step.get(key)
+            if isinstance(value, int):
+                found = value, value
+            elif isinstance(value, (list, tuple)) and len(value) == 2 and all(
+                    isinstance(side, int) for side in value):
+                # mmcv's scales are (width, height).
+                found = tuple(value[::-1]) if key == 'scale' else tuple(value)
+    return found
+
+
+def _held_by_gpu(device: torch.device) -> int:
+    """Bytes that cannot be given back, those of CUDA graphs included; 0 for a CPU."""
+    if device.type != 'cuda':
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text(encoding='utf-8').splitlines() if info.is_file() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()

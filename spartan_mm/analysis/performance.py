@@ -1,0 +1,440 @@
+"""The standard table of ``make benchmark``, and how ``docs/performance.md`` shows it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .. import compat
+from .benchmark import (
+    Form,
+    Group,
+    Summary,
+    Workload,
+    machine_line,
+    markdown,
+    parts_table,
+    percentile,
+    speedup,
+    throughput,
+    write_sizes,
+)
+from .input_speed import input_table
+from .model_tables import insert_tables
+
+compat.require('matplotlib', '3.6', 'demo')
+
+# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
+from matplotlib.figure import Figure
+
+from .curves import COLOURS
+
+BACKBONES = {'xt': 'SpaRTAN-XT', 't': 'SpaRTAN-T'}
+DETECTORS = {
+    'rtdetr_spartan_xt': 'RT-DETR, SpaRTAN-XT',
+    'rtdetr_spartan_t': 'RT-DETR, SpaRTAN-T',
+    'rtdetr_r18vd': 'RT-DETR-R18',
+    'rtdetr_r34vd': 'RT-DETR-R34',
+    'rtdetr_r50vd': 'RT-DETR-R50',
+}
+INPUTS = ('rtdetr_spartan_t', 'spartan_t_224')
+
+#: Kinds of machines, each with tables of its own.
+KINDS = ('cpu', 'gpu')
+
+_NONE = '–'  # what nobody measured
+_QUICK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured in a process of its own.
+
+    Args:
+        name: Of the job, and of the file with its results.
+        groups: Measured one after the other.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+
+
+def standard_jobs(kind: str, quick: bool = False) -> list[Job]:
+    """List what the standard table consists of.
+
+    Args:
+        kind: 'cpu' or 'gpu'. A CPU gets as much work as it can do in some time.
+        quick: Whether to take a look at everything only, on small images and without compiling, on
+            a CPU also if the kind is 'gpu'; the numbers mean nothing.
+    """
+    gpu = kind == 'gpu'
+    device = 'cuda' if gpu and not quick else 'cpu'
+    models = slice(1) if quick else slice(None)
+
+    # The forms that run on a GPU are those that would be chosen there.
+    layout = dict(channels_last=gpu)
+    mode = 'reduce-overhead' if gpu else 'default'
+    dtype = dict(amp='bfloat16' if quick else 'float16') if gpu else {}
+
+    def group(workload: dict[str, Any], forms: Sequence[Form], **options: Any) -> Group:
+        if quick:
+            workload = dict(workload, batch=2, sizes=((_QUICK_SIZE, _QUICK_SIZE), ),
+                            multi_scale=False)
+            forms = [form for form in forms if form.compile is None]
+            options |= dict(rounds=1, warm_up=0)
+        return Group(Workload(device=device, **workload), tuple(forms), **options)
+
+    jobs = []
+    work = dict(batch=256 if gpu else 16, sizes=((224, 224), ), amp='bfloat16' if gpu else None)
+    for model in list(BACKBONES)[models]:
+        oracles = [Form(model, oracle=True), Form(model, oracle=True, compile='default')]
+        jobs.append(Job(f'backbone_{model}_inference', (group(work, [
+            Form(model), Form(model, channels_last=True), Form(model, deploy=True),
+            Form(model, deploy=True, channels_last=True), Form(model, compile='default', **layout),
+            Form(model, deploy=True, compile='default', **layout), *oracles], seconds=60.), )))
+        jobs.append(Job(f'backbone_{model}_training', (group(dict(work, train=True), [
+            Form(model), Form(model, channels_last=True),
+            Form(model, compile='default', **layout), *oracles], seconds=90.), )))
+
+    inference = dict(batch=1, sizes=((640, 640), ), **dtype)
+    training = dict(inference, batch=16, sizes=None, multi_scale=True) if gpu else inference
+    for model in list(DETECTORS)[models]:
+        name = Path(model).stem
+        jobs.append(Job(f'detector_{name}_inference', (group(inference, [
+            Form(model), Form(model, deploy=True),
+            Form(model, deploy=True, compile=mode, **layout)], seconds=30.), )))
+        # CUDA graphs are for a size that stays.
+        jobs.append(Job(f'detector_{name}_training', (
+            group(dict(training, train=True), [Form(model), Form(model, compile='default')],
+                  seconds=30., parts=True), )))
+
+    jobs.append(Job('growth', tuple(_growth_groups(device, gpu, quick))))
+    return jobs
+
+
+def _growth_groups(device: str, gpu: bool, quick: bool) -> Iterator[Group]:
+    """Larger and larger images, and more and more of them."""
+    if quick:
+        plans = [('xt', False, (32, 64), 2, (2, 4), 32)]
+    elif gpu:
+        plans = [('t', True, (128, 192, 256, 320, 384), 64, (32, 64, 128, 256), 224),
+                 ('rtdetr_spartan_t', False, (320, 480, 640, 800, 960), 8, (1, 4, 8, 16), 640)]
+    else:
+        plans = [('t', True, (96, 128, 160, 192, 224), 4, (2, 4, 8, 16), 128),
+                 ('rtdetr_spartan_t', False, (320, 416, 512, 640), 1, (1, 2, 3, 4), 320)]
+    for model, train, sides, batch, batches, side in plans:
+        for count, length in [*product([batch], sides), *product(batches, [side])]:
+            yield Group(Workload(train, device, None, count, ((length, length), )),
+                        (Form(model), ), rounds=1 if quick else 7, warm_up=0 if quick else 3)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Collect the results of the jobs.
+
+    Args:
+        folder: With a file NAME.json for each job and, for the input, 'input.json'.
+
+    Returns:
+        A dict fit for JSON: 'jobs', for each a list of what ``run_group`` returned, and 'input'.
+
+    Raises:
+        FileNotFoundError: There are no results.
+    """
+    jobs = {path.stem: json.loads(path.read_text(encoding='utf-8'))
+            for path in sorted(folder.glob('*.json'))}
+    if not jobs:
+        raise FileNotFoundError(f'{folder} holds no results; measure first')
+    measured = jobs.pop('input', [])
+    return dict(jobs=jobs, input=measured)
+
+
+def make_tables(kind: str, results: Mapping[str, Any] | None) -> dict[str, str]:
+    """Lay out results.
+
+    Args:
+        kind: 'cpu' or 'gpu'.
+        results: What :func:`read_results` returned, or None for nothing measured. What is missing
+            in them is shown as "–".
+
+    Returns:
+        Tables in Markdown by name, the names beginning with the kind.
+    """
+    jobs = (results or {}).get('jobs', {})
+    rows = list(_rows(kind, jobs))
+    machines = [group['machine'] for groups in jobs.values() for group in groups]
+    newest = max(machines, key=lambda machine: machine['date'], default=None)
+    return {
+        f'{kind}_machine': f'{machine_line(newest)}\n' if newest else f'{_NONE}\n',
+        f'{kind}_backbones': _backbones_table(rows),
+        f'{kind}_detectors': _detectors_table(rows),
+        f'{kind}_parts': _parts_tables(jobs),
+        f'{kind}_limit': _limit_table(rows),
+        f'{kind}_growth': _growth_text(kind, jobs),
+        f'{kind}_input': input_table((results or {}).get('input', ())),
+    }
+
+
+def write_docs(document: Path, kind: str, results: Mapping[str, Any]) -> None:
+    """Put results into the document: tables, plot, and the results themselves beside it.
+
+    Args:
+        document: With marks for the tables of all kinds. What was measured on machines of the
+            other kinds stays.
+        kind: 'cpu' or 'gpu'.
+        results: What :func:`read_results` returned.
+    """
+    folder = document.with_suffix('')
+    folder.mkdir(exist_ok=True)
+    (folder / f'{kind}.json').write_text(json.dumps(_rounded(results)) + '\n', encoding='utf-8')
+    if 'growth' in results['jobs']:
+        draw_growth(results['jobs']['growth']).savefig(folder / f'{kind}_growth.png')
+    text = fill_in(document)
+    document.write_text(text, encoding='utf-8')
+
+
+def fill_in(document: Path) -> str:
+    """Write the document anew, with the tables of the results that lie beside it."""
+    tables = {}
+    for kind in KINDS:
+        file = document.with_suffix('') / f'{kind}.json'
+        results = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+        tables |= make_tables(kind, results)
+    return insert_tables(document.read_text(encoding='utf-8'), tables)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A form of a model that the standard table has, with its result, if there is one."""
+
+    form: Form
+    workload: Workload
+    result: Mapping[str, Any] | None
+    # All results of the same run by the label of their form.
+    others: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def step(self) -> str:
+        return 'training' if self.workload.train else 'inference'
+
+    @property
+    def dtype(self) -> str:
+        return self.workload.amp or 'float32'
+
+    def cell(self, write: Callable[[Mapping[str, Any]], str]) -> str:
+        """Write something of the result."""
+        return _NONE if self.result is None else write(self.result)
+
+    def compared(self, label: str, write: Callable[[Any, Any], str]) -> str:
+        """Write something of the result and of the one of another form of the same run."""
+        other = self.others.get(label)
+        return _NONE if self.result is None or other is None else write(self.result, other)
+
+
+def _rows(kind: str, jobs: Mapping[str, Any]) -> Iterator[_Row]:
+    for job in standard_jobs(kind):
+        if job.name == 'growth':
+            continue
+        measured = jobs.get(job.name) or [None] * len(job.groups)
+        group, results = job.groups[-1], measured[-1]
+        others = {result['label']: result for result in (results or {}).get('results', ())}
+        for form in group.forms:
+            yield _Row(form, group.workload, others.get(form.label), others)
+
+
+def _backbones_table(rows: Sequence[_Row]) -> str:
+    compiled = Form('', oracle=True, compile='default').label
+    head = ['backbone', 'step', 'form', 'ms (quartiles)', 'images/s', 'times the oracle',
+            'times the compiled oracle', 'peak, MiB', "of the oracle's, %"]
+    table = [head]
+    for row in rows:
+        if row.form.model not in BACKBONES:
+            continue
+        table.append([
+            BACKBONES[row.form.model], row.step, row.form.label,
+            row.cell(lambda result: Summary.of(result['times']).write(1e3)),
+            row.cell(lambda result: f'{throughput(result):.1f}'),
+            row.compared('oracle', lambda *pair: speedup(*pair).write(digits=2)),
+            row.compared(compiled, lambda *pair: speedup(*pair).write(digits=2)),
+            row.cell(lambda result: f"{result['peak_memory'] / 2**20:.0f}"),
+            row.compared('oracle', _memory_share)])
+    return _workload_line(rows, BACKBONES) + markdown(table)
+
+
+def _detectors_table(rows: Sequence[_Row]) -> str:
+    head = ['detector', 'step', 'form', 'ms (quartiles)', 'p90, ms', 'images/s',
+            'of eager time, %', 'peak, MiB']
+    table = [head]
+    for row in rows:
+        if row.form.model not in DETECTORS:
+            continue
+        table.append([
+            DETECTORS[row.form.model], row.step, row.form.label,
+            row.cell(lambda result: Summary.of(result['times']).write(1e3)),
+            row.cell(lambda result: f"{1e3 * percentile(result['times'], 90):.1f}"),
+            row.cell(lambda result: f'{throughput(result):.2f}'),
+            row.compared('eager', lambda *pair: f'{100 / speedup(*pair).median:.0f}'),
+            row.cell(lambda result: f"{result['peak_memory'] / 2**20:.0f}")])
+    return _workload_line(rows, DETECTORS) + markdown(table)
+
+
+def _limit_table(rows: Sequence[_Row]) -> str:
+    """What is counted holds for the form as PyTorch runs it operation by operation."""
+    names = BACKBONES | DETECTORS
+    table = [['model', 'step', 'form', 'operations, G', 'read and written, GiB',
+              'limit, ms', 'of it, %', 'limit if all is fused, ms', 'of it, %']]
+
+    def share(name: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda result: f"{100 * result['work'][name] / median(result['times']):.0f}"
+
+    for row in rows:
+        if row.result is not None and len(row.result['sizes']) > 1:
+            continue  # no one limit, of steps of several sizes
+        table.append([
+            names[row.form.model], row.step, row.form.label,
+            row.cell(lambda result: f"{result['work']['operations'] / 1e9:.1f}"),
+            row.cell(lambda result: f"{result['work']['bytes'] / 2**30:.2f}"),
+            row.cell(lambda result: f"{1e3 * result['work']['seconds']:.1f}"),
+            row.cell(share('seconds')),
+            row.cell(lambda result: f"{1e3 * result['work']['fused_seconds']:.1f}"),
+            row.cell(share('fused_seconds'))])
+    return markdown(table)
+
+
+def _parts_tables(jobs: Mapping[str, Any]) -> str:
+    texts = []
+    for model, title in DETECTORS.items():
+        for group in jobs.get(f'detector_{Path(model).stem}_training', ()):
+            texts += [f"{title}, a batch of {result['batch']}, {write_sizes(result['sizes'])}, "
+                      f"{group['workload']['amp'] or 'float32'}\n\n{parts_table(result['parts'])}"
+                      for result in group['results'] if 'parts' in result]
+    return '\n'.join(texts) or f'{_NONE}\n'
+
+
+def _workload_line(rows: Sequence[_Row], names: Mapping[str, str]) -> str:
+    texts = {}
+    for row in rows:
+        if row.form.model in names:
+            sizes = ('multi-scale' if row.workload.multi_scale
+                     else write_sizes(row.workload.sizes))
+            texts[row.step] = f'{row.step}: a batch of {row.workload.batch}, {sizes}, {row.dtype}'
+    return '; '.join(texts.values()).capitalize() + '.\n\n'
+
+
+def _memory_share(result: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    return f"{100 * result['peak_memory'] / reference['peak_memory']:.0f}"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How something grows with the size of the work.
+
+    Args:
+        model: The model and its step, in words.
+        along: 'pixels of an image' or 'images in a batch'.
+        what: 'ms' or 'peak, MiB'.
+        points: (work, value) of each measurement.
+    """
+
+    model: str
+    along: str
+    what: str
+    points: tuple[tuple[float, float], ...]
+
+    def fit(self) -> tuple[float, float, float]:
+        """Fit a line; return its slope, its value at zero, and the share of variance it leaves."""
+        x, y = np.array(self.points).T
+        slope, start = np.polyfit(x, y, 1)
+        variance = y.var() or 1.
+        return float(slope), float(start), float((y - slope * x - start).var() / variance)
+
+
+def growths(groups: Sequence[Mapping[str, Any]]) -> list[Growth]:
+    """Sort out what the job of this name measured.
+
+    Args:
+        groups: What ``run_group`` returned for each of its groups.
+    """
+    runs: dict[str, list[tuple[int, int, float, float]]] = {}
+    names = BACKBONES | DETECTORS
+    for group in groups:
+        result, = group['results']
+        (height, width), = result['sizes']
+        step = 'training step' if group['workload']['train'] else 'inference'
+        runs.setdefault(f"{names[result['form']['model']]}, {step}", []).append((
+            height * width, result['batch'], 1e3 * median(result['times']),
+            result['peak_memory'] / 2**20))
+
+    found = []
+    for model, points in runs.items():
+        # The plan has two sweeps; each keeps what the other one changes.
+        for axis, along in enumerate(('pixels of an image', 'images in a batch')):
+            kept = [point[1 - axis] for point in points]
+            fixed = max(set(kept), key=kept.count)
+            sweep = sorted({point[axis]: point for point in points
+                            if point[1 - axis] == fixed}.values())
+            found += [Growth(model, along, what,
+                             tuple((point[axis], point[index]) for point in sweep))
+                      for what, index in (('ms', 2), ('peak, MiB', 3))]
+    return found
+
+
+def draw_growth(groups: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw time and peak memory against pixels and against batch, with the lines that fit.
+
+    Args:
+        groups: What ``run_group`` returned for the groups of the job 'growth'.
+
+    Returns:
+        The figure; its ``savefig`` writes it.
+    """
+    panels = growths(groups)
+    columns = 4
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(16, 3.6 * rows), dpi=100, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    grid = figure.add_gridspec(rows, columns)
+    for index, growth in enumerate(panels):
+        axes = figure.add_subplot(grid[index // columns, index % columns])
+        x, y = np.array(growth.points).T
+        slope, start, rest = growth.fit()
+        ends = np.array([0, x.max()])
+        axes.plot(ends, start + slope * ends, color=COLOURS[1], linestyle='--', linewidth=1.6,
+                  label=f'line, R² = {1 - rest:.4f}')
+        axes.plot(x, y, 'o', color=COLOURS[0], markersize=6, label='measured')
+        axes.set_title(growth.model, loc='left', fontsize=11, fontweight='bold')
+        axes.set_xlabel(growth.along, fontsize=10)
+        axes.set_ylabel(growth.what, fontsize=10)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=min(0, start))
+        axes.grid(color='0.88')
+        axes.set_axisbelow(True)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, loc='upper left')
+    return figure
+
+
+def _growth_text(kind: str, jobs: Mapping[str, Any]) -> str:
+    if 'growth' not in jobs:
+        return f'{_NONE}\n'
+    rows = [['model', 'along', 'grows', 'by', 'R² of a line']]
+    for growth in growths(jobs['growth']):
+        slope, _, rest = growth.fit()
+        pixels = growth.along.startswith('pixels')
+        by = f'{1e6 * slope:.3g} for 10⁶ pixels' if pixels else f'{slope:.3g} for an image'
+        rows.append([growth.model, growth.along, growth.what, by, f'{1 - rest:.4f}'])
+    return (f'![Time and peak memory against pixels and batch]'
+            f'(performance/{kind}_growth.png)\n\n{markdown(rows)}')
+
+
+def _rounded(value: Any) -> Any:
+    """Drop digits that no clock has."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f'{value:.6g}') if isinstance(value, float) else value

@@ -1,0 +1,478 @@
+"""The datasets of a config, checked before a long run: what ``tools/check_dataset.py`` calls.
+
+A training refuses what is an error here, in the same words: annotation files when they are loaded,
+the rest by ``PreflightHook``.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from ..engine.hooks import describe_class_count, describe_other_classes
+from .coco_file import MISSING_REMEDY, CocoFile, describe_image, read_json
+from .findings import (
+    MAX_NAMED,
+    DataError,
+    Finding,
+    MissingDataError,
+    UndecodableError,
+    find_missing_images,
+    join,
+    name_culprits,
+    show,
+)
+from .images import MISSING_REMEDY as MISSING_PICTURE_REMEDY
+from .images import describe_picture, load_image
+
+SPLITS = ('train', 'val', 'test')
+
+# Images that a task of a worker process decodes.
+_CHUNK = 32
+_MAX_SUSPECTS = 100
+
+Progress = Callable[[Iterable, str, int], Iterable]
+
+
+def no_progress(items: Iterable, description: str, total: int) -> Iterable:
+    """Show no progress."""
+    return items
+
+
+@dataclass
+class Content:
+    """What a dataset holds.
+
+    Args:
+        infos: of each image a dict with ``img_path`` and, where they are known, ``img_id``,
+            ``width``, ``height``, ``ann_file``, ``gt_label``.
+        classes: names of the classes.
+        image_index: of each object, the index of its image, (A,).
+        labels: of each object, (A,); -1 for a class that is not in use.
+        crowds: whether it is a region with many objects, (A,).
+        boxes: x1, y1, x2, y2 in pixels, (A, 4); None where objects are whole images.
+    """
+
+    infos: list[dict[str, Any]] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
+    image_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    crowds: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    boxes: np.ndarray | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """Where the images are."""
+        return [info['img_path'] for info in self.infos]
+
+    def count_objects(self) -> np.ndarray:
+        """Count the objects of each class, crowds left out, (C,)."""
+        counted = (self.labels >= 0) & (self.labels < len(self.classes)) & ~self.crowds
+        return np.bincount(self.labels[counted], minlength=len(self.classes))
+
+    def count_empty(self) -> int:
+        """Count the images without an object."""
+        counted = self.image_index[(self.labels >= 0) & ~self.crowds]
+        return len(self.infos) - len(np.unique(counted))
+
+
+@dataclass
+class Report:
+    """What was found in a dataset.
+
+    Args:
+        split: 'train', 'val' or 'test'.
+        name: what to call the dataset: its type and file.
+        content: what it holds, as far as it is sound.
+        findings: what is wrong or worth knowing.
+    """
+
+    split: str
+    name: str
+    content: Content = field(default_factory=Content)
+    findings: list[Finding] = field(default_factory=list)
+
+    def as_record(self) -> dict[str, Any]:
+        """Describe it by a dict fit for JSON."""
+        content = self.content
+        return dict(
+            split=self.split, dataset=self.name, images=len(content.infos),
+            objects=int(content.count_objects().sum()), crowds=int(content.crowds.sum()),
+            images_without_objects=content.count_empty(),
+            objects_of_class=dict(zip(content.classes, content.count_objects().tolist(),
+                                      strict=True)),
+            findings=[finding.as_record() for finding in self.findings])
+
+    def suspects(self) -> dict[str, str]:
+        """Images to look at, each with the kind of finding that it belongs to."""
+        found: dict[str, str] = {}
+        for finding in self.findings:
+            for path in finding.images:
+                found.setdefault(path, finding.kind)
+        return found
+
+
+def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = False,
+                 workers: int | None = None, progress: Progress = no_progress) -> list[Report]:
+    """Check the datasets of a config, and how they go with its model and each other.
+
+    A dataset that several splits share is checked once.
+
+    Args:
+        cfg: the config.
+        splits: those to check, of 'train', 'val' and 'test'; one that the config has not is left
+            out.
+        decode: whether to decode every image, as the loader of the config's pipeline does.
+        workers: number of processes that decode; None for one for each CPU.
+        progress: wraps an iterable with a description and its length, to show how far it is.
+
+    Returns:
+        A report for each dataset; of a dataset that joins several, one for each.
+    """
+    reports: list[Report] = []
+    done: list[tuple[dict, str]] = []
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
+        tasks = [(split, dataset) for split in splits if cfg.get(f'{split}_dataloader')
+                 for dataset in find_datasets(cfg[f'{split}_dataloader']['dataset'])]
+        for split, dataset in progress(tasks, 'datasets', len(tasks)):
+            earlier = next((name for known, name in done if known == dataset), None)
+            if earlier is not None:
+                reports.append(Report(split, f'the same as {earlier}'))
+                continue
+            report = check_dataset(dataset, split, decode, workers, progress)
+            done.append((dataset, f'{split}: {report.name}'))
+            report.findings += _check_model(cfg, report)
+            report.findings += _check_evaluator(cfg, split, dataset)
+            reports.append(report)
+    _compare(reports)
+    return reports
+
+
+def find_datasets(dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Find the configs of the datasets inside wrappers such as ``RepeatDataset``."""
+    parts = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
+    if not parts:
+        yield dict(dataset)
+    for part in parts:
+        yield from find_datasets(part)
+
+
+def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
+                  workers: int | None = None, progress: Progress = no_progress) -> Report:
+    """Check a dataset.
+
+    Args:
+        config: its config; the default scope must be that of the config it comes from.
+        split: what to call it.
+        decode: whether to decode every image.
+        workers: number of processes that decode; None for one for each CPU.
+        progress: see :func:`check_config`.
+    """
+    config = dict(config)
+    loader = next((step for step in config.get('pipeline', ())
+                   if 'Image' in step['type'] and 'Load' in step['type']), {})
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(config['type'])
+    if kind is None:
+        raise DataError(f'{split}_dataloader: there is no dataset of type {config["type"]!r}: is '
+                        'its package in custom_imports of the config?')
+    report = Report(split, kind.__name__)
+    read = _read_coco if hasattr(kind, 'COCOAPI') else _read_any
+    try:
+        dataset = DATASETS.build(dict(config, pipeline=[], lazy_init=True))
+        report.name += f' of {_source(dataset)}'
+        report.content, report.findings = read(dataset)
+    except MissingDataError as error:
+        report.findings.append(Finding('error', 'missing file', str(error)))
+        return report
+    except (DataError, FileNotFoundError, ValueError) as error:
+        report.findings.append(Finding('error', 'dataset', ' '.join(str(error).split())))
+        return report
+    report.findings += check_content(report.content, bool(getattr(dataset, 'test_mode', False)))
+    if decode and report.content.infos:
+        report.findings += decode_images(report.content, loader, workers, progress)
+    return report
+
+
+def read_built(dataset: Any) -> Content:
+    """Collect what a dataset that is loaded holds."""
+    infos, labels, crowds, boxes, image_index = [], [], [], [], []
+    has_boxes = False
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        if 'img_path' in info:
+            infos.append({key: info[key] for key in (
+                'img_path', 'img_id', 'width', 'height', 'ann_file', 'gt_label') if key in info})
+        number = len(infos) - 1
+        if 'instances' in info:
+            has_boxes = True
+            for item in info['instances']:
+                image_index.append(number)
+                labels.append(item['bbox_label'])
+                crowds.append(bool(item.get('ignore_flag')))
+                boxes.append(item['bbox'])
+        elif isinstance(info.get('gt_label'), (int, np.integer)):
+            image_index.append(number)
+            labels.append(int(info['gt_label']))
+            crowds.append(False)
+    classes = tuple(getattr(dataset, 'metainfo', {}).get('classes') or ())
+    return Content(infos, classes, np.array(image_index, dtype=int), np.array(labels, dtype=int),
+                   np.array(crowds, dtype=bool),
+                   np.array(boxes, dtype=float).reshape(-1, 4) if has_boxes else None)
+
+
+def check_content(content: Content, evaluation: bool = False) -> list[Finding]:
+    """Check what can be checked without opening an image; see :func:`find_missing_images`."""
+    findings = [*check_files(content), *_find_empty_files(content.paths)]
+    empty = content.count_empty()
+    counts = content.count_objects()
+    if content.boxes is not None:
+        if empty:
+            findings.append(Finding(
+                'note', 'images without objects',
+                f'{empty} of {len(content.infos)} images have no object', empty))
+        findings += _check_object_boxes(content)
+    beyond = content.labels >= len(content.classes)
+    if beyond.any() and content.classes:
+        findings.append(_of_objects(
+            content, beyond, 'error', 'label without a class',
+            f'{{count}} labels are {len(content.classes)} or more, but there are only '
+            f'{len(content.classes)} classes'))
+    absent = [name for name, count in zip(content.classes, counts, strict=True) if not count]
+    if absent and len(absent) < len(counts):
+        findings.append(Finding(
+            'note' if evaluation else 'warning', 'classes without objects',
+            f'{len(absent)} of {len(counts)} classes have no object: {join(absent)}', len(absent)))
+    present = counts[counts > 0]
+    if len(present) > 1:
+        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
+        findings.append(Finding(
+            'note', 'class balance',
+            f'from {counts[least]} objects ({content.classes[least]}) to {counts[most]} '
+            f'({content.classes[most]}), {counts[most] / counts[least]:.3g} to 1'))
+    return findings
+
+
+def check_files(content: Content) -> Iterator[Finding]:
+    """Look for images that do not exist or are listed twice with different labels."""
+    remedy = MISSING_PICTURE_REMEDY if content.boxes is None else MISSING_REMEDY
+    yield from find_missing_images(content.paths, 'images', remedy)
+    if content.boxes is None and len(set(content.paths)) < len(content.infos):
+        labels: dict[str, set] = {}
+        for info in content.infos:
+            labels.setdefault(info['img_path'], set()).add(info.get('gt_label'))
+        torn = [path for path, found in labels.items() if len(found) > 1]
+        if torn:
+            yield Finding('warning', 'several labels',
+                          f'{len(torn)} pictures are listed with several labels: '
+                          f'{join(torn, MAX_NAMED)}', len(torn), tuple(torn[:_MAX_SUSPECTS]))
+
+
+def _find_empty_files(paths: Sequence[str]) -> list[Finding]:
+    """Look for files with nothing in them, which is what a full disk leaves of a copy."""
+    empty = [path for path in paths if _is_empty(path)]
+    if not empty:
+        return []
+    return [Finding('error', 'empty file',
+                    f'{len(empty)} images are empty files: {join(empty, MAX_NAMED)}', len(empty),
+                    tuple(empty[:_MAX_SUSPECTS]))]
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return os.stat(path).st_size == 0
+    except OSError:
+        return False  # missing ones are found elsewhere
+
+
+def decode_images(content: Content, loader: Mapping[str, Any], workers: int | None = None,
+                  progress: Progress = no_progress) -> list[Finding]:
+    """Decode every image as a pipeline's loader does, and compare sizes with the annotations.
+
+    Args:
+        content: the images.
+        loader: the config of the pipeline's step that loads images.
+        workers: number of processes; None for one for each CPU.
+        progress: see :func:`check_config`.
+    """
+    options = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'),
+                   backend_args=loader.get('backend_args'))
+    task = partial(_decode_chunk, classes=content.classes, options=options)
+    chunks = [content.infos[start:start + _CHUNK]
+              for start in range(0, len(content.infos), _CHUNK)]
+    workers = min(workers or os.cpu_count() or 1, len(chunks))
+    faults: dict[str, list[tuple[str, str]]] = {}
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            results = list(progress(pool.map(task, chunks), 'decoding', len(chunks)))
+    else:
+        results = list(progress(map(task, chunks), 'decoding', len(chunks)))
+    for kind, path, message in (fault for result in results for fault in result):
+        faults.setdefault(kind, []).append((path, message))
+    return [Finding('error', kind, name_culprits(found, lambda fault: fault[1].rstrip('.')),
+                    len(found), tuple(path for path, _ in found[:_MAX_SUSPECTS]))
+            for kind, found in faults.items()]
+
+
+def _decode_chunk(infos: list[dict], classes: Sequence[str], options: dict[str, Any]
+                  ) -> list[tuple[str, str, str]]:
+    """Decode some images; return kind of fault, path and message of those that fail."""
+    faults = []
+    for info in infos:
+        size = (info.get('width'), info.get('height'))
+        described = describe_image(info) if 'img_id' in info else describe_picture(info, classes)
+        try:
+            load_image(info['img_path'], described, '', annotated_size=(
+                None if None in size else size), **options)
+        except MissingDataError:
+            continue  # found before, without decoding
+        except UndecodableError as error:
+            if _is_empty(info['img_path']):
+                continue  # found before, too
+            faults.append(('undecodable image', info['img_path'], str(error)))
+        except DataError as error:
+            faults.append(('image of another size', info['img_path'], str(error)))
+    return faults
+
+
+def _read_coco(dataset: Any) -> tuple[Content, list[Finding]]:
+    """Read a COCO annotation file."""
+    if hasattr(dataset, 'examine'):
+        file = dataset.examine()
+    else:
+        # mmdet's own, which drops invalid boxes without a word.
+        file = CocoFile(read_json(dataset.ann_file, dataset.backend_args), dataset.ann_file,
+                        dataset.metainfo.get('classes'), dataset.test_mode, 'drop',
+                        allow_no_objects=True)
+    prefix = dataset.data_prefix.get('img', '')
+    infos = [dict(img_path=os.path.join(prefix, image['file_name']), img_id=image['id'],
+                  width=image['width'], height=image['height'], ann_file=dataset.ann_file)
+             for image in file.images]
+    findings = [Finding(finding.level, finding.kind, f'{file.name}: {finding.message}',
+                        finding.count,
+                        tuple(os.path.join(prefix, name) for name in finding.images))
+                for finding in file.findings]
+    crowds = np.array([bool(item.get('iscrowd')) for item in file.annotations], dtype=bool)
+    boxes = file.boxes if len(file.boxes) else np.zeros((len(file.annotations), 4))
+    return Content(infos, file.classes, file.image_index, file.labels, crowds, boxes), findings
+
+
+def _read_any(dataset: Any) -> tuple[Content, list[Finding]]:
+    """Read a dataset by loading it."""
+    dataset.full_init()
+    content = read_built(dataset)
+    if content.infos or not len(dataset):
+        return content, []
+    return content, [Finding('note', 'no files', 'its images are no files, which cannot be checked '
+                             'one by one')]
+
+
+def _check_object_boxes(content: Content) -> Iterator[Finding]:
+    """Look for boxes that are valid and yet strange."""
+    boxes = content.boxes
+    sides = boxes[:, 2:] - boxes[:, :2]
+    small = (sides < 1).any(1) & (content.labels >= 0)
+    if small.any():
+        yield _of_objects(content, small, 'warning', 'box below a pixel',
+                          '{count} boxes have a side below 1 pixel and are not trained on')
+    order = np.lexsort((*boxes.T, content.labels, content.image_index))
+    rows = np.column_stack([content.image_index, content.labels, boxes])[order]
+    same = np.zeros(len(rows), dtype=bool)
+    same[order[1:]] = (rows[1:] == rows[:-1]).all(1)
+    if same.any():
+        yield _of_objects(content, same, 'warning', 'object listed twice',
+                          '{count} objects have class and box of another one of their image')
+    crowds = int(content.crowds.sum())
+    if crowds:
+        yield Finding('note', 'crowds', f'{crowds} objects are crowds (`iscrowd`), which are not '
+                      'trained on and ignored in evaluation', crowds)
+
+
+def _of_objects(content: Content, chosen: np.ndarray, level: str, kind: str, message: str
+                ) -> Finding:
+    """Make a finding of objects, with the images they are in."""
+    images = list(dict.fromkeys(content.image_index[chosen].tolist()))
+    paths = [content.infos[i]['img_path'] for i in images[:_MAX_SUSPECTS]]
+    count = int(chosen.sum())
+    names = join((os.path.basename(path) for path in paths), MAX_NAMED)
+    return Finding(level, kind, f'{message.format(count=count)} ({names})', count, tuple(paths))
+
+
+def _check_model(cfg: Config, report: Report) -> Iterator[Finding]:
+    """Compare a dataset with the heads of the model."""
+    content, model = report.content, cfg.get('model', {})
+    if not content.classes:
+        return
+    for path, head in _find_heads(model):
+        if head['num_classes'] != len(content.classes):
+            yield Finding('error', 'classes of the head', describe_class_count(
+                path, str(head.get('type')), head['num_classes'], content.classes,
+                f'{report.split}_dataloader', report.name,
+                'num_classes' in (model.get('data_preprocessor') or {})))
+    queries = model.get('num_queries')
+    if isinstance(queries, int) and content.boxes is not None and len(content.labels):
+        per_image = np.bincount(content.image_index[(content.labels >= 0) & ~content.crowds],
+                                minlength=len(content.infos))
+        full = per_image > queries
+        if full.any():
+            paths = tuple(np.array(content.paths, dtype=object)[full][:_MAX_SUSPECTS])
+            yield Finding('warning', 'more objects than queries',
+                          f'{int(full.sum())} images have more objects than the model has queries '
+                          f'({queries}): up to {per_image.max()}', int(full.sum()), paths)
+
+
+def _find_heads(model: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+    """Find the heads that say how many classes they have, with their path in the model."""
+    items = (model.items() if isinstance(model, Mapping) else
+             enumerate(model) if isinstance(model, (list, tuple)) else ())
+    for key, value in items:
+        name = f'{path}.{key}' if path else str(key)
+        own = name.rstrip('.0123456789').rsplit('.', 1)[-1]
+        if (isinstance(value, Mapping) and own.endswith('head') and own != 'rpn_head'
+                and isinstance(value.get('num_classes'), int)):
+            yield name, value
+        yield from _find_heads(value, name)
+
+
+def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:
+    """Compare the annotation file of the evaluator with that of the dataset."""
+    evaluators = cfg.get(f'{split}_evaluator') or ()
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        theirs = evaluator.get('ann_file')
+        own = dataset.get('ann_file')
+        if not theirs or not own:
+            continue
+        own = own if os.path.isabs(own) else os.path.join(dataset.get('data_root') or '', own)
+        if os.path.normpath(theirs) != os.path.normpath(own):
+            yield Finding('warning', 'other evaluator',
+                          f'{split}_evaluator reads {theirs}, but the dataset {own}')
+
+
+def _compare(reports: list[Report]) -> None:
+    """Compare the datasets with each other: classes, and images in training and evaluation."""
+    train = [report for report in reports if report.split == 'train' and report.content.infos]
+    for report in reports:
+        if report.split == 'train' or not report.content.infos:
+            continue
+        for other in train[:1]:
+            ours, theirs = other.content.classes, report.content.classes
+            if report.split == 'val' and ours and theirs and ours != theirs:
+                report.findings.append(Finding('error', 'other classes', describe_other_classes(
+                    ours, other.name, theirs, report.name)))
+        known = {os.path.abspath(path) for other in train for path in other.content.paths}
+        shared = [path for path in report.content.paths if os.path.abspath(path) in known]
+        if shared:
+            report.findings.append(Finding(
+                'warning', 'trained on', f'{len(shared)} of {len(report.content.infos)} images are '
+                f'in the training dataset, too ({show(shared[0])})', len(shared)))
+
+
+def _source(dataset: Any) -> str:
+    return (getattr(dataset, 'ann_file', '') or getattr(dataset, 'img_prefix', '')
+            or getattr(dataset, 'data_root', '') or 'no file')

@@ -1,0 +1,120 @@
+"""What is wrong with data: errors that stop, and findings that are collected first."""
+
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_NAMED = 5
+_MAX_LISTED = 20
+
+
+class DataError(ValueError):
+    """Data is not what it should be; the message is one line that names the culprit.
+
+    NOTE: torch passes an error of a data loader's worker on with the worker's traceback in the
+    message. The traceback is cut off here: the message alone says what is wrong.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith('Caught ') and '\nOriginal Traceback' in message:
+            message = message.rstrip().rpartition('\n')[2].partition(': ')[2]
+        super().__init__(message)
+
+
+class MissingDataError(DataError, FileNotFoundError):
+    """A file that the data needs does not exist."""
+
+
+class UndecodableError(DataError):
+    """The file of an image is there, and no image can be made of it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about a dataset before it is used.
+
+    Args:
+        level: 'error' for what surely fails or gives wrong results, 'warning' for what may, 'note'
+            for what is right and worth knowing.
+        kind: a few words for what was found, the same for every dataset.
+        message: one line that names the first culprits.
+        count: number of culprits.
+        images: paths of the first images concerned.
+    """
+
+    level: str
+    kind: str
+    message: str
+    count: int = 1
+    images: tuple[str, ...] = ()
+
+    def as_record(self) -> dict[str, Any]:
+        """Describe it by a dict fit for JSON."""
+        return dict(level=self.level, kind=self.kind, message=self.message, count=self.count,
+                    images=list(self.images))
+
+
+def name_culprits(items: Sequence[Any], describe: Callable[[Any], str], remedy: str = '') -> str:
+    """Describe the first of several culprits, and count the others.
+
+    Example:
+        >>> name_culprits(range(7), lambda item: f'page {item} is torn', 'Replace them.')
+        'page 0 is torn; page 1 is torn; page 2 is torn; page 3 is torn; page 4 is torn; and 2
+        more. Replace them.'
+    """
+    named = [describe(item) for item in items[:MAX_NAMED]]
+    if len(items) > MAX_NAMED:
+        named.append(f'and {len(items) - MAX_NAMED} more')
+    return '; '.join(named) + (f'. {remedy}' if remedy else '')
+
+
+def join(values: Iterable[Any], limit: int = _MAX_LISTED) -> str:
+    """List values, shortened where there are many.
+
+    Example:
+        >>> join(['cat', 5])
+        'cat, 5'
+        >>> join(range(9), limit=2)
+        '0, 1, ... (9 in all)'
+    """
+    values = list(values)
+    shown = ', '.join(value if isinstance(value, str) else show(value) for value in values[:limit])
+    return shown + (f', ... ({len(values)} in all)' if len(values) > limit else '')
+
+
+def show(value: Any) -> str:
+    """Write a value in one short line, whatever it is."""
+    return ' '.join(reprlib.repr(value).split())
+
+
+def find_missing_images(paths: Sequence[str], what: str, remedy: str) -> list[Finding]:
+    """Look for files that do not exist, by listing their folders.
+
+    One listing of a folder costs less than a question for each file in it, above all where the
+    folder lies on another machine. Paths with a protocol, such as s3://, are left alone.
+
+    Args:
+        paths: where the images should be.
+        what: what to call the images, such as 'images of train.json'.
+        remedy: what to do about missing ones.
+    """
+    present: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        if '://' in path:
+            continue
+        folder, name = os.path.split(path)
+        if folder not in present:
+            try:
+                present[folder] = set(os.listdir(folder or '.'))
+            except OSError:
+                present[folder] = set()
+        if name not in present[folder]:
+            missing.append(path)
+    if not missing:
+        return []
+    message = (f'{len(missing)} of {len(paths)} {what} do not exist ({join(missing, MAX_NAMED)}): '
+               f'{remedy}')
+    return [Finding('error', 'missing images', message, len(missing), tuple(missing[:MAX_NAMED]))]

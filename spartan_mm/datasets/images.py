@@ -1,0 +1,181 @@
+"""Image files that may be broken: decoding them, and going on without them in training."""
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine import fileio
+from mmengine.logging import print_log
+from PIL import Image
+
+from .findings import DataError, MissingDataError, UndecodableError
+
+#: What to do about pictures of a classifier's dataset that do not exist.
+MISSING_REMEDY = 'check `data_root`, `split` and `ann_file` of the dataset in the config.'
+
+
+def describe_picture(info: dict, classes: Sequence[str] = ()) -> str:
+    """Name a picture of a classifier's dataset by its path and, where it is known, its class."""
+    label = info.get('gt_label')
+    described = f'picture {info["img_path"]!r}'
+    if isinstance(label, int):
+        name = f', {classes[label]}' if 0 <= label < len(classes) else ''
+        described += f' (class {label}{name})'
+    return described
+
+
+def decode_image(content: bytes, flag: str = 'color', backend: str | None = None) -> np.ndarray:
+    """Decode an image as mmcv does, whatever kind of picture it is.
+
+    In colour, every kind becomes 8-bit BGR: grey and palette images are expanded, 16 bits are
+    scaled to 8, and transparency is left out: what lies under it shows. The image is turned as its
+    EXIF orientation says, unless the flag ends in 'ignore_orientation'.
+
+    NOTE: mmcv's 'pillow' backend clips 16-bit grey to 255, which leaves a white picture; OpenCV
+    decodes it here.
+
+    Args:
+        content: what the file holds.
+        flag: mmcv's, such as 'color' or 'color_ignore_orientation'.
+        backend: mmcv's, such as 'cv2' or 'pillow'; None for the one mmcv is set to.
+
+    Returns:
+        The image, (H, W, 3) unless the flag says otherwise.
+
+    Raises:
+        UndecodableError: there is no image in it, or a damaged one; the message is the reason.
+    """
+    if not content:
+        raise UndecodableError('the file is empty')
+    try:
+        if backend == 'pillow' and Image.open(io.BytesIO(content)).mode.startswith('I'):
+            backend = 'cv2'
+        image = mmcv.imfrombytes(content, flag=flag, backend=backend)
+    except Exception as error:  # each decoder has exceptions of its own
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise UndecodableError(reason) from error
+    if image is None:
+        raise UndecodableError('it is of no known image format, or damaged')
+    return image
+
+
+def load_image(path: str, described: str, remedy: str, flag: str = 'color',
+               backend: str | None = None, annotated_size: tuple[int, int] | None = None,
+               backend_args: dict | None = None) -> np.ndarray:
+    """Load an image, or say in one sentence why not.
+
+    Args:
+        path: where it is.
+        described: what to call it in messages.
+        remedy: what to check if it does not exist.
+        flag: mmcv's, see :func:`decode_image`.
+        backend: mmcv's, see :func:`decode_image`.
+        annotated_size: the width and height that it must have, if they are known.
+        backend_args: mmengine's, of the storage.
+
+    Returns:
+        The image, (H, W, 3) unless the flag says otherwise.
+
+    Raises:
+        MissingDataError: there is no such file.
+        UndecodableError: it cannot be read or decoded.
+        DataError: it has another size than annotated.
+    """
+    try:
+        content = fileio.get(path, backend_args=backend_args)
+    except FileNotFoundError:
+        raise MissingDataError(f'The {described} does not exist: {remedy}') from None
+    except OSError as error:
+        raise UndecodableError(
+            f'The {described} cannot be read: {error.strerror or error}.') from error
+    try:
+        image = decode_image(content, flag, backend)
+    except UndecodableError as error:
+        raise UndecodableError(f'The {described} cannot be decoded: {error}.') from error
+
+    size = image.shape[1::-1]
+    if annotated_size is not None and size != tuple(annotated_size):
+        raise DataError(
+            f'The {described} is {size[0]}x{size[1]} pixels, but annotated as '
+            f'{annotated_size[0]}x{annotated_size[1]}. If the two are swapped, the file carries an '
+            'EXIF orientation; to ignore it, set the color_type of the transform to '
+            "'color_ignore_orientation'.")
+    return image
+
+
+class BadImages:
+    """What a dataset does about images that cannot be decoded.
+
+    The count is shared by the workers of a data loader, each of which has a copy of the dataset.
+
+    Args:
+        action: 'stop' to raise, 'replace' to take another image of the dataset and warn. Which one
+            depends on nothing but the index of the bad one, so a run can be repeated.
+        max_share: the share of the dataset's images that may be bad before 'replace' raises, too;
+            from 0 to 1. One is always allowed.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+
+    def __init__(self, action: str, max_share: float) -> None:
+        if action not in ('stop', 'replace'):
+            raise ValueError(f"bad_images={action!r} must be 'stop' or 'replace'.")
+        if not 0 <= max_share <= 1:
+            raise ValueError(f'max_bad_images={max_share!r} must be a share, from 0 to 1.')
+        self.action = action
+        self.max_share = max_share
+        self._seen: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of different bad images that were met, by all workers together."""
+        return 0 if self._seen is None else int(self._seen.sum())
+
+    def share(self, total: int) -> None:
+        """Prepare to count among so many images, before there are workers."""
+        if self.action == 'replace':
+            self._seen = torch.zeros(total, dtype=torch.uint8).share_memory_()
+
+    def fetch(self, prepare: Callable[[int], Any], index: int, total: int) -> Any:
+        """Prepare an image, or another one in its place.
+
+        Args:
+            prepare: prepares the image of an index.
+            index: which image is wanted; negative ones count from the end.
+            total: number of images.
+
+        Raises:
+            UndecodableError: it cannot be decoded, and the action is 'stop'.
+            DataError: too many cannot.
+        """
+        if self.action == 'stop':
+            return prepare(index)
+        if self._seen is None:
+            self.share(total)
+        others = np.random.default_rng(index % total)
+        wanted = index
+        while True:
+            try:
+                return prepare(wanted)
+            except UndecodableError as error:
+                self._note(wanted % total, total, error)
+            wanted = int(others.integers(total))
+
+    def _note(self, index: int, total: int, error: UndecodableError) -> None:
+        """Count a bad image and warn of it, the first time that it is met."""
+        if self._seen[index]:
+            return
+        self._seen[index] = 1
+        count, limit = self.count, max(1, int(self.max_share * total))
+        if count > limit:
+            raise DataError(
+                f'{count} of {total} images cannot be decoded, and no more than {limit} may be '
+                f'replaced (max_bad_images={self.max_share:g} of the dataset); the last one: '
+                f'{error}') from error
+        print_log(f'{error} Another image takes its place. That makes {count} of {total} images; '
+                  f'training stops at more than {limit}.', 'current', logging.WARNING)

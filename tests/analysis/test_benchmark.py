@@ -1,0 +1,244 @@
+"""The benchmark measures what it says, on forms of a model that do the same."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from spartan_mm.analysis import benchmark
+from spartan_mm.analysis.benchmark import (
+    BenchmarkError,
+    Form,
+    Group,
+    Subject,
+    Summary,
+    Workload,
+    percentile,
+    run_group,
+    speedup,
+    table,
+    throughput,
+)
+
+ORACLE_FILE = Path(__file__).parents[1] / 'oracle' / 'spartan.py'
+SMALL = ((32, 32), )
+
+
+@pytest.fixture(scope='session')
+def make_oracle():
+    spec = importlib.util.spec_from_file_location('spartan_oracle', ORACLE_FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.make_oracle
+
+
+@pytest.fixture
+def detector(user_project):
+    return str(user_project / 'user_detector.py')
+
+
+@pytest.fixture
+def classifier(user_project):
+    return str(user_project / 'user_classifier.py')
+
+
+def test_backbone_beside_the_oracle(make_oracle):
+    group = Group(Workload(True, batch=2, sizes=SMALL),
+                  (Form('xt'), Form('xt', channels_last=True), Form('xt', oracle=True)), rounds=3,
+                  warm_up=0)
+    assert Group.from_dict(json.loads(json.dumps(asdict(group)))) == group
+    measured = json.loads(json.dumps(run_group(group, make_oracle)))
+
+    assert [result['label'] for result in measured['results']] == [
+        'eager', 'channels last', 'oracle']
+    for result in measured['results']:
+        assert len(result['times']) == 3 and min(result['times']) > 0
+        weights = 4 * sum(p.numel() for p in benchmark.SpaRTAN('xt').parameters())
+        # And images, running statistics.
+        assert weights < result['held_memory'] < 1.1 * weights
+        # Of every weight a gradient, and activations.
+        assert result['peak_memory'] > result['held_memory'] + weights
+        assert result['work']['operations'] > 0
+        assert 0 < result['work']['fused_seconds'] < result['work']['seconds']
+    assert measured['machine']['torch'] == torch.__version__
+    text = table(measured)
+    assert text.count('\n') == 5
+    assert '| xt | oracle |' in text and '| 1.00 (1.00–1.00) | 100 |' in text
+
+
+def test_the_oracle_computes_the_same(make_oracle):
+    workload = Workload(batch=2, sizes=SMALL)
+    ours, oracle = (Subject(Form('xt', oracle=flag), workload, make_oracle)
+                    for flag in (False, True))
+    images = ours.inputs[0][0]
+    torch.testing.assert_close(images, oracle.inputs[0][0])
+    with torch.no_grad():
+        torch.testing.assert_close(oracle.model(images), ours.model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_oracle_in_a_detector(make_oracle, detector):
+    subject = Subject(Form(detector, oracle=True), Workload(True, batch=2, sizes=SMALL),
+                      make_oracle)
+    assert type(subject.model.backbone).__name__ == 'SpaRTANOracle'
+    subject.step()
+    assert all(parameter.grad is not None for parameter in subject.model.backbone.parameters())
+
+
+def test_work_grows_with_the_batch(classifier):
+    one, two = (run_group(Group(Workload(True, batch=batch, sizes=((64, 64), )),
+                                (Form(classifier), ), rounds=1, warm_up=0))['results'][0]
+                for batch in (4, 8))
+    assert two['work']['operations'] == 2 * one['work']['operations']
+    activations = [result['peak_memory'] - result['held_memory'] for result in (one, two)]
+    assert 1.6 < activations[1] / activations[0] < 2
+
+
+@pytest.mark.parametrize('amp', [None, 'bfloat16'])
+def test_parts_of_a_training_step(detector, amp):
+    group = Group(Workload(True, amp=amp), (Form(detector), ), rounds=2, warm_up=1, parts=True)
+    result, = run_group(group)['results']
+    assert result['batch'] == 2 and result['sizes'] == ((64, 64), )  # as the config has it
+    parts = result['parts']
+    assert parts.keys() == {'backbone', 'neck', 'decoder', 'head and losses', 'matching',
+                            'rest of the forward pass', 'backward', 'optimizer'}
+    assert min(parts.values()) > 0
+    # The step without the optimiser's, measured in another way.
+    without = sum(parts.values()) - parts['optimizer']
+    assert 0.3 < without / Summary.of(result['times']).median < 3
+
+
+def test_classifier(classifier):
+    group = Group(Workload(True), (Form(classifier), ), rounds=1, warm_up=0, parts=True)
+    result, = run_group(group)['results']
+    assert result['batch'] == 4 and result['sizes'] == ((32, 32), )
+    assert {'backbone', 'neck', 'head'} < result['parts'].keys()
+    inference, = run_group(Group(Workload(), (Form(classifier), ), rounds=1))['results']
+    assert inference['batch'] == 1
+
+
+def test_multi_scale(user_project, detector):
+    path = user_project / 'multi_scale.py'
+    path.write_text(
+        f"_base_ = {detector!r}\nmodel = dict(data_preprocessor=dict(\n"
+        "    batch_augments=[dict(type='BatchRandomResize', sizes=(32, 64))]))\n")
+    group = Group(Workload(True, multi_scale=True), (Form(str(path)), ), rounds=3, warm_up=0)
+    result, = run_group(group)['results']
+    assert result['sizes'] == ((32, 32), (64, 64))
+    assert len(result['times']) == 4  # both sizes as often
+    subject = Subject(Form(str(path)), Workload(True, multi_scale=True))
+    assert [len(images) for images, _ in subject.inputs] == [2, 2]
+    assert subject.inputs[1][1][0].batch_input_shape == (64, 64)
+
+
+def test_forms_take_turns(monkeypatch):
+    order = []
+
+    class Fake:
+        sizes, device = SMALL, torch.device('cpu')
+
+        def __init__(self, name):
+            self.name = name
+
+        def step(self):
+            order.append(self.name)
+
+    group = Group(Workload(), (Form('a'), Form('b')), rounds=3)
+    times = dict(benchmark._take_turns([Fake('a'), Fake('b')], group, lambda text: None))
+    assert order == ['a', 'b'] * 3
+    assert [len(values) for values in times.values()] == [3, 3]
+
+
+class TestNumbers:
+
+    def test_speedup_is_of_pairs(self):
+        """A slow moment that hits both of a pair changes nothing."""
+        ours, reference = dict(times=[1., 10., 2.]), dict(times=[3., 30., 6.])
+        assert speedup(ours, reference) == Summary(3., 3., 3.)
+
+    def test_summary(self):
+        assert Summary.of([5., 1., 2., 3., 4.]) == Summary(3., 2., 4.)
+        assert Summary.of([2.]).write(1e3) == '2000.0 (2000.0–2000.0)'
+
+    def test_percentile(self):
+        values = [float(value) for value in range(101)]
+        assert percentile(values, 90) == pytest.approx(90.)
+        assert percentile([7.], 90) == 7.
+
+    def test_throughput(self):
+        assert throughput(dict(times=[1., 2., 100.], batch=4, sizes=[(8, 8)])) == 2.
+        # Of several sizes, each belongs to it.
+        assert throughput(dict(times=[1., 3.], batch=4, sizes=[(8, 8), (16, 16)])) == 2.
+
+
+class TestMistakes:
+
+    @pytest.mark.parametrize('options, message', [
+        (dict(batch=0), 'batch 0 must be at least 1'),
+        (dict(amp='float64'), "amp 'float64' must be one of float16, bfloat16"),
+        (dict(sizes=((0, 8), )), 'must be pairs of positive numbers'),
+        (dict(sizes=SMALL, multi_scale=True), 'choose one of the two'),
+        (dict(device='tpu'), "device 'tpu' must be cpu or cuda"),
+    ])
+    def test_workload(self, options, message):
+        with pytest.raises(BenchmarkError, match=message):
+            Workload(**options)
+
+    @pytest.mark.parametrize('workload, options, message', [
+        (dict(train=True), dict(deploy=True), 'the deploy form cannot be trained'),
+        (dict(), dict(deploy=True, oracle=True), 'the oracle has no deploy form'),
+    ])
+    def test_group(self, workload, options, message):
+        with pytest.raises(BenchmarkError, match=message):
+            Group(Workload(**workload), (Form('xt', **options), ))
+
+    def test_parts(self):
+        with pytest.raises(BenchmarkError, match='parts are those of a training step'):
+            Group(Workload(), (Form('xt'), ), parts=True)
+        with pytest.raises(BenchmarkError, match='a backbone alone has no parts'):
+            run_group(Group(Workload(True, batch=2, sizes=SMALL), (Form('xt'), ), rounds=1,
+                            warm_up=0, parts=True))
+
+    @pytest.mark.parametrize('model, message', [
+        ('spartan-xxl', 'config spartan-xxl does not exist.*the backbones alone are xt, t'),
+        ('none.py', 'config none.py does not exist'),
+    ])
+    def test_unknown_model(self, model, message):
+        with pytest.raises(BenchmarkError, match=message):
+            Subject(Form(model), Workload())
+
+    def test_config_of_no_model(self, tmp_path):
+        path = tmp_path / 'config.py'
+        path.write_text('a = 1')
+        with pytest.raises(BenchmarkError, match='neither a detector nor a classifier'):
+            Subject(Form(str(path)), Workload())
+
+    def test_size_that_nobody_says(self, tmp_path, classifier):
+        path = tmp_path / 'config.py'
+        path.write_text(f'_base_ = {classifier!r}\ntest_dataloader = dict(_delete_=True)\n')
+        with pytest.raises(BenchmarkError, match='does not say .* how large'):
+            Subject(Form(str(path)), Workload())
+
+    def test_no_multi_scale(self, detector):
+        with pytest.raises(BenchmarkError, match='does not train at several scales'):
+            Subject(Form(detector), Workload(True, multi_scale=True))
+
+    def test_oracle(self, make_oracle, tmp_path, classifier):
+        with pytest.raises(BenchmarkError, match='run the benchmark from a checkout'):
+            Subject(Form('xt', oracle=True), Workload())
+        path = tmp_path / 'resnet.py'
+        path.write_text(f"_base_ = {classifier!r}\nmodel = dict(backbone=dict(\n    _delete_=True, "
+                        "type='ResNet', depth=18), head=dict(in_channels=512))\n")
+        with pytest.raises(BenchmarkError, match='has no SpaRTAN backbone'):
+            Subject(Form(str(path), oracle=True), Workload(), make_oracle)
+        path.write_text(f"_base_ = {classifier!r}\n"
+                        "model = dict(backbone=dict(spatial_mixer='conv'))\n")
+        with pytest.raises(BenchmarkError, match='has a SpaRTAN of the ablations'):
+            Subject(Form(str(path), oracle=True), Workload(), make_oracle)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+    def test_no_gpu(self):
+        with pytest.raises(BenchmarkError, match='torch finds no GPU'):
+            run_group(Group(Workload(device='cuda'), (Form('xt'), )))
