@@ -131,8 +131,9 @@ class TestTrainAndTest:
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
     @pytest.mark.parametrize('tool, arguments, message', [
-        ('train.py', ['none.py'], "error: config none.py does not exist, and there is no model 'none.py'; "
-         'see spartan_mm.list_models()'),
+        ('train.py', ['none.py'],
+         "error: config none.py does not exist, and there is no model 'none.py'; see "
+         'spartan_mm.list_models()'),
         ('train.py', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
         ('test.py', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
