@@ -45,7 +45,7 @@ class BuildWithConfigsAndTools(build_py):
         shutil.rmtree(target, ignore_errors=True)
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder,
-                            ignore=shutil.ignore_patterns('__pycache__'))
+                            ignore=shutil.ignore_patterns('__pycache__', 'dev'))
         shutil.copy(ROOT / 'model-index.yml', target)
 
 

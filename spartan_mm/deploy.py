@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from .converters.common import save_checkpoint
-from .engine.checkpoint import CheckpointError, is_deployed, load_for_inference
+from .converters.common import ConversionError, save_checkpoint
+from .engine.checkpoint import CheckpointError, find_meta, is_deployed, load_for_inference
 
 
 class DeployError(CheckpointError):
-    """A model has no deploy form, or a checkpoint is of it already."""
+    """A model has no deploy form, or a checkpoint is of it already or cannot be written."""
 
 
 def switch_to_deploy(model: nn.Module) -> nn.Module:
@@ -58,13 +58,16 @@ def deploy_checkpoint(model: nn.Module, checkpoint: str | Path, out: str | Path)
     Raises:
         FileNotFoundError: if there is no such checkpoint.
         CheckpointError: if it belongs to another architecture.
-        DeployError: if the model has no deploy form, or the checkpoint is of it already.
-        ConversionError: if the file cannot be written.
+        DeployError: if the model has no deploy form, the checkpoint is of it already, or the file
+            cannot be written.
     """
-    meta = dict(load_for_inference(model, checkpoint).get('meta', {}))
+    meta = find_meta(load_for_inference(model, checkpoint))
     if is_deployed(model):
         raise DeployError(f'{checkpoint} is of the deploy form already')
     switch_to_deploy(model)
     deployed = dict(state_dict=model.state_dict(), meta=meta | dict(deploy=True))
-    save_checkpoint(deployed, out)
+    try:
+        save_checkpoint(deployed, out)
+    except ConversionError as error:
+        raise DeployError(str(error)) from error
     return deployed

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from .datasets.findings import UndecodableError
 from .datasets.images import decode_image
-from .engine.checkpoint import load_for_inference
+from .engine.checkpoint import find_meta, load_for_inference
 from .engine.publish import config_from
 from .zoo import find_config
 
@@ -158,13 +158,13 @@ class Model:
     def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
         # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        meta = load_for_inference(model, checkpoint).get('meta', {})
+        meta = find_meta(load_for_inference(model, checkpoint))
         self.model = model.to(device or get_device()).eval()
 
         dataset = cfg.test_dataloader.dataset
         while 'dataset' in dataset:
             dataset = dataset.dataset
-        self.classes = _class_names(meta.get('dataset_meta', {}), dataset, model)
+        self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
         loader, *steps = dataset.pipeline
         self._decoding = dict(flag=loader.get('color_type', 'color'),
                               backend=loader.get('imdecode_backend'))

@@ -17,7 +17,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .engine.checkpoint import load_for_inference
+from .engine.checkpoint import find_meta, load_for_inference
 
 TASKS = ('classification', 'detection')
 _PACKAGE = Path(__file__).parent
@@ -180,7 +180,7 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         _initialize(model)
         meta = {}
     else:
-        meta = load_for_inference(model, pretrained).get('meta', {}).get('dataset_meta', {})
+        meta = find_meta(load_for_inference(model, pretrained)).get('dataset_meta') or {}
     # Where the toolboxes' inferencers look for them.
     if classifies:
         model._config, model._dataset_meta = config, meta

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 import spartan_mm
 from spartan_mm.deploy import DeployError, deploy_checkpoint, switch_to_deploy
 from spartan_mm.engine.checkpoint import is_deployed, load_for_inference
+from spartan_mm.engine.reading import read_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +64,26 @@ def test_deploying_twice_is_refused(classifier, files):
     with pytest.raises(DeployError, match='deploy form already'):
         deploy_checkpoint(copy.deepcopy(classifier), files / 'deploy.pth', files / 'again.pth')
     assert not (files / 'again.pth').exists()
+
+
+@pytest.mark.parametrize('name, message', [
+    ('trained.pth/out.pth', 'cannot be written'),
+    ('out.safetensors', 'cannot be written, it cannot hold')])
+def test_what_cannot_be_written(classifier, files, tmp_path, name, message):
+    checkpoint = read_checkpoint(files / 'trained.pth')
+    torch.save(dict(checkpoint, meta=dict(made={1, 2})), tmp_path / 'trained.pth')
+    with pytest.raises(DeployError, match=message):
+        deploy_checkpoint(copy.deepcopy(classifier), tmp_path / 'trained.pth', tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ['trained.pth']
+
+
+def test_a_palette_of_numpy(classifier, files, tmp_path):
+    meta = dict(dataset_meta=dict(classes=('a', ), palette=np.array([[1, 2, 3]])))
+    torch.save(dict(read_checkpoint(files / 'trained.pth'), meta=meta), tmp_path / 'trained.pth')
+    deploy_checkpoint(copy.deepcopy(classifier), tmp_path / 'trained.pth',
+                      tmp_path / 'out.safetensors')
+    assert read_checkpoint(tmp_path / 'out.safetensors')['meta'] == dict(
+        deploy=True, dataset_meta=dict(classes=('a', ), palette=[(1, 2, 3)]))
 
 
 def test_a_model_without_deploy_form():

@@ -123,6 +123,13 @@ class TestModels:
         meta = model.dataset_meta if 'rtdetr' in name else model._dataset_meta
         assert tuple(meta['classes']) == ('a', 'b')
 
+    @pytest.mark.parametrize('meta', [None, dict(dataset_meta=None)])
+    def test_checkpoint_that_says_nothing_of_its_classes(self, meta, tmp_path):
+        weights = zoo.get_model('spartan_xt_digits').state_dict()
+        torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'it.pth')
+        model = zoo.get_model('spartan_xt_digits', pretrained=tmp_path / 'it.pth')
+        assert model._dataset_meta == {}
+
     def test_checkpoint_of_another_model(self, tmp_path):
         torch.save(zoo.get_model('spartan_xt_digits').state_dict(), tmp_path / 'digits.pth')
         with pytest.raises(CheckpointError, match='of another shape'):
@@ -172,6 +179,23 @@ class TestInferencers:
             inferencer(it, no_save_vis=True)['predictions'][0] for it in picture)
         assert from_array == from_file
         assert len(from_array['scores']) == 60 * 5
+
+    def test_weights_that_do_not_fit(self, tmp_path):
+        """Which mmdet's own takes, and predicts with random weights."""
+        from spartan_mm.detection import DetInferencer
+        torch.save({'a.b': torch.zeros(1)}, tmp_path / 'wrong.pth')
+        with pytest.raises(CheckpointError, match=r'wrong\.pth does not fit the config.s RTDETR: '):
+            DetInferencer('rtdetr_spartan_xt_digits', weights=str(tmp_path / 'wrong.pth'),
+                          device='cpu')
+
+    @pytest.mark.parametrize('meta', [None, dict(dataset_meta=None)])
+    def test_weights_without_class_names(self, meta, tmp_path):
+        from spartan_mm.detection import DetInferencer
+        weights = zoo.get_model('rtdetr_spartan_xt_digits').state_dict()
+        torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'it.pth')
+        inferencer = DetInferencer('rtdetr_spartan_xt_digits', weights=str(tmp_path / 'it.pth'),
+                                   device='cpu')
+        assert_close(inferencer.model.state_dict(), weights)
 
     def test_detector_of_mmdet(self, monkeypatch):
         from mmengine.infer import BaseInferencer

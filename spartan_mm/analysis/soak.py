@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 import torch
 from mmengine.runner import Runner
+from mmengine.utils import ManagerMixin
 from torch import Tensor
 
 from ..engine import saving
@@ -303,6 +304,7 @@ class Command:
             # takes longer than all the training.
             Runner._log_env = lambda *args: None
             importlib.import_module('yapf.yapflib.yapf_api').FormatCode = _leave_as_it_is
+            _forget_runs(ManagerMixin)
             if self.prepare is not None:
                 self.prepare(rank)
             sys.argv = [str(self.script), *arguments]
@@ -317,6 +319,13 @@ class Command:
         finally:
             sys.stdout.flush()
             os._exit(status)
+
+
+def _forget_runs(kind: type[ManagerMixin]) -> None:
+    """Drop the loggers, visualizers and scopes that earlier runs in the parent left behind."""
+    kind._instance_dict.clear()
+    for subclass in kind.__subclasses__():
+        _forget_runs(subclass)
 
 
 def at_iteration(number: int, act: Callable[[], None]) -> None:

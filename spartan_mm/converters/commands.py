@@ -2,9 +2,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmengine.config import Config
-
-from ..engine.reading import config_texts
+from ..engine.reading import CheckpointError, read_config
 from .common import ConversionError, StateDict, load_checkpoint, pick_state_dict, save_checkpoint
 from .huggingface import (
     convert_huggingface,
@@ -30,8 +28,9 @@ def convert_spartan_file(src: str, dst: str) -> str:
     Raises:
         ConversionError: The checkpoint does not fit, or a file cannot be read or written.
     """
-    state_dict, arch = convert_spartan(
-        pick_state_dict(load_checkpoint(src), ('model', 'state_dict')))
+    state_dict = pick_state_dict(load_checkpoint(src), ('model', 'state_dict'))
+    _refuse_ours(state_dict)
+    state_dict, arch = convert_spartan(state_dict)
     return _save_ours(state_dict, dict(arch=arch), dst)
 
 
@@ -79,6 +78,7 @@ def convert_rtdetr_file(src: str, dst: str) -> str:
     if any(name.startswith('model.backbone.model.') for name in state_dict):
         raise ConversionError(f'{src} is a model of transformers; give the folder that it lies in, '
                               'with config.json')
+    _refuse_ours(state_dict)
     state_dict, settings = convert_rtdetr(state_dict)
     return _save_ours(state_dict, dict(arch=settings), dst)
 
@@ -138,13 +138,11 @@ def read_ours(path: str | Path) -> tuple[StateDict, dict, dict]:
     if meta.get('deploy'):
         raise ConversionError(f'{path} was merged for inference, which nothing undoes; convert the '
                               'checkpoint that it was made from')
-    text = next(config_texts(checkpoint), '')
     try:
-        # Reading has made sure that it runs nothing.
-        config = Config.fromstring(text, '.py').to_dict() if text else {}
-    except Exception as error:  # whatever Python says about what is no config
-        raise ConversionError(f'the config inside of {path} cannot be used: {error}') from error
-    return state_dict, meta, config
+        config = read_config(checkpoint, path)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    return state_dict, meta, config.to_dict() if config else {}
 
 
 def _test_scale(config: Mapping) -> tuple[int, int]:
@@ -158,6 +156,13 @@ def _test_scale(config: Mapping) -> tuple[int, int]:
                                       'RT-DETR does not do')
             return tuple(transform['scale'])
     return 640, 640
+
+
+def _refuse_ours(state_dict: StateDict) -> None:
+    """Tell who converts what is ours already that there is no need to."""
+    if any(name.startswith(('backbone.stages.', 'bbox_head.', 'head.fc.')) for name in state_dict):
+        raise ConversionError('it has the names of this package already; nothing is to be '
+                              'converted')
 
 
 def _save_ours(state_dict: StateDict, meta: dict, dst: str) -> str:

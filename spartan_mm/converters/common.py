@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -233,7 +235,7 @@ def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
         path: File to write; its folder is made if need be.
 
     Raises:
-        ConversionError: If the file cannot be written.
+        ConversionError: If the file cannot be written, or cannot hold the checkpoint.
     """
     path = Path(path)
     try:
@@ -244,16 +246,27 @@ def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
                 torch.save(checkpoint, file)
     except OSError as error:
         raise ConversionError(f'{path} cannot be written: {error.strerror or error}') from error
+    # What safetensors, JSON and pickle say of content that they cannot hold.
+    except (AttributeError, PickleError, RuntimeError, TypeError, ValueError) as error:
+        raise ConversionError(f'{path} cannot be written, it cannot hold this checkpoint: '
+                              f'{error}') from error
 
 
 def _to_safetensors(checkpoint: Mapping) -> bytes:
     # transformers insists on the entry 'format'.
     metadata = dict(format='pt')
     if 'meta' in checkpoint:
-        metadata['meta'] = json.dumps(checkpoint['meta'])
+        metadata['meta'] = json.dumps(checkpoint['meta'], default=_plain)
         checkpoint = checkpoint['state_dict']
     return safetensors.torch.save(
         {name: tensor.contiguous() for name, tensor in checkpoint.items()}, metadata)
+
+
+def _plain(value: Any) -> Any:
+    """Make of NumPy's numbers what JSON has; colours of classes often are arrays."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f'meta has {value!r}, of type {type(value).__name__}, which JSON cannot hold')
 
 
 def run_command(work: Callable[..., str], src: str, **options: Any) -> None:

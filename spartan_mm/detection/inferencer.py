@@ -1,7 +1,11 @@
-"""mmdet's inferencer, which knows the models of this package, too."""
+"""mmdet's inferencer, which knows the models of this package, and insists on weights that fit."""
+from typing import Any
+
 from mmdet.apis import DetInferencer as MMDetInferencer
 from mmengine.config import Config
+from torch import nn
 
+from ..engine.checkpoint import fill_for_inference, find_meta
 from ..zoo import UnknownModelError, get_config
 
 
@@ -10,6 +14,14 @@ class DetInferencer(MMDetInferencer):
 
     NOTE mmdet's own looks names up in the files of mmdet alone. There are no weights to go with
     these names: give `weights`, or they are random.
+
+    NOTE Of weights that do not fit, mmdet's own loads what does, be it nothing, and predicts with
+    random numbers for the rest; nor does it know the deploy form.
+
+    Raises:
+        FileNotFoundError: There is no file `weights`.
+        CheckpointError: It cannot be read, or is of another architecture.
+        UnknownModelError: Neither this package nor mmdet has a model of this name.
 
     Examples:
         >>> inferencer = DetInferencer('rtdetr_spartan_xt_digits', device='cpu')  # doctest: +SKIP
@@ -25,3 +37,19 @@ class DetInferencer(MMDetInferencer):
                 return super()._load_model_from_metafile(model)
             except ValueError:
                 raise UnknownModelError(f'{error} mmdet has none of this name, either') from None
+
+    def _init_model(self, cfg: Config | None, weights: str | None,
+                    device: str = 'cpu') -> nn.Module:
+        """Build the model, and keep the name of its weights for error messages."""
+        self._weights = weights
+        return super()._init_model(cfg, weights, device)
+
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict[str, Any] | None,
+                               cfg: Config | None) -> None:
+        """Load all weights, in the form that they have; mmdet reads the names of the classes."""
+        if checkpoint is not None:
+            fill_for_inference(model, checkpoint, str(self._weights))
+            # mmdet takes neither bare weights nor entries that are None.
+            meta = {key: value for key, value in find_meta(checkpoint).items() if value is not None}
+            checkpoint = dict(meta=meta, state_dict=model.state_dict())
+        super()._load_weights_to_model(model, checkpoint, cfg)

@@ -1,22 +1,38 @@
 """Configs as text inside checkpoints: they are run as Python, so they have to be plain data."""
 import ast
-import builtins
 import sys
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
 
-from mmengine.registry import FUNCTIONS
+import mmengine.registry
+from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
 
-# What a dumped config consists of.
-_PLAIN = (ast.Module, ast.Assign, ast.Name, ast.Load, ast.Store, ast.Constant, ast.Dict, ast.List,
-          ast.Tuple, ast.Set, ast.Call, ast.keyword, ast.UnaryOp, ast.USub, ast.UAdd)
-_HARMLESS = ('dict', 'float', 'frozenset', 'int', 'list', 'range', 'set', 'slice', 'tuple')
+# OpenMMLab's packages: a name in one of them may be imported to see what it is.
+_SCOPES = frozenset((
+    'mmaction', 'mmagic', 'mmcls', 'mmcv', 'mmdet', 'mmdet3d', 'mmedit', 'mmengine', 'mmocr',
+    'mmpose', 'mmpretrain', 'mmrazor', 'mmrotate', 'mmseg', 'mmselfsup', 'mmtrack', 'mmyolo',
+    'spartan_mm'))
+
+# Of these, classes may be named by their path.
+_LIBRARIES = ('torch.nn.', 'torch.optim.', 'torchvision.transforms.')
+
+# How a dump shows the numbers that have no literal; no config can be read that has them.
+_NUMBERS = ('inf', 'nan')
 
 
 def find_code(text: str) -> str | None:
     """Look for what a config would run beyond assigning values.
 
     mmengine takes the config of a checkpoint for Python and runs it, and builds objects from
-    whatever ``type`` names, functions of Python's own library included. The configs that it writes
-    are assignments of literals.
+    whatever ``type`` names, functions of any installed package included. The configs that it writes
+    are assignments of literals, and this is all that passes. A ``type`` with a dot in it passes if
+    it names a class of ``torch.nn``, ``torch.optim`` or ``torchvision.transforms``, or what is in a
+    registry of OpenMMLab's packages or of one that was imported before.
+
+    NOTE: modules that a config names in ``custom_imports`` are imported, wherever Python finds
+    them; those of Python's own library are refused.
 
     Args:
         text: a config, as ``Config.pretty_text`` gives it.
@@ -35,43 +51,134 @@ def find_code(text: str) -> str | None:
     if '{{' in text:
         return "'{{', a placeholder"
     try:
-        tree = ast.parse(text)
+        for statement in ast.parse(text).body:
+            for node in _suspects(statement):
+                return f'line {node.lineno}: {ast.unparse(node)[:80]}'
     except (SyntaxError, ValueError):
         return None
-    for node in ast.walk(tree):
-        if _runs_code(node):
-            line = getattr(node, 'lineno', 1)
-            return f'line {line}: {ast.unparse(node)[:80]}'
+    except (RecursionError, MemoryError):
+        return 'too deep a nesting to be looked through'
     return None
 
 
-def _runs_code(node: ast.AST) -> bool:
-    if not isinstance(node, _PLAIN):
-        return True
-    if isinstance(node, ast.Assign):
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        return len(names) < len(node.targets) or '_base_' in names
-    if isinstance(node, ast.Call):
-        return not isinstance(node.func, ast.Name)
-    if isinstance(node, ast.Name):
-        # Any other name is unknown to a config, and ends its reading.
-        return node.id.startswith('__') or (
-            hasattr(builtins, node.id) and node.id not in _HARMLESS)
-    if isinstance(node, ast.keyword):
-        return node.arg == 'type' and _is_function(node.value)
-    if isinstance(node, ast.Dict):
-        return any(isinstance(key, ast.Constant) and key.value == 'type' and _is_function(value)
-                   for key, value in zip(node.keys, node.values, strict=True))
-    return False
+def _suspects(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Go through all that is no assignment of plain data."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) > 1 \
+            or not isinstance(statement.targets[0], ast.Name):
+        yield statement
+        return
+    name = statement.targets[0].id
+    if name.startswith('__') or name in ('_base_', 'dict', 'set', *_NUMBERS):
+        yield statement
+    yield from _suspect_values(statement.value)
+    # Both name modules that mmengine imports.
+    if name in ('custom_imports', 'default_scope'):
+        for node in ast.walk(statement.value):
+            if isinstance(node, ast.Constant) and _is_unwanted_module(node.value):
+                yield statement
 
 
-def _is_function(node: ast.AST) -> bool:
-    """Whether a ``type`` names something outside the registries that is no class."""
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        return False
-    *module, name = node.value.split('.')
-    if not module:
-        return False
-    if sys.stdlib_module_names.intersection(module):
+def _suspect_values(node: ast.expr) -> Iterator[ast.AST]:
+    if isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id in _NUMBERS):
+        return
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        yield from _suspect_values(node.operand)
+    elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        for item in node.elts:
+            yield from _suspect_values(item)
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                yield from _suspect_items(key, key.value, value)
+            # A number below zero.
+            elif isinstance(key, ast.UnaryOp):
+                yield from _suspect_values(key)
+                yield from _suspect_values(value)
+            else:
+                yield node
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
+            and node.func.id in ('dict', 'set') and _is_plain_call(node):
+        for part in node.args:
+            yield from _suspect_values(part)
+        for part in node.keywords:
+            yield from _suspect_items(part, part.arg, part.value)
+    else:
+        yield node
+
+
+def _is_plain_call(node: ast.Call) -> bool:
+    """Whether it is ``set()`` or ``dict(a=1)``, or ``dict({'a b': 1})``, as dumps have it."""
+    if node.func.id == 'set':
+        return not node.args and not node.keywords
+    if node.args:
+        return len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords
+    return all(keyword.arg is not None for keyword in node.keywords)
+
+
+def _suspect_items(shown: ast.AST, key: Any, value: ast.expr) -> Iterator[ast.AST]:
+    yield from _suspect_values(value)
+    if key not in ('type', '_scope_'):
+        return
+    known = isinstance(value, ast.Constant) and (
+        _is_harmless_type(value.value) if key == 'type' else not _is_unwanted_module(value.value))
+    if not known:
+        yield ast.copy_location(ast.keyword(key, value), shown)
+
+
+def _is_unwanted_module(name: Any) -> bool:
+    parts = name.split('.') if isinstance(name, str) else []
+    return bool(parts) and (parts[0] in sys.stdlib_module_names
+                            or any(part.startswith('__') for part in parts))
+
+
+def _is_harmless_type(name: Any) -> bool:
+    """Whether nothing but what is meant for configs is built from a ``type``."""
+    if not isinstance(name, str):
         return True
-    return not name[:1].isupper() and name not in FUNCTIONS.module_dict
+    if any(name in registry.module_dict for registry in _registries()):
+        return True
+    if _is_unwanted_module(name):
+        return False
+    package, _, rest = name.partition('.')
+    # mmengine would import a module of this name, and cannot call it.
+    if not rest:
+        return True
+    if name.startswith(_LIBRARIES):
+        return _is_class_of_library(name)
+
+    if package in _SCOPES or package in {registry.scope for registry in _registries()}:
+        try:
+            found = get_object_from_string(name)
+        except Exception:  # whatever keeps a package from being imported
+            found = None
+        if found is None:
+            # A name after a scope, which is looked up in the registries alone.
+            return '.' not in rest
+        # The import may have filled the registries.
+        return any(found is item for item in _registered())
+    return any(name == f'{item.__module__}.{item.__qualname__}' for item in _registered()
+               if isinstance(item, (type, FunctionType)))
+
+
+def _is_class_of_library(name: str) -> bool:
+    try:
+        found = get_object_from_string(name)
+    except Exception:  # whatever keeps a package from being imported
+        return False
+    return isinstance(found, type) and f'{found.__module__}.'.startswith(_LIBRARIES)
+
+
+def _registries() -> Iterator[Registry]:
+    """Go through mmengine's registries and those that other packages derived from them."""
+    waiting = [item for item in vars(mmengine.registry).values() if isinstance(item, Registry)
+               # What a whole training is built by has no place inside of a config.
+               and item is not mmengine.registry.RUNNERS]
+    while waiting:
+        registry = waiting.pop()
+        yield registry
+        waiting.extend(registry.children.values())
+
+
+def _registered() -> Iterator[Any]:
+    for registry in _registries():
+        yield from registry.module_dict.values()

@@ -41,6 +41,7 @@ class Change(NamedTuple):
         ours: its shape in the model.
         kept: number of classes whose rows come from the checkpoint.
         total: number of classes of the model.
+        known: number of classes of the checkpoint.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Change(NamedTuple):
     ours: tuple[int, ...]
     kept: int
     total: int
+    known: int
 
 
 @HOOKS.register_module()
@@ -155,13 +157,13 @@ def fit_classes(state_dict: StateDict, own: StateDict, layouts: Mapping[str, Row
         target[blocks * new_count:] = source[blocks * old_count:]
         fitted[name] = target
         changes.append(Change(name, tuple(source.shape), tuple(target.shape), len(pairs),
-                              new_count))
+                              new_count, old_count))
     return fitted, changes
 
 
 def match_classes(old_count: int, new_count: int, theirs: Names,
                   ours: Names) -> list[tuple[int, int]]:
-    """Pair classes of the same name; if names are missing, classes of the same number.
+    """Pair classes of the same name; if names are missing or do not fit, of the same number.
 
     Args:
         old_count: number of the checkpoint's classes.
@@ -178,7 +180,7 @@ def match_classes(old_count: int, new_count: int, theirs: Names,
         >>> match_classes(2, 2, None, ['emu', 'fox'])
         [(0, 0), (1, 1)]
     """
-    if not _usable(theirs, old_count) or not _usable(ours, new_count):
+    if _why_unusable(old_count, new_count, theirs, ours):
         return [(i, i) for i in range(new_count)] if old_count == new_count else []
     places = {name: index for index, name in enumerate(_numbered(theirs))}
     return [(places[name], index) for index, name in enumerate(_numbered(ours)) if name in places]
@@ -198,15 +200,16 @@ def describe(checkpoint: str, count: int, changes: Sequence[Change], theirs: Nam
     if not changes:
         known = '' if theirs else '; it does not name its classes, which are taken to be the same'
         return f'{checkpoint}: all {count} tensors loaded{known}'
-    unnamed = 'the checkpoint' if theirs is None else 'the training set' if ours is None else None
-    if unnamed:
-        reason = f'by number, as {unnamed} does not name its classes'
+    obstacles = [_why_unusable(change.known, change.total, theirs, ours) for change in changes]
+    unusable = next(filter(None, obstacles), None)
+    if unusable:
+        reason = f'by number, as {unusable}'
     else:
         kept = set(theirs).intersection(ours)
         reason = f'by name; in both: {_excerpt([name for name in ours if name in kept])}'
     header = ('depends on the classes', 'checkpoint', 'model', 'classes kept')
     rows = [(name, str(theirs), str(ours), f'{kept} of {total}')
-            for name, theirs, ours, kept, total in _grouped(changes)]
+            for name, theirs, ours, kept, total, _ in _grouped(changes)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     table = ['  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (header, *rows)]
@@ -215,8 +218,21 @@ def describe(checkpoint: str, count: int, changes: Sequence[Change], theirs: Nam
         f'to other classes ({reason}); rows of classes not kept start anew', *table])
 
 
-def _usable(names: Names, count: int) -> bool:
-    return names is not None and len(names) == count
+def _why_unusable(old_count: int, new_count: int, theirs: Names, ours: Names) -> str | None:
+    """Say why classes cannot be paired by name; None if they can."""
+    if theirs is None:
+        return 'the checkpoint does not name its classes'
+    if ours is None:
+        return 'the training set does not name its classes'
+    if len(theirs) != old_count:
+        return f'the checkpoint names {_classes(len(theirs))} but has {old_count}'
+    if len(ours) != new_count:
+        return f'the training set names {_classes(len(ours))} but the model has {new_count}'
+    return None
+
+
+def _classes(count: int) -> str:
+    return f'{count} class{"" if count == 1 else "es"}'
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -6,7 +6,8 @@ from torch import nn
 from ..converters.common import load_checkpoint, pick_state_dict
 from ..converters.rtdetr import convert_resnet_vd
 from ..converters.spartan import convert_spartan_backbone
-from .reading import local_file
+from .checkpoint import CheckpointError
+from .pretrained import init_file
 
 CONVERTERS = {
     'resnet_vd': convert_resnet_vd,
@@ -28,8 +29,9 @@ class ConvertedPretrained:
             classifiers, whose linear layer is left out.
 
     Raises:
-        ValueError: Unknown converter, or the checkpoint does not fit.
-        CheckpointError: The checkpoint cannot be downloaded.
+        ValueError: Unknown converter.
+        FileNotFoundError: There is no such file.
+        CheckpointError: The checkpoint cannot be downloaded, read or converted, or does not fit.
     """
 
     def __init__(self, checkpoint: str, converter: str):
@@ -41,13 +43,13 @@ class ConvertedPretrained:
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into `module`."""
-        path = local_file(self.checkpoint)
+        path = init_file(self.checkpoint)
         try:
             weights = pick_state_dict(load_checkpoint(path),
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f'{self.checkpoint} does not fit {type(module).__name__}: {error}') \
-                from error
+            raise CheckpointError(f'checkpoint {self.checkpoint} does not fit '
+                                  f'{type(module).__name__}: {error}') from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
                   'current')

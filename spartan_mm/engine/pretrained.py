@@ -1,6 +1,7 @@
 """Initialisation from a part of a checkpoint, with a report of what was loaded and what was not."""
 
 import logging
+from pathlib import Path
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, update_init_info
@@ -47,7 +48,7 @@ class CheckedPretrained:
             print_log(f'{name} starts from random weights: no checkpoint is given; point its '
                       'init_cfg.checkpoint to one', 'current', logging.WARNING)
             return
-        weights = self._read()
+        weights = find_state_dict(read_checkpoint(init_file(self.checkpoint)), self.checkpoint)
         chosen = {key[len(self.prefix):]: value for key, value in weights.items()
                   if key.startswith(self.prefix)}
         skipped = [key for key in weights if not key.startswith(self.prefix)]
@@ -68,15 +69,24 @@ class CheckedPretrained:
         print_log(f'{name}: loaded {len(chosen)} of {len(module.state_dict())} tensors from '
                   f'{self.checkpoint}{place}; skipped: {_join(skipped)}', 'current')
 
-    def _read(self) -> dict:
-        try:
-            checkpoint = read_checkpoint(local_file(self.checkpoint))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f'checkpoint {self.checkpoint}, which init_cfg names, does not exist; point to '
-                'yours with --cfg-options model.backbone.init_cfg.checkpoint=FILE, or start from '
-                'random weights with model.backbone.init_cfg=None') from error
-        return find_state_dict(checkpoint, self.checkpoint)
+
+def init_file(checkpoint: str) -> Path:
+    """Where the checkpoint lies that an ``init_cfg`` names; one behind a URL is downloaded first.
+
+    Args:
+        checkpoint: path or URL.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be downloaded.
+    """
+    path = local_file(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'checkpoint {checkpoint}, which init_cfg names, does not exist; point to yours with '
+            '--cfg-options model.backbone.init_cfg.checkpoint=FILE, or start from random weights '
+            'with model.backbone.init_cfg=None')
+    return path
 
 
 def _join(keys: list[str]) -> str:

@@ -27,7 +27,7 @@ from .checkpoint import (
     is_deployed,
 )
 from .config_text import find_code
-from .reading import config_texts, local_file, read_checkpoint, with_tuples
+from .reading import local_file, read_checkpoint, read_config, with_tuples
 
 # What a config imports to know the parts of this package, by its default scope.
 _IMPORTS = {'mmdet': 'spartan_mm.detection', 'mmpretrain': 'spartan_mm.classification'}
@@ -89,7 +89,7 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     else:
         checkpoint = read_checkpoint(local_file(source))
     if cfg is None:
-        config = _embedded_config(checkpoint, str(source))
+        config = read_config(checkpoint, str(source))
         if config is None:
             raise PublishError('the checkpoint holds no config: name the one it was trained with')
     else:
@@ -117,7 +117,7 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
 
 
 def config_from(path: str | Path) -> Config:
-    """Read the config inside of a checkpoint, and import what it names.
+    """Read the config inside of a checkpoint, and import the modules that it names.
 
     Args:
         path: a file that :func:`publish` or a training wrote, or its URL.
@@ -126,21 +126,11 @@ def config_from(path: str | Path) -> Config:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it cannot be read, or has no config that can be used.
     """
-    config = _embedded_config(read_checkpoint(local_file(path)), str(path))
+    config = read_config(read_checkpoint(local_file(path)), path)
     if config is None:
         raise CheckpointError(f'{path} holds no config; name the config that it was trained with, '
                               'too')
     return config
-
-
-def _embedded_config(checkpoint: Any, name: str) -> Config | None:
-    text = next(config_texts(checkpoint), None)
-    if text is None:
-        return None
-    try:
-        return Config.fromstring(text, '.py')
-    except Exception as error:  # whatever Python says about what is no config
-        raise CheckpointError(f'the config inside of {name} cannot be used: {error}') from error
 
 
 def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
@@ -169,7 +159,11 @@ def _make_portable(config: Config) -> tuple[str, Config]:
         portable = Config.fromstring(text, '.py')
     except (SyntaxError, NameError) as error:
         raise PublishError(f'{_NO_TEXT}: {str(error).splitlines()[0]}') from error
-    if find_code(text) or portable.to_dict() != content:
+    code = find_code(text)
+    if code:
+        raise PublishError(f'the config holds what is refused in a file of somebody else ({code}): '
+                           'use registered names and plain values')
+    if portable.to_dict() != content:
         raise PublishError(_NO_TEXT)
     return text, portable
 

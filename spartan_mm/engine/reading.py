@@ -6,6 +6,7 @@ mmengine writes beside the weights. What stands here is the same for every torch
 refuses.
 """
 import collections
+import hashlib
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from mmengine import dist
+from mmengine.config import Config
 from safetensors import safe_open
 
 from .config_text import find_code
@@ -30,6 +32,11 @@ from .config_text import find_code
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or belongs to another model."""
+
+
+# What publishing appends to a name: the first digits of the content's SHA-256. Eight digits may be
+# a date, too.
+_HASH = re.compile(r'-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.')
 
 
 class _Refused(Exception):
@@ -62,33 +69,64 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
             f'{path} is refused: reading it would run {error}, which can do anything on this '
             'machine and has no place among weights. Nothing was run. Ask for the weights as '
             'safetensors; if the file is your own and the name a class of yours, allow it with '
-            'torch.serialization.add_safe_globals') from error
+            'torch.serialization.add_safe_globals; a checkpoint of the original authors is '
+            'converted by tools/model_converters/spartan_to_mm.py or rtdetr_to_mm.py') from error
     # A damaged file is reported by a dozen exception types.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
-    for text in config_texts(checkpoint):
-        code = find_code(text)
-        if code:
-            raise CheckpointError(
-                f'{path} is refused: the config in it would run code ({code}) as soon as a model '
-                'is built from it. Nothing was run. Ask for the weights alone')
     return checkpoint
 
 
-def config_texts(checkpoint: Any) -> Iterator[str]:
-    """Find the configs in a checkpoint, where mmengine looks for them, in its order."""
+def read_config(checkpoint: Any, name: str | Path) -> Config | None:
+    """Read the config inside of a checkpoint, and import what it names.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` gave.
+        name: what to call the checkpoint in an error message.
+
+    Returns:
+        The config; None if there is none.
+
+    Raises:
+        CheckpointError: if the config would run code, or is none.
+    """
+    for place, key in _config_places(checkpoint):
+        problem = _find_problem(place[key], name)
+        if problem:
+            raise CheckpointError(problem)
+        try:
+            return Config.fromstring(place[key], '.py')
+        except Exception as error:  # whatever Python says about what is no config
+            raise CheckpointError(f'the config inside of {name} cannot be used: {error}') from error
+    return None
+
+
+def _find_problem(text: str, name: str | Path) -> str | None:
+    code = find_code(text)
+    return code and (
+        f'{name} is refused: the config in it would run code ({code}), or build what is not '
+        'registered, as soon as it is used. Nothing was run. If it is your own, give the config '
+        'file beside the checkpoint; else ask for the weights alone')
+
+
+def _config_places(checkpoint: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Find the configs in a checkpoint, where mmengine looks for them, in its order.
+
+    Yields:
+        A dict and the key in it.
+    """
     places = (('message_hub', 'runtime_info', 'cfg'), ('meta', 'cfg'), ('meta', 'config'))
-    for place in places:
+    for *outer, last in places:
         found = checkpoint
-        for key in place:
+        for key in outer:
             found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, str):
-            yield found
+        if isinstance(found, dict) and isinstance(found.get(last), str):
+            yield found, last
 
 
 def with_tuples(meta: dict[str, Any]) -> dict[str, Any]:
     """Make tuples of the lists in ``meta`` that are tuples in OpenMMLab; JSON has none."""
-    dataset_meta = dict(meta.get('dataset_meta', {}))
+    dataset_meta = dict(meta.get('dataset_meta') or {})
     if isinstance(dataset_meta.get('classes'), list):
         dataset_meta['classes'] = tuple(dataset_meta['classes'])
     if isinstance(dataset_meta.get('palette'), list):
@@ -99,6 +137,8 @@ def with_tuples(meta: dict[str, Any]) -> dict[str, Any]:
 def local_file(checkpoint: str | Path) -> Path:
     """Where a checkpoint lies; one behind a URL is downloaded to torch's cache first.
 
+    If its name ends with a hash, as that of published files does, the content is checked by it.
+
     Args:
         checkpoint: Path or URL.
 
@@ -106,18 +146,30 @@ def local_file(checkpoint: str | Path) -> Path:
         The path of the file.
 
     Raises:
-        CheckpointError: if it cannot be downloaded.
+        CheckpointError: if it cannot be downloaded, or is not what its name says.
     """
     if '://' not in str(checkpoint):
         return Path(checkpoint)
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(checkpoint).path).name
+    name = Path(urlparse(str(checkpoint)).path).name
+    stated = _HASH.search(name)
+    if not stated:
+        # Any two files may have this name.
+        name = f'{hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]}-{name}'
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     # One process of each node; the others wait for it.
     if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(checkpoint, str(path), progress=dist.is_main_process())
+            torch.hub.download_url_to_file(str(checkpoint), str(path), stated and stated[1],
+                                           progress=dist.is_main_process())
         except OSError as error:
             raise CheckpointError(f'{checkpoint} cannot be downloaded: {error}') from error
+        except RuntimeError as error:
+            raise CheckpointError(
+                f'{checkpoint} is refused: what was downloaded is not the file that its name '
+                f'states the hash of ({error}). Try again; if you trust it nonetheless, download '
+                'it by other means and give the path'
+            ) from error
     dist.barrier()
     return path
 
@@ -125,13 +177,24 @@ def local_file(checkpoint: str | Path) -> Path:
 # mmengine's log says what follows 'load_from_' in these names.
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Read a file, in the place of mmengine's function."""
-    return read_checkpoint(filename, map_location)
+    """Read a file, in the place of mmengine's function.
+
+    Who asks may go on to run the config in it, as mmengine's inferencers do, or to ignore it, as
+    resuming and testing do. One that would run code is replaced by one that says so when it is run.
+    """
+    checkpoint = read_checkpoint(filename, map_location)
+    for place, key in _config_places(checkpoint):
+        problem = _find_problem(place[key], filename)
+        if problem:
+            # mmengine replaces what stands in two braces, even within a string.
+            message = re.sub('[{}]', '', ascii(problem))
+            place[key] = f'raise RuntimeError({message})'
+    return checkpoint
 
 
 def load_from_http(filename: str, map_location: Any = None, *_: Any, **__: Any) -> Any:
     """Download a file unless that was done before, and read it, in the place of mmengine's."""
-    return read_checkpoint(local_file(filename), map_location)
+    return load_from_local(str(local_file(filename)), map_location)
 
 
 def refuse_scheme(filename: str, map_location: Any = None) -> None:
@@ -255,8 +318,11 @@ def _history_buffer() -> type:
 
 
 def _statistics_method(owner: Any, name: str) -> Callable:
-    """Stand in for ``getattr``, by which methods are pickled: those of ``HistoryBuffer`` pass."""
-    if owner is not _history_buffer() or name.startswith('_'):
+    """Stand in for ``getattr``, by which the statistics of a ``HistoryBuffer`` are pickled."""
+    buffer = _history_buffer()
+    # The first instance fills the table.
+    if owner is not buffer or getattr(buffer, name, None) not in buffer(
+            )._statistics_methods.values():
         raise _Refused(f'getattr of {getattr(owner, "__name__", owner)}.{name}')
     return getattr(owner, name)
 

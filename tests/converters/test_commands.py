@@ -103,6 +103,15 @@ def test_what_does_not_fit_is_refused(tmp_path, run_tool, small, change, message
     assert not (tmp_path / 'converted.pth').exists()
 
 
+@pytest.mark.parametrize('tool', ['spartan_to_mm', 'rtdetr_to_mm'])
+@pytest.mark.parametrize('name', ['backbone.stages.0.blocks.0.scale_1', 'head.fc.bias',
+                                  'bbox_head.reg_branches.0.0.bias'])
+def test_what_is_ours_already_is_not_converted(tmp_path, run_tool, tool, name):
+    torch.save(dict(state_dict={name: torch.zeros(1)}), tmp_path / 'ours.pth')
+    with pytest.raises(SystemExit, match='has the names of this package already; nothing is to be'):
+        run_tool(tool, tmp_path / 'ours.pth', tmp_path / 'new.pth')
+
+
 def test_target_that_cannot_be_written(tmp_path, run_tool, small):
     torch.save(small, tmp_path / 'official.pth')
     with pytest.raises(SystemExit, match=r'cannot be written'):

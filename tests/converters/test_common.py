@@ -4,6 +4,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,22 @@ def test_written_checkpoints_are_read_again(tmp_path, suffix):
     found = common.load_checkpoint(path)
     torch.testing.assert_close(found['state_dict'], state_dict, rtol=0, atol=0)
     assert found['meta'] == meta
+
+
+def test_numpy_in_meta_becomes_plain(tmp_path):
+    meta = dict(dataset_meta=dict(palette=np.array([[1, 2, 3]], np.uint8)), score=np.float32(0.5))
+    path = tmp_path / 'a.safetensors'
+    common.save_checkpoint(dict(state_dict=dict(a=torch.ones(1)), meta=meta), path)
+    assert common.load_checkpoint(path)['meta'] == dict(
+        dataset_meta=dict(palette=[(1, 2, 3)]), score=0.5)
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_what_a_file_cannot_hold(tmp_path, name):
+    checkpoint = dict(state_dict=dict(a=torch.ones(1)), meta=dict(made_by=lambda: None))
+    with pytest.raises(ConversionError, match=f'{name} cannot be written, it cannot hold'):
+        common.save_checkpoint(checkpoint, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

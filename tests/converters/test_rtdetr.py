@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from spartan_mm.converters.common import ConversionError
 from spartan_mm.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
+from spartan_mm.engine.checkpoint import CheckpointError
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
@@ -157,7 +158,7 @@ def test_pretrained_backbone_loads_by_init_cfg(official, tmp_path):
     backbone.init_weights()
     assert_close(dict(backbone.state_dict()), convert_resnet_vd(weights), rtol=0, atol=0)
 
-    with pytest.raises(ValueError, match=r'vd\.pth does not fit ResNetVd'):
+    with pytest.raises(CheckpointError, match=r'vd\.pth does not fit ResNetVd'):
         MODELS.build(settings | dict(depth=34)).init_weights()
     settings['init_cfg'] = settings['init_cfg'] | dict(converter='vit')
     with pytest.raises(ValueError, match=r"converter='vit' is unknown.*resnet_vd"):

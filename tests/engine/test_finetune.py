@@ -175,7 +175,7 @@ class TestRows:
         own = dict(x=torch.full((10,), -1.))
         fitted, [change] = fit_classes(dict(x=theirs), own, dict(x=Rows(3, 1)), 'ab', 'bca')
         assert fitted['x'].tolist() == [1, -1, 0, 3, -1, 2, 5, -1, 4, 6]
-        assert change == Change('x', (7,), (10,), 2, 3)
+        assert change == Change('x', (7,), (10,), 2, 3, 2)
 
 
 def test_repeated_names():
@@ -186,8 +186,8 @@ def test_repeated_names():
 class TestTable:
 
     def test_table(self):
-        changes = [Change(f'head.branches.{i}.weight', (2, 32), (3, 32), 1, 3) for i in range(4)]
-        changes.append(Change('embedding.weight', (3, 32), (4, 32), 1, 3))
+        changes = [Change(f'head.branches.{i}.weight', (2, 32), (3, 32), 1, 3, 2) for i in range(4)]
+        changes.append(Change('embedding.weight', (3, 32), (4, 32), 1, 3, 2))
         table = describe('a.pth', 50, changes, ['cat', 'dog'], ['cow', 'dog', 'emu'])
         assert table.split('\n') == [
             'a.pth: 45 tensors loaded as they are, 5 fitted to other classes (by name; in both: '
@@ -200,10 +200,12 @@ class TestTable:
     @pytest.mark.parametrize('theirs, ours, message', [
         (None, ['a'], 'by number, as the checkpoint does not name its classes'),
         (['a'], None, 'by number, as the training set does not name its classes'),
-        (['a'], ['b'], 'in both: none'),
+        (['a', 'b'], ['a', 'b'], 'by number, as the checkpoint names 2 classes but has 1'),
+        (['a'], ['a'], 'by number, as the training set names 1 class but the model has 2'),
+        (['a'], ['b', 'c'], 'in both: none'),
     ])
     def test_reason(self, theirs, ours, message):
-        assert message in describe('a', 2, [Change('b', (1,), (2,), 0, 2)], theirs, ours)
+        assert message in describe('a', 2, [Change('b', (1,), (2,), 0, 2, 1)], theirs, ours)
 
     def test_nothing_changed(self):
         assert describe('a', 2, [], ['a'], ['a']) == 'a: all 2 tensors loaded'

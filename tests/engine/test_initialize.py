@@ -44,26 +44,40 @@ def test_released_classifier_loads_without_the_packages_it_was_written_with(rele
 
 def test_other_architecture_names_the_file(released):
     path, *_ = released
-    with pytest.raises(ValueError, match=r'released\.pth does not fit SpaRTAN'):
+    with pytest.raises(CheckpointError, match=r'released\.pth does not fit SpaRTAN'):
         ConvertedPretrained(str(path), 'spartan')(SpaRTAN('xt'))
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r'none\.pth does not exist'):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth, which init_cfg names, does not exist; '
+                                                'point to yours'):
         ConvertedPretrained(str(tmp_path / 'none.pth'), 'spartan')(SpaRTAN('xt'))
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / 'text.pth').write_text('no weights')
+    with pytest.raises(CheckpointError, match=r'text\.pth cannot be read as a checkpoint'):
+        ConvertedPretrained(str(tmp_path / 'text.pth'), 'spartan')(SpaRTAN('xt'))
+
+
+def test_unknown_converter():
+    with pytest.raises(ValueError, match="converter='timm' is unknown; choose one of"):
+        ConvertedPretrained('a.pth', 'timm')
 
 
 def test_url_is_downloaded_once(tmp_path, monkeypatch):
     calls = []
 
-    def download(url, target, progress):
+    def download(url, target, hash_prefix, progress):
         calls.append(url)
         Path(target).write_bytes(b'weights')
 
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     url = 'https://example.org/some/vd.pth'
-    assert local_file(url) == local_file(url) == tmp_path / 'checkpoints' / 'vd.pth'
+    path = local_file(url)
+    assert local_file(url) == path and path.name.endswith('-vd.pth')
+    assert path.parent == tmp_path / 'checkpoints'
     assert calls == [url]
 
 

@@ -15,8 +15,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch.testing import assert_close
 
-from spartan_mm import config_from
-from spartan_mm.engine.checkpoint import CheckpointError
+from spartan_mm import config_from, get_model
+from spartan_mm.deploy import deploy_checkpoint
+from spartan_mm.engine.checkpoint import CheckpointError, is_deployed
 from spartan_mm.engine.publish import PublishError, publish
 from spartan_mm.engine.reading import read_checkpoint
 from spartan_mm.inference import Classifier, Detector, InputError, load_model
@@ -128,6 +129,37 @@ def test_the_inferencers(detector, classifier, kind):
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         [found] = ImageClassificationInferencer(config_from(path), pretrained=path)(PICTURE)
     assert found['pred_class'] in ('square', 'disc')
+
+
+@pytest.mark.parametrize('form', ['trained', 'deploy'])
+def test_our_detection_inferencer_takes_both_forms(detector, tmp_path, form):
+    from spartan_mm.detection import DetInferencer
+    source, model, files = detector
+    if form == 'deploy':
+        deploy_checkpoint(copy.deepcopy(model), source, tmp_path / 'deploy.pth')
+        files = publish(tmp_path / 'deploy.pth', tmp_path / 'deploy')
+    inferencer = DetInferencer(weights=str(files.safetensors), device='cpu', show_progress=False)
+    assert is_deployed(inferencer.model) == (form == 'deploy')
+    assert inferencer.model.dataset_meta['classes'] == ('square', 'disc')
+    expected = Detector(str(files.pth), device='cpu').detect([PICTURE])[0]
+    [found] = inferencer(PICTURE)['predictions']
+    assert_close(torch.tensor(found['scores']), torch.from_numpy(expected.scores))
+
+
+@pytest.mark.parametrize('form', ['trained', 'deploy'])
+def test_the_classification_inferencer_takes_both_forms(classifier, tmp_path, form):
+    from mmpretrain import ImageClassificationInferencer
+    model, files = classifier
+    if form == 'deploy':
+        deploy_checkpoint(copy.deepcopy(model), files.pth, tmp_path / 'deploy.pth')
+        files = publish(tmp_path / 'deploy.pth', tmp_path / 'deploy')
+    built = get_model(config_from(files.pth), pretrained=files.pth)
+    assert is_deployed(built) == (form == 'deploy')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        [found] = ImageClassificationInferencer(built)(PICTURE)
+    [expected] = Classifier(str(classifier[1].pth), device='cpu').classify([PICTURE])
+    assert_close(torch.from_numpy(found['pred_scores'][expected.labels]),
+                 torch.from_numpy(expected.scores), rtol=1e-4, atol=1e-5)
 
 
 def test_commands(detector, tmp_path, monkeypatch, capsys):

@@ -1,13 +1,14 @@
 """Checkpoints are read as data: what runs code is refused, whatever way it comes in."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
 import runpy
-import shutil
 import sys
 import tarfile
+from email.message import Message
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,18 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
 from spartan_mm import SpaRTAN, config_from
+from spartan_mm.converters.commands import read_ours
+from spartan_mm.converters.common import ConversionError
 from spartan_mm.engine import CheckedPretrained, ConvertedPretrained
 from spartan_mm.engine.checkpoint import CheckpointError, load_for_inference
 from spartan_mm.engine.publish import publish
-from spartan_mm.engine.reading import _Unpickler, read_checkpoint
+from spartan_mm.engine.reading import _Unpickler, local_file, read_checkpoint
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 WEIGHTS = dict(weight=torch.ones(3, 2), bias=torch.zeros(3))
@@ -46,6 +50,8 @@ def attacks(trace):
         'builtins.exec': Attack(exec, f'open({str(trace)!r}, "w")'),
         'io.open': Attack(open, str(trace), 'w'),
         'getattr of HistoryBuffer.__init__': Attack(getattr, HistoryBuffer, '__init__'),
+        'getattr of HistoryBuffer.register_statistics': Attack(
+            getattr, HistoryBuffer, 'register_statistics'),
         'torch.storage._load_from_bytes': Attack(
             torch.storage._load_from_bytes, pickle.dumps(Attack(open, str(trace), 'w'))),
     }
@@ -133,13 +139,61 @@ def test_every_command(malicious, user_project, monkeypatch, capfd, command):
     assert 'malicious.pth' in message and 'exec' in message and 'refused' in message
 
 
-def test_a_download(malicious, tmp_path, monkeypatch):
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """Has a file downloaded, whatever the URL; the folder of what was downloaded."""
+    def download(path):
+        monkeypatch.setattr(torch.hub, 'urlopen', lambda *_, **__: _Response(path.read_bytes()))
+        return tmp_path / 'checkpoints'
+
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file',
-                        lambda url, target, progress: shutil.copy(malicious, target))
-    with pytest.raises(CheckpointError, match='refused'):
-        CheckpointLoader.load_checkpoint('https://example.org/weights.pth?version=1')
-    assert (tmp_path / 'checkpoints' / 'weights.pth').is_file()
+    return download
+
+
+class _Response(io.BytesIO):
+
+    def info(self):
+        return Message()
+
+
+class TestDownload:
+    URL = 'https://example.org/'
+
+    def test_it_is_read_as_data(self, malicious, downloads):
+        downloads(malicious)
+        with pytest.raises(CheckpointError, match='refused'):
+            CheckpointLoader.load_checkpoint(f'{self.URL}weights.pth?version=1')
+
+    def test_names_that_two_files_share(self, tmp_path, downloads):
+        first, second = f'{self.URL}a/last.pth', f'{self.URL}b/last.pth?c=1'
+        downloads(saved(tmp_path, dict(a=1)))
+        assert read_checkpoint(local_file(first)) == dict(a=1)
+        downloads(saved(tmp_path, dict(a=2)))
+        assert read_checkpoint(local_file(second)) == dict(a=2)
+        assert read_checkpoint(local_file(first)) == dict(a=1)
+
+    def test_the_hash_in_the_name(self, tmp_path, downloads):
+        path = saved(tmp_path, WEIGHTS)
+        name = f'a-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth'
+        folder = downloads(path)
+        assert local_file(self.URL + name) == folder / name
+        assert (folder / name).is_file()
+
+    def test_another_hash(self, tmp_path, downloads):
+        folder = downloads(saved(tmp_path, WEIGHTS))
+        with pytest.raises(CheckpointError, match=r'a-00000000\.pth is refused: .*hash'):
+            local_file(f'{self.URL}a-00000000.pth')
+        assert not list(folder.iterdir())
+
+    def test_a_date_is_no_hash(self, tmp_path, downloads):
+        downloads(saved(tmp_path, WEIGHTS))
+        assert local_file(f'{self.URL}run-20260131.pth').name.endswith('-run-20260131.pth')
+
+
+def test_a_checkpoint_of_the_authors(tmp_path):
+    path = saved(tmp_path, dict(model=WEIGHTS, cfg=Attack(Part, 1)))
+    with pytest.raises(CheckpointError, match=r'converted by tools/model_converters/spartan_to_mm'):
+        read_checkpoint(path)
 
 
 class TestUnpickler:
@@ -208,17 +262,70 @@ def test_torch_told_to_read_weights_only(tmp_path, monkeypatch):
     assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
 
 
-@pytest.mark.parametrize('place', [
+PLACES = [
     lambda text: dict(meta=dict(cfg=text)),
     lambda text: dict(meta=dict(config=text)),
     lambda text: dict(message_hub=dict(runtime_info=dict(cfg=text))),
-])
+]
+
+
+@pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('text', ['import os\nos.system("ls")', 'a = dict(type="os.system")'])
 def test_a_config_that_runs_code(tmp_path, place, text):
     path = saved(tmp_path, dict(place(text), state_dict=WEIGHTS))
-    with pytest.raises(CheckpointError, match=r'is refused: the config in it would run code \(line '
-                                              '1: .*os'):
-        read_checkpoint(path)
+    message = r'checkpoint\.pth is refused: the config in it would run code \(line 1: .*os'
+    with pytest.raises(CheckpointError, match=message):
+        config_from(path)
+    with pytest.raises(ConversionError, match=message):
+        read_ours(path)
+
+
+class TestConfigs:
+    """One that runs code does no harm, and no more than that."""
+
+    @pytest.fixture(params=[
+        "kind = 'os.system'\nmodel = dict(type=kind, command='COMMAND')",
+        "model = dict([('type', 'os.system'), ('command', 'COMMAND')])",
+        "key = 'type'\nmodel = {key: 'os.system', 'command': 'COMMAND'}",
+        "a = [('type', 'os.system')]\nmodel = dict(a, command='COMMAND')",
+        "model = dict(type='torch.PyTorchFileWriter', file_name='TRACE')",
+    ])
+    def path(self, request, tmp_path):
+        trace = tmp_path / 'trace'
+        text = request.param.replace('COMMAND', f'echo > {trace}').replace('TRACE', str(trace))
+        yield saved(tmp_path, dict(meta=dict(cfg=text), state_dict=WEIGHTS))
+        assert not trace.exists()
+        # The test could have failed.
+        MODELS.build(Config.fromstring(text, '.py').model)
+        assert trace.exists()
+
+    def test_building_from_it(self, path):
+        with pytest.raises(CheckpointError, match='would run code'):
+            MODELS.build(config_from(path).model)
+
+    def test_an_inferencer(self, path):
+        from mmdet.apis import DetInferencer
+        with pytest.raises(RuntimeError, match=r'checkpoint\.pth is refused.* would run code'):
+            DetInferencer(weights=str(path), device='cpu')
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_weights_beside_a_config_that_is_not_used(tmp_path, place):
+    path = saved(tmp_path, dict(place("a = dict(type='my.Own')"), state_dict=WEIGHTS))
+    for load in (load_for_inference, load_checkpoint):
+        model = nn.Linear(2, 3)
+        load(model, str(path))
+        torch.testing.assert_close(dict(model.state_dict()), WEIGHTS)
+
+
+def test_a_refusal_is_not_made_into_code(tmp_path):
+    # In the message that takes its place, these braces meet.
+    text = """a = f('{' '{$NONE:")\\nopen("trace", "w")#}' '}', "'")"""
+    path = saved(tmp_path, dict(meta=dict(cfg=text), state_dict=WEIGHTS))
+    replaced = CheckpointLoader.load_checkpoint(str(path))['meta']['cfg']
+    assert '{' not in replaced
+    with pytest.raises(RuntimeError, match='would run code'):
+        Config.fromstring(replaced, '.py')
 
 
 class TestSafetensors:
@@ -251,7 +358,7 @@ class TestSafetensors:
     def test_code_in_the_config(self, tmp_path):
         path = self.write(tmp_path / 'weights.safetensors', meta=dict(cfg='exec("")'))
         with pytest.raises(CheckpointError, match='refused'):
-            read_checkpoint(path)
+            config_from(path)
 
     def test_the_header_is_no_dict(self, tmp_path):
         path = self.write(tmp_path / 'weights.safetensors', meta=[1])

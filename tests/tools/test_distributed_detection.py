@@ -87,6 +87,7 @@ def test_two_processes(tmp_path, empty):
         command.start()
         for outcome in command.wait():
             assert outcome.status == 0, outcome.output[-3000:]
+        print(outcome.output)  # shown if what follows fails
 
     logs = [json.loads(line) for path in work_dir.glob('*/vis_data/scalars.json')
             for line in path.read_text().splitlines() if '"loss"' in line]
