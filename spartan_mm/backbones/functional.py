@@ -2,7 +2,9 @@
 
 Automatic differentiation stores the result of every elementwise operation. Here a mixer stores
 what its convolutions gave; the rest is recomputed in the backward pass, where that costs less than
-the memory traffic it saves. On a CPU a batch is worked on in parts that fit the cache.
+the memory traffic it saves. On a CPU a batch is worked on in parts that fit the cache, activated
+maps are kept, and without a gradient to record a convolution and what follows it are one step of
+oneDNN.
 ``torch.compile`` fuses and recomputes on its own: for it, and wherever the conditions are not met,
 the same algebra is left to autograd.
 
@@ -13,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
@@ -20,6 +23,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
+
+_HAS_AVX = (torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith('AVX'))
 
 # What is worked on at once on a CPU, in bytes: about half of a last-level cache.
 _SLICE_BYTES = 16 * 2 ** 20
@@ -32,19 +38,23 @@ class Activation(NamedTuple):
         apply: Out of place, differentiable.
         apply_: In place, not differentiable.
         backward: (gradient, input, out) to the input's gradient, written to `out`.
+        onednn: What oneDNN calls it.
     """
 
     apply: Callable[[Tensor], Tensor]
     apply_: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    onednn: str
 
 
 # nn.GELU and nn.SiLU as they are used here: exact, not approximate.
 ACTIVATIONS = {
     nn.GELU: Activation(
-        F.gelu, aten.gelu_, lambda grad, x, out: aten.gelu_backward(grad, x, grad_input=out)),
+        F.gelu, aten.gelu_, lambda grad, x, out: aten.gelu_backward(grad, x, grad_input=out),
+        'gelu'),
     nn.SiLU: Activation(
-        F.silu, aten.silu_, lambda grad, x, out: aten.silu_backward(grad, x, grad_input=out)),
+        F.silu, aten.silu_, lambda grad, x, out: aten.silu_backward(grad, x, grad_input=out),
+        'swish'),
 }
 
 
@@ -54,7 +64,7 @@ class Branch(NamedTuple):
     Args:
         map: (N, I, H, W), held by nobody else.
         norm: The norm of it; an ``nn.Identity`` if there is none.
-        act: The activation after the norm.
+        act: The activation after the norm; an ``nn.Identity`` if the map has gone through it.
         squeeze_excitation: Module that gives the gates (N, I) for the channels' averages (N, I);
             None for no gate.
     """
@@ -100,9 +110,73 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
         x.device.type, enabled=False)
 
 
+def knows(act: nn.Module) -> bool:
+    """Whether an activation is one of ``ACTIVATIONS``."""
+    return type(act) in ACTIVATIONS and getattr(act, 'approximate', 'none') == 'none'
+
+
 def activate(act: nn.Module, x: Tensor) -> Tensor:
     """Apply an activation to a map that nobody else holds, in place where nothing is recorded."""
-    return act(x) if records() else ACTIVATIONS[type(act)].apply_(x)
+    return act(x) if records() or not knows(act) else ACTIVATIONS[type(act)].apply_(x)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module,
+             squeeze_excitation: nn.Module | None = None, weight: Tensor | None = None) -> Branch:
+    """Convolve a map, in one step with the activation where no norm stands between them.
+
+    Args:
+        x: (N, C, H, W).
+        conv: The convolution.
+        norm: See :class:`Branch`.
+        act: See :class:`Branch`.
+        squeeze_excitation: See :class:`Branch`.
+        weight: What is used in place of the convolution's own; None for that.
+
+    Returns:
+        The result, and what it is still to go through.
+    """
+    kernel = conv.weight if weight is None else weight
+    settings = conv.stride, conv.padding, conv.dilation
+    # What hooks expect is the convolution alone.
+    if (isinstance(norm, nn.Identity) and _takes_one_step(x, kernel, act)
+            and not conv._forward_hooks and not conv._forward_pre_hooks):
+        kernel, groups = merge_groups(kernel, conv.groups, x)
+        x = _convolve_and_activate(x, kernel, conv.bias, act, *settings, groups)
+        return Branch(x, norm, nn.Identity(), squeeze_excitation)
+    if weight is None:
+        x = conv(x)
+    else:
+        kernel, groups = merge_groups(weight, conv.groups, x)
+        x = F.conv2d(x, kernel, conv.bias, *settings, groups)
+    return Branch(x, norm, act, squeeze_excitation)
+
+
+def _takes_one_step(x: Tensor, weight: Tensor, act: nn.Module) -> bool:
+    """Whether oneDNN computes a convolution and what follows it in one step."""
+    return (not records() and knows(act) and _is_on_x86(x) and torch.backends.mkldnn.enabled
+            and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+            and _autocast_dtype(x) is None)
+
+
+def _is_on_x86(x: Tensor) -> bool:
+    """Whether a map is computed at once on a CPU whose kernels in oneDNN were measured."""
+    # Neither subclasses of tensors nor tools that watch the operations, such as counters, know
+    # other than the usual ones.
+    return (_HAS_AVX and x.device.type == 'cpu' and type(x) is Tensor and not _traces()
+            and not torch._C._len_torch_dispatch_stack())
+
+
+def _convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, act: nn.Module,
+                           stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0),
+                           dilation: Sequence[int] = (1, 1), groups: int = 1) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, ACTIVATIONS[type(act)].onednn, [],
+        'none')
+
+
+def _project_and_multiply(x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, factor, weight, bias, [0, 0], [1, 1], [1, 1], 1, 'mul', None, None, [], None)
 
 
 def cache_slices(x: Tensor, channels: int) -> list[slice]:
@@ -117,9 +191,10 @@ def cache_slices(x: Tensor, channels: int) -> list[slice]:
     """
     if x.device.type != 'cpu':
         return [slice(None)]
-    sample = channels * x[0, 0].numel() * x.element_size()
-    size = max(1, _SLICE_BYTES // sample)
-    return [slice(start, start + size) for start in range(0, len(x), size)]
+    sample = channels * x.shape[2] * x.shape[3] * x.element_size()
+    number = max(1, -(-len(x) // max(1, _SLICE_BYTES // max(1, sample))))
+    size = max(1, -(-len(x) // number))  # about the same for all
+    return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]
 
 
 # ------------------------------------------------------------------------------------------ norm
@@ -217,7 +292,7 @@ def fold_modulation(complex_weight: Tensor, kernel: Tensor) -> Tensor:
         modulated wave.
     """
     out_channels, group = kernel.shape[:2]
-    groups = out_channels * 2 * len(complex_weight) // group // out_channels
+    groups = 2 * len(complex_weight) // group
     # Pairs (groups, 1, pairs of a group, 1, 1) of the group that an output channel belongs to.
     pairs = complex_weight.to(kernel.dtype).view(groups, 1, group // 2, 2, 1, 1)
     real, imag = pairs.unbind(3)
@@ -226,6 +301,38 @@ def fold_modulation(complex_weight: Tensor, kernel: Tensor) -> Tensor:
     folded = torch.stack([on_real * real + on_imag * imag, on_imag * real - on_real * imag], 3)
     return folded.flatten(2, 3).flatten(0, 1)
 
+
+def merge_groups(kernel: Tensor, groups: int, x: Tensor) -> tuple[Tensor, int]:
+    """The weight and the groups of the same convolution, with larger groups where that is faster.
+
+    oneDNN's kernels for a CPU fill vector registers with the channels of a group. They take half
+    the time for eight channels, three quarters of the weights zero, that they take for two.
+
+    Args:
+        kernel: Weight (R, channels of a group, k, k).
+        groups: Groups of the convolution.
+        x: A map that tells where and how it will be computed.
+
+    Returns:
+        The weight, (R, 8, k, k) if groups were merged, and the number of groups.
+    """
+    group = kernel.shape[1]
+    merged = 8 // group
+    if (records() or not _is_on_x86(x) or group * merged != 8 or merged in (1, 8)
+            or groups % merged):
+        return kernel, groups
+    # (larger groups, merged, outputs of a group, channels of a group, k, k)
+    kernels = kernel.unflatten(0, (groups // merged, merged, -1))
+    own = torch.eye(merged, dtype=kernel.dtype, device=kernel.device)
+    kernels = kernels[:, :, :, None] * own.view(merged, 1, merged, 1, 1, 1)
+    return kernels.flatten(3, 4).flatten(0, 2), groups // merged
+
+
+def _split_groups(grad: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    """The gradient of a weight, for that of what :func:`merge_groups` made of it."""
+    merged = grad.shape[1] // kernel.shape[1]
+    grads = grad.unflatten(1, (merged, -1)).unflatten(0, (groups // merged, merged, -1))
+    return grads.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 2)
 
 
 def waves(x: Tensor, strongest: Tensor, weight: Tensor, bias: Tensor, act: nn.Module,
@@ -243,9 +350,18 @@ def waves(x: Tensor, strongest: Tensor, weight: Tensor, bias: Tensor, act: nn.Mo
     Returns:
         (N, R, H, W).
     """
+    if _takes_one_step(x, weight, act):
+        (phase, amplitude), (phase_bias, amplitude_bias) = weight.chunk(2), bias.chunk(2)
+        wave = _convolve_and_activate(x, phase, phase_bias, act)
+        wave = _project_and_multiply(x, amplitude, amplitude_bias, wave)
+        wave = wave.add_(_pick(wave, strongest))
+        return wave if complex_weight is None else _modulate(wave, complex_weight, wave)
+
     phase, amplitude = F.conv2d(x, weight, bias).chunk(2, dim=1)
     if not records():
-        wave = _superpose(act(phase), amplitude, strongest)
+        factor = act(phase)
+        added = _pick(factor, strongest) * _pick(amplitude, strongest)
+        wave = _superpose(factor, amplitude, added, factor)
         return wave if complex_weight is None else _modulate(wave, complex_weight, wave)
     wave = amplitude * act(phase)
     # One gather of the product gives what gathering both factors would.
@@ -253,31 +369,42 @@ def waves(x: Tensor, strongest: Tensor, weight: Tensor, bias: Tensor, act: nn.Mo
     return wave if complex_weight is None else modulate(wave, complex_weight)
 
 
-def _superpose(factor: Tensor, amplitude: Tensor, strongest: Tensor,
-               out: Tensor | None = None) -> Tensor:
-    """The wave of the phase's activation and the amplitude, with the strongest added to all."""
-    wave = torch.mul(factor, amplitude, out=factor if out is None else out)
-    return wave.add_(wave.gather(1, strongest))
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """``x.gather(1, index)`` of one channel, faster where the channels come last."""
+    if not _is_channels_last(x):
+        return x.gather(1, index)
+    return _rows(x).gather(1, _rows(index)).view(index.shape)
 
 
-def _superpose_backward(grad: Tensor, projected: Tensor, factor: Tensor, strongest: Tensor,
-                        act: Activation) -> Tensor:
-    """The gradient of phases and amplitudes (N, 2 R, H, W)."""
-    phase, amplitude = projected.chunk(2, dim=1)
-    grad_projected = torch.empty_like(projected)
-    grad_phase, grad_amplitude = grad_projected.chunk(2, dim=1)
-    torch.mul(grad, factor, out=grad_amplitude)
-    torch.mul(grad, amplitude, out=grad_phase)
-    act.backward(grad_phase, phase, grad_phase)
+def _add_at(x: Tensor, index: Tensor, source: Tensor) -> None:
+    """``x.scatter_add_(1, index, source)`` of one channel, faster where the channels come last."""
+    if _is_channels_last(x):
+        x, index, source = (_rows(each) for each in (x, index, source))
+    x.scatter_add_(1, index, source)
 
+
+def _superpose(factor: Tensor, amplitude: Tensor, added: Tensor, out: Tensor) -> Tensor:
+    """The waves of the phases' activations and the amplitudes, with one wave added to all."""
+    return torch.addcmul(added, factor, amplitude, out=out)
+
+
+def _superpose_backward(grad: Tensor, phase: Tensor, amplitude: Tensor, factor: Tensor,
+                        strongest: Tensor, picked: Sequence[Tensor], act: Activation,
+                        out: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of phases, into the memory of `grad`, and of amplitudes, into that of `out`.
+
+    `picked` are phase and amplitude of the strongest wave, (N, 1, H, W) each.
+    """
     # The strongest wave stands in all channels: it gets the sum of their gradients.
     total = grad.sum(1, keepdim=True)
-    phase, amplitude = phase.gather(1, strongest), amplitude.gather(1, strongest)
-    grad_amplitude.scatter_add_(1, strongest, total * act.apply(phase))
-    amplitude = amplitude * total
-    grad_phase.scatter_add_(
-        1, strongest, act.backward(amplitude, phase, torch.empty_like(amplitude)))
-    return grad_projected
+    picked_phase, picked_amplitude = picked
+    grad_amplitude = torch.mul(grad, factor, out=out)
+    _add_at(grad_amplitude, strongest, total * act.apply(picked_phase))
+
+    grad_phase = act.backward(grad.mul_(amplitude), phase, grad)
+    total *= picked_amplitude
+    _add_at(grad_phase, strongest, act.backward(total, picked_phase, torch.empty_like(total)))
+    return grad_phase, grad_amplitude
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -309,15 +436,16 @@ def _modulate(wave: Tensor, complex_weight: Tensor, out: Tensor) -> Tensor:
     return out.copy_(modulate(wave, complex_weight))
 
 
-def _modulate_backward(grad: Tensor, wave: Tensor,
-                       complex_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _modulate_backward(grad: Tensor, wave: Tensor, complex_weight: Tensor,
+                       scratch: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the wave, into the memory of `grad`, and of the weight."""
     if _is_complex_in_memory(wave, complex_weight) and _is_complex_in_memory(grad, complex_weight):
         weight = torch.view_as_complex(complex_weight)
-        wave_grad, grad, factor = grad, _as_complex(grad), _as_complex(wave)
-        grad_weight = torch.mul(factor.conj(), grad).sum((0, 1, 2))
-        grad.mul_(weight.conj())
-        return wave_grad, torch.view_as_real(grad_weight)
+        product = torch.conj_physical(_as_complex(wave), out=_as_complex(scratch))
+        product *= _as_complex(grad)
+        grad_weight = _sum_by_channel(scratch).view_as(complex_weight)
+        _as_complex(grad).mul_(weight.conj())
+        return grad, grad_weight
 
     pairs, grads = (x.to(complex_weight.dtype).unflatten(1, (-1, 2)) for x in (wave, grad))
     direct = (pairs * grads).sum((0, 2, 3, 4))
@@ -347,7 +475,7 @@ def gated_projection(branches: Sequence[Branch], weight: Tensor, bias: Tensor,
     Returns:
         (N, C, H, W), in the memory format of the first branch's map.
     """
-    if fusible(branches):
+    if has_own_gradient(branches):
         channels, samples = _flat(scale) or (None, None)
         return _GatedProjection.apply(
             [_Tail.of(branch) for branch in branches], samples, residual, channels,
@@ -371,19 +499,29 @@ def gated_projection(branches: Sequence[Branch], weight: Tensor, bias: Tensor,
     return total
 
 
-def fusible(branches: Sequence[Branch]) -> bool:
+def has_own_gradient(branches: Sequence[Branch]) -> bool:
     """Whether hand-written gradients are wanted and know what the branches do."""
     return torch.is_grad_enabled() and not _traces() and all(
         # Not a subclass, which may compute something else.
-        type(branch.norm) is nn.BatchNorm2d and branch.norm.affine
+        type(branch.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and branch.norm.affine
         and branch.norm.track_running_stats and branch.norm.momentum is not None
-        and type(branch.act) in ACTIVATIONS and branch.squeeze_excitation is not None
+        and knows(branch.act) and branch.squeeze_excitation is not None
         for branch in branches)
 
 
 def _flat(scale: Scale | None) -> Scale | None:
     """The scale with (C,) channels."""
     return scale and scale._replace(channels=scale.channels.flatten())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N * H * W, C), a view where the channels come last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _sum_by_channel(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (C,)."""
+    return _rows(x).sum(0) if _is_channels_last(x) else x.sum((0, 2, 3))
 
 
 def _matrices(x: Tensor) -> Tensor:
@@ -431,14 +569,20 @@ def _matrix(columns: Tensor, gate: Tensor, channels: Tensor | None,
     return columns * gate[:, None]
 
 
+def _keeps(x: Tensor) -> bool:
+    """Whether maps are kept that take longer to compute again than to read, and more memory."""
+    return x.device.type == 'cpu'
+
+
 class _Tail:
     """One branch of a gated projection from its norm on, forwards and backwards, part by part."""
 
     NUM_PARAMETERS = 6
 
-    def __init__(self, norm: nn.BatchNorm2d, act: Activation):
+    def __init__(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm, act: Activation):
         self.norm, self.act = norm, act
         self.training = norm.training
+        self.group = _find_group(norm)
 
     @classmethod
     def of(cls, branch: Branch) -> '_Tail':
@@ -447,60 +591,77 @@ class _Tail:
     @staticmethod
     def parameters(branch: Branch) -> list[Tensor]:
         """Weight and bias of the norm, of the squeeze and of the excitation."""
-        return [branch.norm.weight, branch.norm.bias, *branch.squeeze_excitation.parameters()]
+        squeeze, expand = branch.squeeze_excitation.squeeze, branch.squeeze_excitation.expand
+        return [branch.norm.weight, branch.norm.bias, squeeze.weight, squeeze.bias, expand.weight,
+                expand.bias]
 
     def statistics(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and variance (I,) that the norm uses; in training its own are updated."""
         norm = self.norm
         if not self.training:
             return norm.running_mean, norm.running_var
-        means, variances, counts = [], [], []
+        parts = []
         for x in maps:
             if x.device.type == 'cuda':
                 mean, rstd = torch.batch_norm_stats(x, norm.eps)
+                variance = rstd ** -2 - norm.eps
+            elif x.device.type == 'cpu' and x.dtype == _wide(x):
+                mean, variance = torch.batch_norm_update_stats(x, None, None, 0.)
             else:
                 # The affine's type is the statistics', too.
                 _, mean, rstd = aten.native_batch_norm(
                     x, norm.weight, norm.bias, None, None, True, 0., norm.eps)
-            means.append(mean)
-            variances.append(rstd ** -2 - norm.eps)
-            counts.append(x.numel() // x.shape[1])
-        mean, variance, count = means[0], variances[0], sum(counts)
-        if len(maps) > 1:
-            share = mean.new_tensor(counts)[:, None] / count
-            means = torch.stack(means)
-            mean = (means * share).sum(0)
-            variance = ((torch.stack(variances) + (means - mean) ** 2) * share).sum(0)
+                variance = rstd ** -2 - norm.eps
+            # Filled, not copied from the host.
+            count = mean.new_full((), x.numel() // x.shape[1], dtype=_wide(mean))
+            parts.append((mean, variance, count))
+        mean, variance, self.count = _pool(parts)
+        if self.group is not None:
+            own = torch.cat([mean, variance, self.count[None]])
+            every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(every, own, self.group)
+            mean, variance, self.count = _pool([
+                (*values[:-1].chunk(2), values[-1]) for values in every])
+
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = variance * (count / max(count - 1, 1))
+        unbiased = variance * self.count / (self.count - 1).clamp(min=1)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
         norm.num_batches_tracked.add_(1)
-        return mean, variance
+        dtype = parts[0][0].dtype
+        return mean.to(dtype), variance.to(dtype)
 
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor,
-                  bias: Tensor) -> Tensor:
+                  bias: Tensor, out: Tensor) -> Tensor:
+        unused = mean.new_empty(0)
         return aten.native_batch_norm(
-            x, weight, bias, mean, variance, False, 0., self.norm.eps)[0]
+            x, weight, bias, mean, variance, False, 0., self.norm.eps, out=out, save_mean=unused,
+            save_invstd=unused.clone())[0]
 
     def forward(self, total: Tensor, maps: Sequence[Tensor], parts: Sequence[slice],
                 columns: Tensor, channels: Tensor | None, samples: Tensor | None,
-                parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the branch's projection to `total`; what the backward pass needs is returned."""
+                parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Add the branch's projection to `total`; what the backward pass needs is returned.
+
+        That is mean and variance, the averages and, if they are kept, the activated maps.
+        """
         mean, variance = self.statistics(maps)
         norm_weight, norm_bias, *se = parameters
-        averages = []
+        averages, activated = [], []
         for x, part in zip(maps, parts, strict=True):
-            y = self.act.apply_(self.normalise(x, mean, variance, norm_weight, norm_bias))
+            y = self.act.apply_(self.normalise(x, mean, variance, norm_weight, norm_bias,
+                                               torch.empty_like(x)))
             averages.append(y.mean((2, 3), dtype=columns.dtype))
             gate = _gate(averages[-1], *se)[1]
             matrix = _matrix(columns, gate, channels, None if samples is None else samples[part])
             _add_product(total[part], y, matrix.to(x.dtype))
-        return mean, variance, torch.cat(averages)
+            if _keeps(y):
+                activated.append(y)
+        return [mean, variance, torch.cat(averages), *activated]
 
     def backward(self, grad: Tensor, maps: Sequence[Tensor], parts: Sequence[slice],
                  grad_maps: Sequence[Tensor] | None, columns: Tensor, channels: Tensor | None,
                  samples: Tensor | None, parameters: Sequence[Tensor], mean: Tensor,
-                 variance: Tensor, average: Tensor
+                 variance: Tensor, average: Tensor, *kept: Tensor
                  ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Gradients of the maps, of the parameters, and what the projection needs.
 
@@ -516,21 +677,23 @@ class _Tail:
             mean: (I,).
             variance: (I,).
             average: (N, I), of the activated map.
+            kept: The activated maps of the parts, if they are kept.
 
         Returns:
             The gradients, and (C, I), the product of gradient and gated map.
         """
         norm_weight, norm_bias, *se = parameters
         hidden, gate = _gate(average, *se)
-        kept = gate if samples is None else gate * samples[:, None]
+        weights = gate if samples is None else gate * samples[:, None]
         matrix = _matrix(columns, gate, channels, samples).to(maps[0].dtype)
         scaled = columns if channels is None else channels[:, None] * columns
 
         grads, grad_gates, product_sum = [], [], 0.
+        scratch = torch.empty_like(maps[0])
         for number, (x, part) in enumerate(zip(maps, parts, strict=True)):
             # Again what followed from the map.
-            y = self.normalise(x, mean, variance, norm_weight, norm_bias)
-            activated = self.act.apply(y)
+            y = self.normalise(x, mean, variance, norm_weight, norm_bias, scratch[:len(x)])
+            activated = kept[number] if kept else self.act.apply(y)
 
             # (N, C, I): all that the small tensors need of the maps.
             narrow = _matrices(grad[part].to(x.dtype))
@@ -539,53 +702,78 @@ class _Tail:
             if samples is not None:
                 grad_gate = grad_gate * samples[part, None]
             grad_gates.append(grad_gate)
-            product_sum = product_sum + product.mul_(kept[part, None]).sum(0)
+            product_sum = product_sum + product.mul_(weights[part, None]).sum(0)
 
             direct = _gate_input_gradient(grad_gate, hidden[part], gate[part], *se)
             direct = (direct / x[0, 0].numel()).to(x.dtype)
+            buffer = torch.empty_like(y) if kept else activated
             if _is_channels_last(x):
-                torch.baddbmm(direct[:, None], narrow, matrix[part], out=_matrices(activated))
+                torch.baddbmm(direct[:, None], narrow, matrix[part], out=_matrices(buffer))
             else:
                 torch.baddbmm(direct[:, :, None], matrix[part].transpose(1, 2),
-                              narrow.transpose(1, 2), out=activated.flatten(2))
-            out = activated if grad_maps is None else grad_maps[number]
-            grads.append(self.act.backward(activated, y, out))
+                              narrow.transpose(1, 2), out=buffer.flatten(2))
+            out = buffer if grad_maps is None else grad_maps[number]
+            grads.append(self.act.backward(buffer, y, out))
 
-        grad_norm = self._norm_backward(grads, maps, mean, variance, norm_weight)
+        grad_norm = self._norm_backward(grads, maps, mean, variance, norm_weight, scratch)
         grad_se = _gate_backward(torch.cat(grad_gates), average, hidden, gate, *se)
         return grads, [*grad_norm, *grad_se], product_sum
 
     def _norm_backward(self, grads: list[Tensor], maps: Sequence[Tensor], mean: Tensor,
-                       variance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+                       variance: Tensor, weight: Tensor, scratch: Tensor
+                       ) -> tuple[Tensor, Tensor]:
         """Turn the gradients of the normalised maps into those of the maps."""
         rstd = (variance + self.norm.eps).rsqrt()
-        if len(maps) == 1:
+        if len(maps) == 1 and self.group is None:
             grad, grad_weight, grad_bias = aten.native_batch_norm_backward(
                 grads[0], maps[0], weight, mean, variance, mean, rstd, self.training,
                 self.norm.eps, [True, True, True])
             grads[0] = grad
             return grad_weight, grad_bias
 
-        view = (-1, 1, 1)
-        grad_bias, covariance = 0., 0.
+        # The gradients of weight and bias are sums over all maps, those of the maps need them.
+        sums = 0.
         for x, grad in zip(maps, grads, strict=True):
-            grad_bias = grad_bias + _sum_by_channel(grad)
-            covariance = covariance + _sum_by_channel((x - mean.view(view)).mul_(grad))
-        slope = rstd * weight
-        if self.training:
-            count = sum(x.numel() // x.shape[1] for x in maps)
-            by_map = -slope * rstd ** 2 * covariance / count
-            offset = -slope * grad_bias / count - by_map * mean
+            _, *addends = aten.native_batch_norm_backward(
+                grad, x, weight, mean, variance, mean, rstd, False, self.norm.eps,
+                [False, True, True])
+            sums = sums + torch.stack(addends)
+        grad_weight, grad_bias = sums
+        slope = (rstd * weight).view(-1, 1, 1)
+        if not self.training:
+            for grad in grads:
+                grad.mul_(slope)
+            return grad_weight, grad_bias
+        if self.group is not None:
+            sums = sums.clone()  # The parameters' gradients are left to whoever averages them.
+            dist.all_reduce(sums, group=self.group)
+        share_weight, share_bias = (sums / self.count)[:, :, None, None]
+        along = -slope * rstd.view(-1, 1, 1) * share_weight
+        offset = -slope * share_bias - along * mean.view(-1, 1, 1)
         for x, grad in zip(maps, grads, strict=True):
-            grad.mul_(slope.view(view))
-            if self.training:
-                grad.addcmul_(x, by_map.view(view)).add_(offset.view(view))
-        return covariance * rstd, grad_bias
+            affine = torch.addcmul(offset, x, along, out=scratch[:len(x)])
+            torch.addcmul(affine, grad, slope, out=grad)
+        return grad_weight, grad_bias
 
 
-def _sum_by_channel(x: Tensor) -> Tensor:
-    """(N, C, H, W) to (C,)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2).sum(0) if _is_channels_last(x) else x.sum((0, 2, 3))
+def _pool(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (I,), variance (I,) and number of all values, for those of their parts."""
+    if len(parts) == 1:
+        return parts[0]
+    means, variances, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+    count = counts.sum()
+    share = (counts / count)[:, None]
+    mean = (means * share).sum(0)
+    return mean, ((variances + (means - mean) ** 2) * share).sum(0), count
+
+
+def _find_group(norm: nn.Module) -> 'dist.ProcessGroup | None':
+    """The processes whose batches a norm looks at together; None for this one alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available()
+            and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _gate(average: Tensor, squeeze: Tensor, squeeze_bias: Tensor, expand: Tensor,
@@ -638,7 +826,7 @@ def _project_backward(grad: Tensor, product: Tensor, weight: Tensor, bias: Tenso
 
 
 class _GatedProjection(Function):
-    """:func:`gated_projection`; what is saved is the branches' maps."""
+    """:func:`gated_projection`; what is saved is the branches' maps, and activated if kept."""
 
     @staticmethod
     def forward(ctx, tails, samples, residual, channels, weight, bias, *tensors):
@@ -664,10 +852,11 @@ class _GatedProjection(Function):
     def backward(ctx, grad):
         samples, channels, weight, bias, *rest = ctx.saved_tensors
         step = 1 + _Tail.NUM_PARAMETERS
+        saved = rest[len(ctx.tails) * step:]
+        per_tail = len(saved) // len(ctx.tails)
         products, grad_tensors, start = [], [], 0
         for number, tail in enumerate(ctx.tails):
             x, *parameters = rest[number * step:(number + 1) * step]
-            saved = rest[len(ctx.tails) * step:][3 * number:3 * number + 3]
             parts = cache_slices(x, x.shape[1])
             columns = weight[:, start:start + x.shape[1]].to(_wide(weight))
             start += x.shape[1]
@@ -675,7 +864,8 @@ class _GatedProjection(Function):
             grads, grad_parameters, product = tail.backward(
                 grad, [x[part] for part in parts], parts,
                 None if grad_x is None else [grad_x[part] for part in parts],
-                columns, channels, samples, parameters, *saved)
+                columns, channels, samples, parameters,
+                *saved[number * per_tail:(number + 1) * per_tail])
             products.append(product)
             grad_tensors += [grads[0] if grad_x is None else grad_x, *grad_parameters]
         grad_channels, grad_weight, grad_bias = _project_backward(
@@ -715,12 +905,11 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
     Returns:
         (N, C, H, W).
     """
-    if not fusible([tail]):
+    if not (knows(act) and has_own_gradient([tail])):
         wave = waves(x, strongest, proj_in.weight, proj_in.bias, act, complex_weight)
-        wave = F.conv2d(wave.to(x.dtype), conv_weight, conv.bias, conv.stride, conv.padding,
-                        conv.dilation, conv.groups)
-        return gated_projection([tail._replace(map=wave)], proj_out.weight, proj_out.bias, scale,
-                                residual)
+        branch = convolve(wave.to(x.dtype), conv, tail.norm, tail.act, tail.squeeze_excitation,
+                          conv_weight)
+        return gated_projection([branch], proj_out.weight, proj_out.bias, scale, residual)
 
     channels, samples = _flat(scale) or (None, None)
     weight, bias = proj_in.weight, proj_in.bias
@@ -743,30 +932,33 @@ class _MixWaves(Function):
         # Casts are done, and the small tensors are computed in float32 whatever the maps are.
         with _no_autocast(x):
             parts = cache_slices(x, len(proj_weight))
-            keep = x.device.type == 'cpu'
-            projected, refined, factors, unmodulated = [], [], [], []
+            kernel, groups = merge_groups(conv_weight, conv.groups, x)
+            phases, amplitudes, picked, refined, factors = [], [], [], [], []
             for part in parts:
-                projected.append(F.conv2d(x[part], proj_weight, proj_bias))
-                phase, amplitude = projected[-1].chunk(2, dim=1)
-                factor = act.apply(phase)
-                wave = _superpose(factor, amplitude, strongest[part],
-                                  torch.empty_like(factor) if keep else None)
+                # Two maps, because each is worked on in one piece.
+                for maps, *projection in zip((phases, amplitudes), proj_weight.chunk(2),
+                                             proj_bias.chunk(2), strict=True):
+                    maps.append(F.conv2d(x[part], *projection))
+                factor = act.apply(phases[-1])
+                keep = _keeps(factor)
                 if keep:
                     factors.append(factor)
-                    unmodulated.append(wave)
+                picked += [_pick(maps[-1], strongest[part]) for maps in (phases, amplitudes)]
+                wave = _superpose(factor, amplitudes[-1], act.apply(picked[-2]) * picked[-1],
+                                  torch.empty_like(factor) if keep else factor)
                 if complex_weight is not None:
-                    wave = _modulate(wave, complex_weight,
-                                     torch.empty_like(wave) if keep else wave)
-                refined.append(F.conv2d(wave, conv_weight, None, conv.stride, conv.padding,
-                                        conv.dilation, conv.groups))
+                    wave = _modulate(wave, complex_weight, wave)
+                refined.append(F.conv2d(wave, kernel, None, conv.stride, conv.padding,
+                                        conv.dilation, groups))
             scale = None if channels is None else Scale(channels, samples)
             total = _constant(bias, scale, x, residual)
             saved = tail.forward(total, refined, parts, weight.to(_wide(weight)), channels, samples,
                                  parameters)
         ctx.tail, ctx.conv, ctx.act = tail, conv, act
         ctx.save_for_backward(samples, strongest, x, proj_weight, proj_bias, complex_weight,
-                              conv_weight, channels, weight, bias, *parameters, *saved, *projected,
-                              *refined, *factors, *unmodulated)
+                              conv_weight, channels, weight, bias, *parameters, *phases,
+                              *amplitudes, *refined, *picked, *factors, *saved)
+        ctx.num_factors = len(factors)
         return total
 
     @staticmethod
@@ -775,11 +967,12 @@ class _MixWaves(Function):
         (samples, strongest, x, proj_weight, proj_bias, complex_weight, conv_weight, channels,
          weight, bias, *rest) = ctx.saved_tensors
         parameters, rest = rest[:_Tail.NUM_PARAMETERS], rest[_Tail.NUM_PARAMETERS:]
-        saved, maps = rest[:3], rest[3:]
         conv, act = ctx.conv, ctx.act
         parts = cache_slices(x, len(proj_weight))
-        projected, refined, factors, unmodulated = (
-            maps[start:start + len(parts)] for start in range(0, 4 * len(parts), len(parts)))
+        phases, amplitudes, refined = (
+            rest[start:start + len(parts)] for start in range(0, 3 * len(parts), len(parts)))
+        picked, rest = rest[3 * len(parts):5 * len(parts)], rest[5 * len(parts):]
+        factors, saved = rest[:ctx.num_factors], rest[ctx.num_factors:]
 
         grads, grad_parameters, product = ctx.tail.backward(
             grad, refined, parts, None, weight.to(_wide(weight)), channels, samples, parameters,
@@ -788,34 +981,43 @@ class _MixWaves(Function):
             grad, product, weight, bias, channels, samples)
 
         grad_x, grad_complex = torch.empty_like(x), None
-        grad_proj, grad_proj_bias, grad_conv = 0., 0., 0.
+        # The same for all parts, so that it is in the cache.
+        scratch = [torch.empty_like(phases[0]) for _ in range(1 if complex_weight is None else 2)]
+        kernel, groups = merge_groups(conv_weight, conv.groups, x)
+        grad_projs, grad_proj_biases, grad_kernel = [0., 0.], [0., 0.], 0.
         for number, part in enumerate(parts):
-            if factors:
-                factor, wave = factors[number], unmodulated[number]
-            else:
-                # Again the wave.
-                phase, amplitude = projected[number].chunk(2, dim=1)
-                factor = act.apply(phase)
-                wave = _superpose(factor, amplitude, strongest[part], torch.empty_like(factor))
+            factor = factors[number] if factors else act.apply(phases[number])
+            of_strongest = picked[2 * number:2 * number + 2]
+            added = act.apply(of_strongest[0]) * of_strongest[1]
+            wave = _superpose(factor, amplitudes[number], added, scratch[0][:len(factor)])
             modulated = wave
             if complex_weight is not None:
-                modulated = _modulate(wave, complex_weight, torch.empty_like(wave))
+                modulated = _modulate(wave, complex_weight, scratch[1][:len(wave)])
 
             grad_wave, addend, _ = aten.convolution_backward(
-                grads[number], modulated, conv_weight, None, conv.stride, conv.padding,
-                conv.dilation, False, [0, 0], conv.groups, [True, True, False])
-            grad_conv = grad_conv + addend
-            grads[number] = modulated = None
+                grads[number], modulated, kernel, None, conv.stride, conv.padding, conv.dilation,
+                False, [0, 0], groups, [True, True, False])
+            grad_kernel = grad_kernel + addend
+            grads[number] = None
             if complex_weight is not None:
-                grad_wave, addend = _modulate_backward(grad_wave, wave, complex_weight)
+                grad_wave, addend = _modulate_backward(grad_wave, wave, complex_weight, modulated)
                 grad_complex = addend if grad_complex is None else grad_complex + addend
-            grad_projected = _superpose_backward(
-                grad_wave, projected[number], factor, strongest[part], act)
-            del wave, factor, grad_wave
-            grad_x[part], addend, addend_bias = aten.convolution_backward(
-                grad_projected, x[part], proj_weight, proj_bias.shape, [1, 1], [0, 0], [1, 1],
-                False, [0, 0], 1, [True, True, True])
-            grad_proj, grad_proj_bias = grad_proj + addend, grad_proj_bias + addend_bias
+            grad_waves = _superpose_backward(
+                grad_wave, phases[number], amplitudes[number], factor, strongest[part],
+                of_strongest, act, wave)
+            del factor
+            grad_part = None
+            for half, (grad_wave, half_weight) in enumerate(
+                    zip(grad_waves, proj_weight.chunk(2), strict=True)):
+                addend_x, addend, addend_bias = aten.convolution_backward(
+                    grad_wave, x[part], half_weight, half_weight.shape[:1], [1, 1], [0, 0], [1, 1],
+                    False, [0, 0], 1, [True, True, True])
+                grad_part = addend_x if grad_part is None else grad_part.add_(addend_x)
+                grad_projs[half] = grad_projs[half] + addend
+                grad_proj_biases[half] = grad_proj_biases[half] + addend_bias
+            grad_x[part] = grad_part
+        grad_proj, grad_proj_bias = torch.cat(grad_projs), torch.cat(grad_proj_biases)
+        grad_conv = _split_groups(grad_kernel, conv_weight, conv.groups)
 
         tensors = (proj_weight, proj_bias, complex_weight, conv_weight, channels, weight, bias,
                    *parameters)

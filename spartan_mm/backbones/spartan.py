@@ -23,6 +23,7 @@ from .functional import (
     Scale,
     activate,
     cache_slices,
+    convolve,
     fold_modulation,
     gated_projection,
     layer_norm,
@@ -113,7 +114,12 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return activate(self.act, self.norm(self.conv(x)))
+        branch = self.begin(x)
+        return activate(branch.act, branch.norm(branch.map))
+
+    def begin(self, x: Tensor, squeeze_excitation: nn.Module | None = None) -> Branch:
+        """Convolve (N, C_in, H, W), see ``convolve``."""
+        return convolve(x, self.conv, self.norm, self.act, squeeze_excitation)
 
     def switch_to_deploy(self) -> None:
         """Fold a batch norm into the convolution; other norms look at the map and stay."""
@@ -240,15 +246,12 @@ class SMixer(Mixer):
         """
         x = self.decompose(x)
 
-        high = self.high_freq.conv(x)
+        high = self.high_freq.begin(x, self.high_se)
         stack = self.low_freq if isinstance(self.low_freq, nn.Sequential) else [self.low_freq]
         for conv in stack[:-1]:
             x = conv(x)
-        low = stack[-1].conv(x)
-
-        return self.project_out(
-            [Branch(high, self.high_freq.norm, self.high_freq.act, self.high_se),
-             Branch(low, stack[-1].norm, stack[-1].act, self.low_se)], scale, residual)
+        low = stack[-1].begin(x, self.low_se)
+        return self.project_out([high, low], scale, residual)
 
     def decompose(self, x: Tensor) -> Tensor:
         """Project to the branches' width; gamma then weighs what differs from the average (Eq. 3).
@@ -309,9 +312,7 @@ class ConvMixer(Mixer):
     def forward(self, x: Tensor, scale: Scale | None = None,
                 residual: Tensor | None = None) -> Tensor:
         """Mix the positions of a map, see ``SMixer.forward``."""
-        x = self.conv.conv(self.proj_in(x))
-        return self.project_out(
-            [Branch(x, self.conv.norm, self.conv.act, None)], scale, residual)
+        return self.project_out([self.conv.begin(self.proj_in(x))], scale, residual)
 
 
 class CMixer(Mixer):
@@ -421,8 +422,8 @@ class MLP(Mixer):
     def forward(self, x: Tensor, scale: Scale | None = None,
                 residual: Tensor | None = None) -> Tensor:
         """Mix the channels of a map, see ``CMixer.forward``."""
-        return self.project_out(
-            [Branch(self.proj_in(x), nn.Identity(), self.act, self.se)], scale, residual)
+        branch = convolve(x, self.proj_in, nn.Identity(), self.act, self.se)
+        return self.project_out([branch], scale, residual)
 
 
 class DropPath(nn.Module):

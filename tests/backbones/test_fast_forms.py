@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from spartan_mm.backbones import SpaRTAN, functional
 from spartan_mm.backbones.spartan import CMixer, LayerNorm
@@ -331,3 +332,65 @@ def test_sizes_do_not_compile_anew(deploy):
             for y, expected in zip(compiled(x), model(x), strict=True):
                 assert_close(y, expected, 1e-5)
     assert counter.frame_count == 1
+
+
+# ------------------------------------------------------------------------- what others may change
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
+def test_a_wrong_number_of_channels_is_refused(deploy):
+    model = make(torch.float32).eval()
+    if deploy:
+        model.switch_to_deploy()
+    with torch.no_grad(), pytest.raises(RuntimeError, match='to have 3 channels'):
+        model(images(1, 6, 64, 64, dtype=torch.float32))
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
+@pytest.mark.parametrize('recorded', [False, True])
+def test_hooks_of_convolutions_are_called(deploy, recorded):
+    model = make(torch.float32).eval()
+    if deploy:
+        model.switch_to_deploy()
+    conv = model.stages[0].blocks[0].smixer.high_freq.conv
+    shapes = []
+    conv.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    x = images(1, 3, 64, 64, dtype=torch.float32)
+    with torch.set_grad_enabled(recorded):
+        y = model(x)[-1]
+        conv._forward_hooks.clear()
+        torch.testing.assert_close(y, model(x)[-1], rtol=1e-5, atol=1e-5)
+    assert shapes == [(1, conv.out_channels, 16, 16)]
+
+
+@pytest.mark.parametrize('recorded', [False, True])
+def test_another_activation_is_computed_as_it_is(recorded):
+    class Shrunk(nn.GELU):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    mixer = randomise(CMixer(8, 2, 'depthwise')).eval()
+    nn.init.normal_(mixer.complex_weight)
+    x = images(2, 8, 6, 6, dtype=torch.float32)
+    with torch.set_grad_enabled(recorded):
+        mixer.act = Shrunk()
+        y = mixer(x)
+        mixer.act = nn.GELU()
+        # Half the activation is half the wave.
+        mixer.complex_weight.data /= 2
+        torch.testing.assert_close(y, mixer(x))
+
+
+def test_a_counter_around_the_forward_pass_alone(oracle):
+    """What recomputes is outside of it."""
+    model = make(torch.float32, with_cp=True).train()
+    with FlopCounterMode(display=False) as counter:
+        y = model(images(2, 3, 64, 64, dtype=torch.float32))[-1]
+    y.sum().backward()
+    assert counter.get_total_flops() > 0
+
+
+def test_an_empty_batch():
+    model = make(torch.float32).eval()
+    with torch.no_grad():
+        assert len(model(torch.empty(0, 3, 64, 64))[-1]) == 0
