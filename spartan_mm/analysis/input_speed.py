@@ -21,11 +21,11 @@ from .benchmark import (
     describe_machine,
     machine_line,
     markdown,
-    read_model,
 )
+from .named_models import read_config, task_of
 
 # (height, width) of the usual picture of COCO and of ImageNet, and objects in one of COCO.
-_SIZES = {'detector': (480, 640), 'classifier': (375, 500)}
+_SIZES = {'detection': (480, 640), 'classification': (375, 500)}
 _NUM_OBJECTS = 7
 _JPEG_QUALITY = 95
 
@@ -55,7 +55,7 @@ def measure_input(name: str, workers: int = 2, seconds: float = 10.,
         BenchmarkError: The config has no data for training, or neither its data is there nor is it
             clear where made-up pictures would go.
     """
-    task, config = read_model(name)
+    config = read_config(name)
     if config is None or 'dataset' not in config.get('train_dataloader', {}):
         raise BenchmarkError(f'{name} has no train_dataloader with a dataset')
     if workers < 0:
@@ -70,7 +70,7 @@ def measure_input(name: str, workers: int = 2, seconds: float = 10.,
             loader = copy.deepcopy(config.train_dataloader)
             data = _find_data(loader.dataset)
             if data is None:
-                _make_up(loader.dataset, task, Path(folder), num_images)
+                _make_up(loader.dataset, task_of(config, name), Path(folder), num_images)
             images, taken, parts = _time_transforms(loader.dataset, seconds)
             batch, rate = _time_loader(loader, workers, seconds) if workers else (None, None)
     finally:
@@ -137,7 +137,7 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
                 bbox=[*corner.tolist(), *sides.tolist()]))
 
     pipeline = dataset.pipeline
-    if task == 'detector':
+    if task == 'detection':
         categories = [dict(id=index + 1, name=name) for index, name in enumerate(classes)]
         (folder / 'annotations.json').write_text(json.dumps(
             dict(images=images, annotations=annotations, categories=categories)))

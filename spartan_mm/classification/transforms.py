@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmpretrain.registry import TRANSFORMS
@@ -47,9 +49,18 @@ class TorchvisionTransforms(BaseTransform):
         self.transforms = v2.Compose([_build(transform) for transform in transforms])
 
     def transform(self, results: dict) -> dict:
-        """Transform ``img``, (H, W, 3) in BGR order, and set ``img_shape``."""
-        image = torch.from_numpy(results['img']).flip(-1).permute(2, 0, 1)  # (3, H, W), RGB
-        image = self.transforms(image.contiguous())
+        """Transform ``img``, (H, W, 3) in BGR order, and set ``img_shape``.
+
+        Raises:
+            TypeError: the image is not of 8 bits, or has not three channels.
+        """
+        image = results['img']
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise TypeError(f'{type(self).__name__} takes images (H, W, 3) of 8 bits, not '
+                            f'{image.shape} of {image.dtype}')
+        rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        # Not copied to planes: resizing is faster where the channels of a pixel lie together.
+        image = self.transforms(torch.from_numpy(rgb).permute(2, 0, 1))  # (3, H, W)
         results['img'] = image.flip(0).permute(1, 2, 0).numpy()
         results['img_shape'] = results['img'].shape[:2]
         return results

@@ -20,12 +20,18 @@ from .resnet_vd import ResNetVd
 from .rtdetr import RTDETR
 from .rtdetr_decoder import RTDETRDecoder
 from .rtdetr_head import RTDETRHead
-from .transforms import FilterSmallBoxes, RandomIoUCrop, RandomPhotometricDistort, RandomZoomOut
+from .transforms import (
+    AntialiasedResize,
+    FilterSmallBoxes,
+    RandomIoUCrop,
+    RandomPhotometricDistort,
+    RandomZoomOut,
+)
 
 __all__ = [
-    'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric', 'DenoisingGenerator',
-    'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
-    'LoadCheckedImage', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
+    'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',
+    'DenoisingGenerator', 'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder',
+    'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
     'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder',
     'RTDETRHead'
 ]

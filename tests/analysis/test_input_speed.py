@@ -9,7 +9,8 @@ SHORT = dict(seconds=0.1, num_images=4)
 
 
 @pytest.mark.parametrize('name, own, pictures', [
-    ('rtdetr_spartan_t', {'3 RandomPhotometricDistort', '5 RandomIoUCrop', '8 Resize'}, 'made up'),
+    ('rtdetr_spartan_t', {'3 RandomPhotometricDistort', '5 RandomIoUCrop', '8 AntialiasedResize'},
+     'made up'),
     ('spartan_t_224', {'2 TorchvisionTransforms: RandAugment'}, 'made up'),
     ('user_classifier.py', {'2 Resize'}, 'classes'),
 ])

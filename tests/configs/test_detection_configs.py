@@ -137,7 +137,7 @@ def test_recipe(name):
     assert 'batch_sampler' not in config.train_dataloader
     assert [step.type for step in config.train_dataloader.dataset.pipeline] == [
         'LoadImageFromFile', 'LoadAnnotations', 'RandomPhotometricDistort', 'RandomZoomOut',
-        'RandomIoUCrop', 'FilterSmallBoxes', 'RandomFlip', 'Resize', 'FilterSmallBoxes',
+        'RandomIoUCrop', 'FilterSmallBoxes', 'RandomFlip', 'AntialiasedResize', 'FilterSmallBoxes',
         'PackDetInputs']
     sizes = MODELS.build(config.model).data_preprocessor.batch_augments[0].sizes
     assert [height for height, _ in sizes] == [480, 512, 544, 576, 608, 640, 640, 640, 672, 704,

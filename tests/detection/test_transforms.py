@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as tv
-from mmdet.datasets.transforms import Resize
+from mmdet.datasets.transforms import PackDetInputs, Resize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from PIL import Image
@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 
 from spartan_mm.detection.transforms import (
+    AntialiasedResize,
     FilterSmallBoxes,
     RandomIoUCrop,
     RandomPhotometricDistort,
@@ -50,6 +51,15 @@ def pixels_in(results, index):
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
+def assert_step_equals_torchvision_s(name, factor, rgb):
+    """Compare with what the official code does, which has PIL images there."""
+    distort = RandomPhotometricDistort()
+    distort._draw = lambda: ([(name, factor)], None)
+    found = distort.transform(dict(img=rgb[..., ::-1]))['img'][..., ::-1]
+    expected = getattr(tv.functional, f'adjust_{name}')(Image.fromarray(rgb), factor)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
 class TestRandomPhotometricDistort:
     @pytest.mark.parametrize('seed', range(20))
     def test_equals_torchvision_for_the_same_draws(self, seed):
@@ -73,6 +83,22 @@ class TestRandomPhotometricDistort:
         assert distorted.dtype == np.uint8
         np.testing.assert_array_equal(distorted[..., ::-1], np.asarray(expected))
 
+    @pytest.mark.parametrize('factor', [0.0, 0.6, 1.0, 1.4, 3.0])
+    @pytest.mark.parametrize('name', ['brightness', 'contrast', 'saturation'])
+    def test_step_equals_torchvision_s(self, name, factor):
+        assert_step_equals_torchvision_s(name, factor, make_results(size=(37, 53), boxes=[])['img'])
+
+    @pytest.mark.parametrize('factor', [0.5, 1 / 255, 0.0, -0.001, -0.05, -0.5])
+    def test_hue_equals_torchvision_s(self, factor):
+        rgb = np.random.randint(0, 256, (256, 256, 3), dtype=np.uint8)
+        assert_step_equals_torchvision_s('hue', factor, rgb)
+
+    def test_hue_equals_torchvision_s_for_every_green_and_blue(self):
+        green, blue = np.mgrid[:256, :256].astype(np.uint8)
+        for red in range(0, 256, 5):
+            rgb = np.dstack([np.full_like(green, red), green, blue])
+            assert_step_equals_torchvision_s('hue', 0.03, rgb)
+
     def test_each_step_has_a_chance_of_its_own(self):
         transform = RandomPhotometricDistort()
         draws = [transform._draw() for _ in range(2000)]
@@ -91,6 +117,10 @@ class TestRandomPhotometricDistort:
         ours, theirs = RandomPhotometricDistort(), tv.RandomPhotometricDistort()
         assert ours.prob == theirs.p
         assert ours.ranges == {name: getattr(theirs, name) for name in ours.ranges}
+
+    def test_hue_beyond_half_a_turn_is_refused(self):
+        with pytest.raises(ValueError, match='hue=.-0.6, 0.1. must be .* -0.5 <= low'):
+            RandomPhotometricDistort(hue=(-0.6, 0.1))
 
     def test_float_image_is_refused_by_name(self):
         results = dict(make_results(), img_path='photo.jpg')
@@ -278,9 +308,70 @@ class TestFilterSmallBoxes:
         assert len(FilterSmallBoxes()(make_results([]))['gt_bboxes']) == 0
 
 
+VIEWS = dict(
+    whole=lambda image: image,
+    cropped=lambda image: image[5:-7, 11:-2],
+    mirrored=lambda image: image[:, ::-1],
+    cropped_and_mirrored=lambda image: image[5:-7, 11:-2][:, ::-1],
+    turned=lambda image: image[::-1, ::-1],
+)
+
+
+class TestAntialiasedResize:
+    @pytest.mark.parametrize('size', [(120, 160), (480, 333), (300, 700), (40, 90), (1, 1)])
+    def test_equals_torchvision_s_and_nearly_pillow_s(self, size):
+        image = make_results(size=size, boxes=[])['img']
+        found = AntialiasedResize(scale=(72, 64))(dict(img=image))['img']
+        tensor = torch.from_numpy(image).permute(2, 0, 1)
+        expected = tv.functional.resize(tensor, [64, 72], antialias=True).permute(1, 2, 0)
+        np.testing.assert_array_equal(found, expected)
+
+        pillow_s = np.asarray(Image.fromarray(image).resize((72, 64), Image.Resampling.BILINEAR))
+        difference = np.abs(found.astype(int) - pillow_s)
+        assert difference.max() <= 1 and difference.mean() < 0.05
+
+    @pytest.mark.parametrize('view', VIEWS)
+    def test_views(self, view):
+        image = VIEWS[view](make_results()['img'])
+        resize = AntialiasedResize(scale=(64, 64))
+        found, expected = resize(dict(img=image))['img'], resize(dict(img=image.copy()))['img']
+        np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize('keep_ratio', [False, True])
+    @pytest.mark.parametrize('clip_object_border', [False, True])
+    def test_everything_but_pixels_is_as_by_mmdet(self, keep_ratio, clip_object_border):
+        options = dict(
+            scale=(50, 70), keep_ratio=keep_ratio, clip_object_border=clip_object_border
+        )
+        boxes = [*BOXES, [-20, -10, 170, 130]]
+        found = AntialiasedResize(**options)(make_results(BOXES) | outside(boxes))
+        expected = Resize(**options, backend='pillow')(make_results(BOXES) | outside(boxes))
+        assert found.keys() == expected.keys()
+        assert found.pop('img').shape == expected.pop('img').shape
+        assert_close(found.pop('gt_bboxes').tensor, expected.pop('gt_bboxes').tensor)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+    @pytest.mark.parametrize('image', [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8), np.uint8)])
+    def test_other_images_are_refused_by_name(self, image):
+        with pytest.raises(TypeError, match='photo.jpg'):
+            AntialiasedResize(scale=(4, 4))(dict(img=image, img_path='photo.jpg'))
+
+    def test_is_packed_without_a_copy(self):
+        results = AntialiasedResize(scale=(64, 64))(make_results())
+        packed = PackDetInputs(meta_keys=())(results)['inputs']
+        assert packed.shape == (3, 64, 64) and packed.is_contiguous()
+        assert np.shares_memory(packed.numpy(), results['img'])
+
+
+def outside(boxes):
+    """Boxes that reach beyond the image, as entries of the results."""
+    return dict(gt_bboxes=HorizontalBoxes(np.array(boxes, dtype=np.float32)))
+
+
 @pytest.mark.parametrize('size', [(120, 160), (480, 333)])
 def test_mmdet_pillow_resize_is_torchvision_s(size):
-    """No resize of our own is needed."""
+    """No resize of our own is needed at test."""
     results = make_results(size=size, boxes=[[1, 2, 30, 40]])
     expected = tv.Resize([64, 64])(Image.fromarray(results['img']))
     resize = Resize(scale=(64, 64), keep_ratio=False, backend='pillow', interpolation='bilinear')
@@ -296,7 +387,7 @@ def test_whole_pipeline(boxes):
         dict(type='RandomIoUCrop'),
         dict(type='FilterSmallBoxes'),
         dict(type='RandomFlip', prob=0.5),
-        dict(type='Resize', scale=(64, 64), keep_ratio=False, backend='pillow'),
+        dict(type='AntialiasedResize', scale=(64, 64)),
         dict(type='FilterSmallBoxes'),
         dict(type='PackDetInputs'),
     ]

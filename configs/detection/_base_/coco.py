@@ -3,8 +3,11 @@ data_root = 'data/coco/'
 batch_size = 4  # per GPU; the recipe has 4 GPUs
 num_workers = 4
 
-resize = dict(type='Resize', scale=(640, 640), keep_ratio=False, interpolation='bilinear',
-              backend='pillow')  # antialiased, as torchvision resizes PIL images
+# As torchvision resizes PIL images, antialiased: exactly so at test; in training, where it has to
+# be fast, a grey level off in few values, see AntialiasedResize.
+test_resize = dict(type='Resize', scale=(640, 640), keep_ratio=False, interpolation='bilinear',
+                   backend='pillow')
+train_resize = dict(type='AntialiasedResize', scale=(640, 640))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -14,13 +17,13 @@ train_pipeline = [
     dict(type='RandomIoUCrop', prob=0.8),
     dict(type='FilterSmallBoxes'),
     dict(type='RandomFlip', prob=0.5),
-    resize,
+    train_resize,
     dict(type='FilterSmallBoxes'),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    resize,
+    test_resize,
     # After Resize: evaluation wants the original boxes.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs',
