@@ -1,7 +1,10 @@
 """Checkpoints that are whole or not there, and one at hand when the run is told to leave."""
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -301,12 +304,13 @@ class LeaveOnSignalHook(Hook):
         """Begin to listen, in the process, but not in those that load data."""
         self._received = 0
         self._vote = Vote(next(runner.model.parameters()).device)
+        self._over = multiprocessing.Event()
         loaders = [runner.train_dataloader]
         if runner.val_loop is not None:
             loaders.append(runner.val_dataloader)
         for loader in loaders:
             # A signal to all processes of a job would take the batches away before the end.
-            loader.worker_init_fn = _Deaf(self.signals, loader.worker_init_fn)
+            loader.worker_init_fn = _Deaf(self.signals, self._over, loader.worker_init_fn)
         self._handlers = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
@@ -347,6 +351,7 @@ class LeaveOnSignalHook(Hook):
                           number)
 
     def _stop_listening(self) -> None:
+        self._over.set()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -395,14 +400,27 @@ class Vote:
 
 
 class _Deaf:
-    """Lets a data loading process ignore signals that its parent listens to."""
+    """Lets a data loading process ignore signals that its parent listens to.
 
-    def __init__(self, signals: Sequence[int], init: Callable[[int], None] | None) -> None:
+    Args:
+        signals: their numbers.
+        over: set when the parent no longer listens. It ends the process by SIGTERM then, and waits
+            for its end.
+        init: what else the process begins with.
+    """
+
+    def __init__(self, signals: Sequence[int], over: Event,
+                 init: Callable[[int], None] | None) -> None:
         self.signals = signals
+        self.over = over
         self.init = init
 
     def __call__(self, worker: int) -> None:
         for number in self.signals:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, self._receive)
         if self.init is not None:
             self.init(worker)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.over.is_set():
+            os._exit(0)

@@ -1,9 +1,11 @@
 """A small training that is interrupted anywhere ends as if it had not been."""
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
+import time
 from itertools import count
 
 import pytest
@@ -266,15 +268,27 @@ def test_a_signal_in_validation_leaves_at_once(make_runner, tmp_path):
     assert names(tmp_path / 'run') == ['epoch_1.pth']
 
 
-def test_processes_that_load_data_do_not_hear_signals():
-    deaf = saving._Deaf([signal.SIGUSR1], lambda worker: heard.append(worker))
-    heard, before = [], signal.getsignal(signal.SIGUSR1)
+def test_processes_that_load_data_hear_no_signal_before_the_end():
+    over, ready = multiprocessing.Event(), multiprocessing.Event()
+
+    def load():
+        saving._Deaf([signal.SIGTERM], over, lambda worker: ready.set())(4)
+        while True:
+            time.sleep(60)
+
+    process = multiprocessing.get_context('fork').Process(target=load)
+    process.start()
     try:
-        deaf(4)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        assert ready.wait(60)
+        process.terminate()
+        process.join(0.5)
+        assert process.is_alive()
+        over.set()
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 0
     finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert heard == [4]
+        process.kill()
 
 
 def test_one_process_hears_itself_at_once():
