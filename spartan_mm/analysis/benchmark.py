@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
 from ..backbones import SpaRTAN
 from ..engine.compile import compile_model
-from ..engine.launch import load_config
+from ..engine.launch import UsageError, choose_device
 from ..version import __version__
-from ..zoo import get_model
 from .memory import peak_of_step, size_of
+from .named_models import describe_images, load_named_model
 from .roofline import count_work, measure_limits, time_step, wait_for
 
 ORACLE = 'oracle'
@@ -38,8 +37,6 @@ DTYPES = ('float16', 'bfloat16')
 # A detector's images in training have as many objects as COCO's have on average.
 _NUM_OBJECTS = 7
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 200
-
-_SCOPES = {'mmdet': 'detector', 'mmpretrain': 'classifier'}
 
 Report = Callable[[str], None]
 
@@ -95,8 +92,7 @@ class Form:
     """A model and the form in which it runs.
 
     Args:
-        model: A config file, the name of a model of this package, or the arch of a SpaRTAN
-            backbone, which then runs alone.
+        model: Its name, see :func:`load_named_model`; of another package's model, too.
         oracle: Put the literal form of the formulas in the place of the SpaRTAN backbone.
         deploy: Switch to the inference form.
         compile: A mode of ``torch.compile``; None for not compiled. 'reduce-overhead' and
@@ -122,6 +118,19 @@ class Form:
         if self.compile in (None, 'default'):
             return 'compiled' if self.compile else ''
         return f'compiled ({self.compile})'
+
+
+class StepError(BenchmarkError):
+    """A model that fails in its step.
+
+    Args:
+        form: Its form.
+        message: What went wrong.
+    """
+
+    def __init__(self, form: Form, message: str):
+        super().__init__(message)
+        self.form = form
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,7 @@ class Subject:
 
     Raises:
         BenchmarkError: If the form or the work does not go with the model.
+        UnknownModelError: If the form's name stands for no model.
     """
 
     def __init__(self, form: Form, workload: Workload,
@@ -182,14 +192,19 @@ class Subject:
         self.form = form
         self.device = torch.device(workload.device)
         self.before = _held_by_gpu(self.device)
-        self.task, self.config = read_model(form.model)
+        torch.manual_seed(0)
+        named = load_named_model(form.model)
+        self.task, self.config = named.task, named.config
         self.train = workload.train
         self.amp = workload.amp and getattr(torch, workload.amp)
         self.batch = workload.batch or self._default_batch()
 
-        self.model = self._build(make_oracle)
+        self.model = self._prepare(named.model, make_oracle)
         self.sizes = workload.sizes or (
-            self._training_sizes() if workload.multi_scale else (self._default_size(), ))
+            self._training_sizes() if workload.multi_scale else (named.shape, ))
+        if None in self.sizes:
+            raise BenchmarkError(f'{form.model} does not say in its test pipeline how large the '
+                                 'images are; give a size')
         inputs = {size: self._make_inputs(size) for size in self.sizes}
         self.inputs = [inputs[size] for size in self.sizes]
         self.step_index = 0
@@ -211,10 +226,10 @@ class Subject:
     def loss(self, images: Tensor, samples: Any) -> Tensor:
         """The loss of a batch; of a backbone, the sum of its outputs."""
         with self.autocast():
-            if self.task == 'detector':
+            if self.task == 'detection':
                 return self.model.parse_losses(self.model(images, samples, mode='loss'))[0]
             outputs = self.model(images)
-            if self.task == 'classifier':
+            if self.task == 'classification':
                 return F.cross_entropy(outputs, samples)
             return sum(output.float().sum() for output in outputs)
 
@@ -249,17 +264,13 @@ class Subject:
         return peak + held, held
 
     def _infer(self, images: Tensor, samples: Any) -> None:
-        if self.task == 'detector':
+        if self.task == 'detection':
             self.model(images, samples, mode='predict')
         else:
             self.model(images)
 
-    def _build(self, make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
-        torch.manual_seed(0)
-        if self.config is None:
-            model = SpaRTAN(self.form.model)
-        else:
-            model = get_model(self.config)
+    def _prepare(self, model: nn.Module,
+                 make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
         if self.form.oracle:
             model = _replace_backbone(model, self.form.model, make_oracle)
         model.train(self.train).to(self.device)
@@ -279,10 +290,10 @@ class Subject:
             return images, None
         num_classes = next((module.num_classes for module in self.model.modules()
                             if isinstance(getattr(module, 'num_classes', None), int)), 1)
-        if self.task == 'classifier':
+        if self.task == 'classification':
             labels = torch.randint(num_classes, (self.batch, ), generator=generator)
             return images, labels.to(self.device)
-        return images, _make_samples(self.batch, size, num_classes, generator, self.device)
+        return images, _make_samples(images, num_classes, generator)
 
     def _default_batch(self) -> int:
         if not self.train:
@@ -297,16 +308,6 @@ class Subject:
             raise BenchmarkError(f'{self.form.model} does not train at several scales: it has no '
                                  'BatchRandomResize')
         return tuple(sizes)
-
-    def _default_size(self) -> tuple[int, int]:
-        if self.config is None:
-            return 224, 224
-        pipeline = self.config.get('test_dataloader', {}).get('dataset', {}).get('pipeline', ())
-        size = _find_size(pipeline)
-        if size is None:
-            raise BenchmarkError(f'{self.form.model} does not say in its test pipeline how large '
-                                 'the images are; give a size')
-        return size
 
 
 class PartTimer:
@@ -370,11 +371,14 @@ def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None =
 
     Raises:
         BenchmarkError: If a form or the work does not go with the model.
+        StepError: If a model fails in its first step.
+        UnknownModelError: If a form's name stands for no model.
     """
     workload = group.workload
-    device = torch.device(workload.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise BenchmarkError(f'device {workload.device!r}: torch finds no GPU')
+    try:
+        device = torch.device(choose_device(workload.device))
+    except UsageError as error:
+        raise BenchmarkError(str(error)) from error
     report('the limits of the machine')
     limits = measure_limits(device, getattr(torch, workload.amp or 'float32'))
 
@@ -383,7 +387,13 @@ def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None =
         name = f'{form.model}, {form.label}'
         report(f'{name}: building')
         subject = Subject(form, workload, make_oracle)
-        work = count_work(subject.step, limits, len(subject.sizes))
+        try:
+            work = count_work(subject.step, limits, len(subject.sizes))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        # Whatever a model's code says to images of a size that it does not take.
+        except Exception as error:
+            raise StepError(form, f'{name} cannot run: {first_line(error)}') from error
         if form.compile:
             report(f'{name}: compiling')
             subject.compile()
@@ -418,8 +428,8 @@ def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
         Seconds of each part, as medians over the steps.
     """
     if subject.config is None:
-        raise BenchmarkError('a backbone alone has no parts: measure those of a detector or a '
-                             'classifier')
+        raise BenchmarkError(f'{subject.form.model} has no config, which says how it is optimised: '
+                             'measure the parts of a model that has one')
     model, timer = subject.model, PartTimer(subject.device)
     for name, part in (('backbone', 'backbone'), ('neck', 'neck'), ('decoder', 'decoder'),
                        ('head', 'head')):
@@ -549,6 +559,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def write_sizes(sizes: Sequence[Sequence[int]]) -> str:
     """Write one size, or the range of several."""
     texts = [f'{height}×{width}' for height, width in sorted(map(tuple, sizes))]
@@ -579,36 +594,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Describe in one line what :func:`describe_machine` found."""
     gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, " if machine['gpu'] else ''
-    return (f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
+    cores, threads = (f'{machine[name]} {name[:-1] if machine[name] == 1 else name}'
+                      for name in ('cores', 'threads'))
+    return (f"{gpu}{machine['cpu']}, {cores}, {threads}; "
             f"Python {machine['python']}, torch {machine['torch']}, spartan_mm "
             f"{machine['spartan_mm']}; {machine['date']}")
-
-
-def read_model(name: str) -> tuple[str, Config | None]:
-    """Find what a name stands for.
-
-    Args:
-        name: A config file, the name of a model of this package, or the arch of a SpaRTAN backbone.
-
-    Returns:
-        'backbone', 'classifier' or 'detector', and the config; None for a backbone.
-
-    Raises:
-        BenchmarkError: If there is no such thing, or it is neither.
-    """
-    if name in SpaRTAN.arch_settings:
-        return 'backbone', None
-    try:
-        config = load_config(name)
-    except FileNotFoundError as error:
-        archs = ', '.join(SpaRTAN.arch_settings)
-        raise BenchmarkError(f'{error}; the backbones alone are {archs}') from error
-    scope = config.get('default_scope')
-    if scope not in _SCOPES or 'model' not in config:
-        raise BenchmarkError(f'{name} describes neither a detector nor a classifier (its '
-                             f'default_scope is {scope!r}, not one of '
-                             f'{", ".join(map(repr, _SCOPES))})')
-    return _SCOPES[scope], config
 
 
 def _warm_up(subject: Subject, steps: int) -> float:
@@ -667,42 +657,20 @@ def _replace_backbone(model: nn.Module, name: str,
     return model
 
 
-def _make_samples(batch: int, size: tuple[int, int], num_classes: int,
-                  generator: torch.Generator, device: torch.device) -> list:
+def _make_samples(images: Tensor, num_classes: int, generator: torch.Generator) -> list:
     """Samples of a detector with random objects."""
-    from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    height, width = size
+    height, width = images.shape[-2:]
     scale = torch.tensor([width, height] * 2)
-    samples = []
-    for index in range(batch):
+    samples = describe_images(images)
+    for sample in samples:
         center = torch.rand(_NUM_OBJECTS, 2, generator=generator)
         side = 0.05 + 0.4 * torch.rand(_NUM_OBJECTS, 2, generator=generator)
         corners = torch.cat([center - side / 2, center + side / 2], 1).clamp(0, 1) * scale
         labels = torch.randint(num_classes, (_NUM_OBJECTS, ), generator=generator)
-        samples.append(DetDataSample(
-            gt_instances=InstanceData(bboxes=corners.to(device), labels=labels.to(device)),
-            metainfo=dict(img_id=index, img_shape=size, ori_shape=size, pad_shape=size,
-                          batch_input_shape=size, scale_factor=(1., 1.))))
-    return samples
-
-
-def _find_size(pipeline: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
-    """Find the (height, width) of what a pipeline gives: what its last resize or crop says."""
-    found = None
-    for step in pipeline:
-        if 'transforms' in step:
-            found = _find_size(step['transforms']) or found
-        for key in ('size', 'scale', 'crop_size'):
-            value = step.get(key)
-            if isinstance(value, int):
-                found = value, value
-            elif isinstance(value, (list, tuple)) and len(value) == 2 and all(
-                    isinstance(side, int) for side in value):
-                # mmcv's scales are (width, height).
-                found = tuple(value[::-1]) if key == 'scale' else tuple(value)
-    return found
+        sample.gt_instances = InstanceData(bboxes=corners, labels=labels)
+    return [sample.to(images.device) for sample in samples]
 
 
 def _held_by_gpu(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from .benchmark import (
 from .input_speed import input_table
 from .model_tables import insert_tables
 
-compat.require('matplotlib', '3.6', 'demo')
+compat.require('matplotlib', '3.6', 'analysis')
 
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib.figure import Figure

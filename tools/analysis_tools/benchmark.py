@@ -5,8 +5,9 @@
     benchmark.py rtdetr_spartan_t --data                      its training pipeline
     benchmark.py --standard                                   the standard table of this machine
 
-CONFIG is a config file, the name of a model, or the arch of a SpaRTAN backbone (xt, t). Forms that
-are measured beside each other take turns, so that ratios do not depend on what else is running.
+CONFIG is a config file, the name of a model, the arch of a SpaRTAN backbone (xt, t), or a model of
+another package: timm:NAME, mmpretrain:NAME, mmdet:NAME. Forms that are measured beside each other
+take turns, so that ratios do not depend on what else is running.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from spartan_mm.analysis.benchmark import (  # noqa: E402
     Workload,
 )
 from spartan_mm.demo import Console, find_home, run_process, shorten  # noqa: E402
+from spartan_mm.zoo import UnknownModelError  # noqa: E402
 
 ORACLE_FILE = ROOT / 'tests' / 'oracle' / 'spartan.py'
 DOCUMENT = ROOT / 'docs' / 'performance.md'
@@ -256,7 +258,7 @@ def main() -> None:
             if args.standard:
                 measure_standard(args, console, kind, out_dir)
             show_results(args, console, kind, out_dir)
-    except (BenchmarkError, FileNotFoundError) as error:
+    except (BenchmarkError, UnknownModelError, FileNotFoundError) as error:
         console.line()
         sys.exit(f'error: {error}')
     except torch.cuda.OutOfMemoryError as error:
