@@ -1,9 +1,10 @@
 # make setup   build .venv or bring it up to date (Python 3.10-3.12; PYTHON=... chooses one)
-# make demo    train and evaluate a detector on generated data, with pictures and curves
+# make demo    train and evaluate a detector on generated data, with pictures, curves and a report
 # make demo-classification   the same for a classifier, on real handwritten digits
 # make test    lint and tests
 # make test-parity   RT-DETR against the implementation in transformers, in an environment of its own
 # make benchmark   time and memory of the models on this machine, for docs/performance.md
+# make tables   the static columns of the paper's tables, for docs/tables.md
 # make lint    ruff alone
 # make clean   remove both environments and what tests and builds leave
 
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY := .venv-parity
 
-.PHONY: help setup demo demo-classification benchmark test test-parity lint clean
+.PHONY: help setup demo demo-classification benchmark tables test test-parity lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -32,6 +33,9 @@ demo-classification: $(READY)
 
 benchmark: $(READY)
 	$(PY) tools/analysis_tools/benchmark.py --standard $(ARGS)
+
+tables: $(READY)
+	$(PY) tools/analysis_tools/paper_tables.py $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

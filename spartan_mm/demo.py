@@ -168,10 +168,10 @@ class Commands:
 
 
 class Demo(ABC):
-    """From nothing to a trained model: make data, train, evaluate, draw.
+    """From nothing to a trained model: make data, train, evaluate, draw, report.
 
-    Subclasses say what ``goals`` there are and which ``train_flags`` to train with, and fill in the
-    steps.
+    Subclasses say what ``goals`` there are and which flags to train (``train_flags``) and to report
+    with (``report_flags``), and fill in the steps.
 
     Args:
         root: the folder of ``tools/`` and ``configs/``.
@@ -184,6 +184,7 @@ class Demo(ABC):
 
     goals: tuple[Goal, ...]
     train_flags: tuple[str, ...] = ()
+    report_flags: tuple[str, ...] = ()
 
     def __init__(self, root: Path, config: Path, work_dir: Path, data_root: Path,
                  options: Sequence[str], quick: bool) -> None:
@@ -200,6 +201,7 @@ class Demo(ABC):
         self.config = work_dir / config.name
         self.predictions = work_dir / 'evaluation' / 'predictions.pkl'
         self.curves = work_dir / 'curves.png'
+        self.report = work_dir / 'report.html'
 
     @abstractmethod
     def make_data(self) -> None:
@@ -253,6 +255,9 @@ class Demo(ABC):
                 ['--out', self.commands.shown(self.predictions)], self.keeps)
         with self._step('pictures'):
             self.infer(checkpoint, self._draw())
+        with self._step('report'):
+            self.commands.run('report.py', [self.commands.shown(self.work_dir),
+                                            *self.report_flags])
         return tuple(metrics[goal.key] for goal in self.goals)
 
     @contextlib.contextmanager
@@ -460,7 +465,7 @@ def run_demo(demo: Demo) -> int:
         line(f'The bar, {bars}, is reached')
     times = ', '.join(f'{name} {_clock(seconds)}' for name, seconds in demo.seconds.items())
     line(f'minutes: {times}; {_clock(sum(demo.seconds.values()))} in all')
-    for what, path in demo.results.items():
+    for what, path in {**demo.results, 'all on one page': demo.report}.items():
         line(f'{what}: {demo.commands.shown(path)}')
     line(f'Everything lies in {demo.work_dir}')
     return BELOW_BAR if missing and not demo.quick else 0

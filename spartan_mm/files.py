@@ -1,5 +1,6 @@
 """Writing files so that nobody ever sees half of one."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,33 @@ from typing import IO
 
 #: What the names of files end in that are not whole yet.
 UNFINISHED = '.unfinished'
+
+
+class UnwritableError(OSError):
+    """A file cannot be written; made of errno, the reason and the file, as any ``OSError``."""
+
+    def __str__(self) -> str:
+        remedy = 'make room' if self.errno in (errno.ENOSPC, errno.EDQUOT) else 'name another place'
+        return f'{self.filename} cannot be written: {self.strerror}; {remedy}'
+
+
+def check_writable(path: str | Path) -> None:
+    """Check before long work that its result has a place, as far as one can tell by looking.
+
+    Args:
+        path: the file to write; its folder need not exist.
+
+    Raises:
+        UnwritableError: it is a folder, or its folder is a file or closed to this user.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UnwritableError(errno.EISDIR, 'it is a folder', str(path))
+    folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if not folder.is_dir():
+        raise UnwritableError(errno.ENOTDIR, f'{folder} is a file, not a folder', str(path))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UnwritableError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @contextmanager
@@ -25,7 +53,7 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
         The file, open for bytes.
 
     Raises:
-        OSError: the file cannot be written, for want of space for example.
+        UnwritableError: the file cannot be written, for want of space for example.
 
     Example:
         >>> import pathlib, tempfile
@@ -36,9 +64,11 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
         b'all of it'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(UNFINISHED, f'.{path.name}.', path.parent)
+    check_writable(path)
+    unfinished = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(UNFINISHED, f'.{path.name}.', path.parent)
         with os.fdopen(handle, 'wb') as file:
             yield file
             file.flush()
@@ -48,8 +78,13 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
         os.umask(umask)
         os.chmod(unfinished, 0o666 & ~umask)
         os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
+    except BaseException as error:
+        if unfinished is not None:
+            os.unlink(unfinished)
+        # An error of another file, or one that the system does not know, is the caller's own.
+        if (isinstance(error, OSError) and error.errno is not None
+                and error.filename in (None, unfinished, str(path.parent))):
+            raise UnwritableError(error.errno, error.strerror, str(path)) from error
         raise
     _flush_folder(path.parent)
 

@@ -24,9 +24,8 @@ from .datasets.findings import UndecodableError
 from .datasets.images import decode_image
 from .engine.checkpoint import find_meta, load_for_inference
 from .engine.publish import config_from
-from .zoo import find_config
+from .zoo import find_config, find_test_dataset, is_checkpoint
 
-CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
@@ -127,7 +126,8 @@ class Model:
     """A model and the test pipeline of its config; subclasses are for a task each.
 
     Args:
-        config: the config file or the name of a model; or a checkpoint that holds its config.
+        config: the config file or the name of a model; or a checkpoint that holds its config; or
+            the config itself.
         checkpoint: the weights, a local path or a URL; None if ``config`` is a checkpoint that
             holds them.
         device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
@@ -143,17 +143,17 @@ class Model:
     kind: ClassVar[str]
     doing: ClassVar[str]
 
-    def __init__(self, config: str, checkpoint: str | None = None,
+    def __init__(self, config: str | Config, checkpoint: str | None = None,
                  device: str | None = None) -> None:
-        cfg = _read_config(config)
-        if checkpoint is None and not _is_checkpoint(config):
-            raise InputError(f'{config} is a config without weights; name a checkpoint, too')
+        cfg, name = _read_config(config), _name_of(config)
+        if checkpoint is None and not is_checkpoint(name):
+            raise InputError(f'{name} is a config without weights; name a checkpoint, too')
         scope = cfg.get('default_scope')
         if scope != self.scope:
-            raise InputError(f'{config} describes no {self.kind} (its default_scope is {scope!r}, '
+            raise InputError(f'{name} describes no {self.kind} (its default_scope is {scope!r}, '
                              f'not {self.scope!r})')
         with DefaultScope.overwrite_default_scope(scope):
-            self._build(cfg, checkpoint or config, device)
+            self._build(cfg, checkpoint or name, device)
 
     def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
         # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
@@ -161,9 +161,7 @@ class Model:
         meta = find_meta(load_for_inference(model, checkpoint))
         self.model = model.to(device or get_device()).eval()
 
-        dataset = cfg.test_dataloader.dataset
-        while 'dataset' in dataset:
-            dataset = dataset.dataset
+        dataset = find_test_dataset(cfg)
         self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
         loader, *steps = dataset.pipeline
         self._decoding = dict(flag=loader.get('color_type', 'color'),
@@ -195,16 +193,20 @@ class Model:
         """Make of each image a picture to look at and a record."""
         raise NotImplementedError
 
-    @torch.inference_mode()
-    def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """Run a batch of images through the pipeline and the model."""
+    def collate(self, images: Sequence[np.ndarray]) -> dict[str, list[Any]]:
+        """Run images through the config's pipeline, which gives what ``test_step`` takes."""
         batch = []
         for image in images:
             size = image.shape[:2]
             image = image.astype(np.float32) if self._float else image
             batch.append(self._pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
                                              img_path=None)))
-        return self.model.test_step({key: [item[key] for item in batch] for key in batch[0]})
+        return {key: [item[key] for item in batch] for key in batch[0]}
+
+    @torch.inference_mode()
+    def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Run a batch of images through the pipeline and the model."""
+        return self.model.test_step(self.collate(images))
 
 
 class Detector(Model):
@@ -268,13 +270,13 @@ class Classifier(Model):
                 for image, classes in zip(images, found, strict=True)]
 
 
-def load_model(config: str, checkpoint: str | None = None,
+def load_model(config: str | Config, checkpoint: str | None = None,
                device: str | None = None) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
     scope = _read_config(config).get('default_scope')
     tasks = {task.scope: task for task in (Detector, Classifier)}
     if scope not in tasks:
-        raise InputError(f'{config} describes neither a detector nor a classifier (its '
+        raise InputError(f'{_name_of(config)} describes neither a detector nor a classifier (its '
                          f'default_scope is {scope!r}, not one of {", ".join(map(repr, tasks))})')
     return tasks[scope](config, checkpoint, device)
 
@@ -406,7 +408,7 @@ def draw_classification(image: np.ndarray, found: Classification,
         left, top = width + margin, rank * row + 0.15 * row
         percentage = f'{100 * score:.1f} %'
         room = length - font.getlength(percentage) - margin
-        draw.text((left, top), _fit(class_name(classes, label), font, room), 'black', font)
+        draw.text((left, top), fit_text(class_name(classes, label), font, room), 'black', font)
         draw.text((left + length, top), percentage, 'black', font, anchor='ra')
         bar = left, top + 0.52 * row, left + length, top + 0.72 * row
         draw.rectangle(bar, fill=(230, 230, 230))
@@ -515,17 +517,17 @@ def _write_image(path: Path, image: np.ndarray) -> None:
     path.write_bytes(content.tobytes())
 
 
-def _read_config(path: str) -> Config:
-    return config_from(path) if _is_checkpoint(path) else Config.fromfile(find_config(path))
+def _read_config(config: str | Config) -> Config:
+    if isinstance(config, Config):
+        return config
+    return config_from(config) if is_checkpoint(config) else Config.fromfile(find_config(config))
 
 
-def _is_checkpoint(path: str) -> bool:
-    """Whether something is a checkpoint rather than a config or the name of a model."""
-    return '://' in str(path) or (Path(path).is_file()
-                                  and Path(path).suffix not in CONFIG_SUFFIXES)
+def _name_of(config: str | Config) -> str:
+    return str(config.filename) if isinstance(config, Config) else config
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def fit_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Cut a text where it is too long."""
     if font.getlength(text) <= width:
         return text

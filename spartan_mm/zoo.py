@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import importlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from .engine.checkpoint import find_meta, load_for_inference
 
 TASKS = ('classification', 'detection')
+CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
 _PACKAGE = Path(__file__).parent
 
 
@@ -111,6 +113,20 @@ def config_path(name: str) -> str:
         hint = f'did you mean {", ".join(close)}?' if close else 'see spartan_mm.list_models()'
         raise UnknownModelError(f'there is no model {name!r}; {hint}')
     return str(root() / models[name]['Config'])
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a name is that of a checkpoint, a file or a URL, and not of a config or a model."""
+    return '://' in str(name) or (Path(name).is_file()
+                                  and Path(name).suffix not in CONFIG_SUFFIXES)
+
+
+def find_test_dataset(config: Config) -> Mapping[str, Any]:
+    """Find the settings of a config's test dataset, inside of all that wraps it; {} if none."""
+    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
 
 
 def find_config(name_or_path: str | Path) -> Path:

@@ -174,7 +174,7 @@ class TestClassifier:
         with pytest.raises(InputError, match="describes no classifier .*'mmdet'"):
             Classifier(str(user_project / 'user_detector.py'), checkpoint)
 
-    def test_other_architecture(self, user_project):
+    def test_other_architecture(self, user_project, classifier):
         with pytest.raises(CheckpointError, match=r"does not fit the config's ImageClassifier: .*"
                                                   r'head\.fc\.weight: \(7, 32\) instead of'):
             Classifier(str(user_project / 'user_classifier.py'),

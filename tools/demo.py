@@ -1,4 +1,4 @@
-"""From nothing to a trained detector: make data, train, evaluate, draw.
+"""From nothing to a trained detector: make data, train, evaluate, draw, report.
 
 A small RT-DETR with a SpaRTAN backbone learns handwritten digits on photographs, from scratch, on
 a GPU if there is one. Each step is a command that can be run alone, too; it is printed first.
@@ -33,6 +33,7 @@ class Demo(steps.Demo):
     """The steps of the detector."""
 
     goals = (steps.Goal('AP', 'coco/bbox_mAP', 0.30), steps.Goal('AP50', 'coco/bbox_mAP_50', 0.55))
+    report_flags = ('--score-thr', str(SCORE_THRESHOLD))
 
     def __init__(self, work_dir: Path, data_root: Path, options: list[str], quick: bool) -> None:
         options = [*(QUICK_OPTIONS if quick else ()), *options]

@@ -1,4 +1,4 @@
-"""From nothing to a trained classifier: make data, train, evaluate, draw.
+"""From nothing to a trained classifier: make data, train, evaluate, draw, report.
 
 SpaRTAN-XT learns scikit-learn's handwritten digits, from scratch, on a GPU if there is one, and is
 evaluated on digits that were held out. Each step is a command that can be run alone, too; it is

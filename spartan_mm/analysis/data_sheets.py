@@ -8,18 +8,19 @@ import numpy as np
 from .. import compat
 from ..datasets.check import Content
 
-compat.require('matplotlib', '3.6', 'demo')
+compat.require('matplotlib', '3.6', 'analysis')
 
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+from ..inference import load_font
+from .class_bars import shorten_name
 from .curves import COLOURS
-from .gallery import Truth, _font, _panel, draw_truth
+from .gallery import Truth, add_caption, arrange, draw_truth, open_image
 
 _MAX_CLASSES = 80
-_MAX_NAME = 24  # characters
 #: COCO's bounds of small and medium objects: the square root of the area, in pixels.
 _COCO_SIDES = (32, 96)
 
@@ -56,7 +57,7 @@ def draw_class_counts(contents: Mapping[str, Content]) -> Figure:
     for number, (name, count) in enumerate(counts.items()):
         axes.barh(places + (number + 0.5) * height - 0.4, np.maximum(count[order], 0.5), height,
                   color=COLOURS[number % len(COLOURS)], label=f'{name}: {count.sum()} objects')
-    axes.set_yticks(places, [_short(classes[i]) for i in order], fontsize=9)
+    axes.set_yticks(places, [shorten_name(classes[i]) for i in order], fontsize=9)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xscale('log')
     axes.set_xlim(left=0.5)
@@ -126,7 +127,7 @@ def draw_suspects(content: Content, suspects: Mapping[str, str], limit: int = 24
         The sheet. An image that cannot be read is a grey field that says so.
     """
     index_of = {path: index for index, path in enumerate(content.paths)}
-    font = _font(13)
+    font = load_font(13)
     panels = []
     for path, kind in _take_turns(suspects, limit):
         image = _open(path)
@@ -140,25 +141,9 @@ def draw_suspects(content: Content, suspects: Mapping[str, str], limit: int = 24
             own = (content.image_index == index) & (content.labels >= 0) & ~content.crowds
             image = draw_truth(image, Truth(content.boxes[own], content.labels[own]),
                                content.classes, longer_side)
-        panel = _panel(image, font, _short(Path(path).name, 40))
-        panels.append(_panel(panel, font, kind))
-    return _arrange(panels, columns)
-
-
-def _arrange(panels: list[Image.Image], columns: int) -> Image.Image:
-    """Arrange panels on a sheet, row by row."""
-    margin = 12
-    columns = max(1, min(columns, len(panels)))
-    rows = [panels[start:start + columns] for start in range(0, len(panels), columns)]
-    width = max((panel.width for panel in panels), default=320) + margin
-    heights = [max(panel.height for panel in row) + margin for row in rows]
-    sheet = Image.new('RGB', (columns * width + margin, sum(heights) + margin), (255, 255, 255))
-    top = margin
-    for row, height in zip(rows, heights, strict=True):
-        for column, panel in enumerate(row):
-            sheet.paste(panel, (margin + column * width, top))
-        top += height
-    return sheet
+        panel = add_caption(image, font, shorten_name(Path(path).name, 40))
+        panels.append(add_caption(panel, font, kind))
+    return arrange(panels, columns)
 
 
 def _take_turns(suspects: Mapping[str, str], limit: int) -> list[tuple[str, str]]:
@@ -173,17 +158,11 @@ def _take_turns(suspects: Mapping[str, str], limit: int) -> list[tuple[str, str]
 
 def _open(path: str) -> Image.Image | None:
     try:
-        with Image.open(path) as file:
-            # Turned as a camera says, which is how mmcv reads it.
-            return ImageOps.exif_transpose(file).convert('RGB')
+        return open_image(path)
     except Exception:  # Pillow has many, and each means the same here
         return None
 
 
 def _no_truth() -> Truth:
     return Truth(np.zeros((0, 4)), np.zeros(0, dtype=int))
-
-
-def _short(name: str, limit: int = _MAX_NAME) -> str:
-    return name if len(name) <= limit else f'{name[:limit - 1]}…'
 

@@ -1,7 +1,7 @@
 """A sheet of pictures: what is in them on the left, what a detector found on the right."""
 
 import colorsys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from mmengine import fileio
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import compat
-from ..inference import Detections, class_name
+from ..inference import Detections, class_name, load_font
 
 Colour = tuple[int, int, int]
 
@@ -71,17 +71,40 @@ def read_predictions(path: str | Path) -> dict[Any, Detections]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, nothing, or is damaged.
+    """
+    return read_samples(path, 'detector', {'img_id', 'pred_instances'}, collect_predictions)
+
+
+def read_samples(path: str | Path, kind: str, keys: set[str],
+                 collect: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    """Read what ``tools/test.py --out`` writes of any model.
+
+    Args:
+        path: the file.
+        kind: of the model, for messages.
+        keys: what each sample must have.
+        collect: arranges the samples.
+
+    Returns:
+        What ``collect`` returns.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else, nothing, or is damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'predictions {path} do not exist')
-    content = fileio.load(str(path))
-    if not isinstance(content, list) or not all(
-            isinstance(sample, dict) and {'img_id', 'pred_instances'} <= sample.keys()
-            for sample in content):
-        raise ValueError(f'{path} holds no predictions of a detector: make it with '
-                         '`tools/test.py CONFIG CHECKPOINT --out FILE.pkl`')
-    return collect_predictions(content)
+    remedy = 'make it with `tools/test.py CONFIG CHECKPOINT --out FILE.pkl`'
+    try:
+        content = fileio.load(str(path))
+        if isinstance(content, list) and content and all(
+                isinstance(sample, dict) and keys <= sample.keys() for sample in content):
+            return collect(content)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f'{path} cannot be read as predictions ({type(error).__name__}: {error}): '
+                         f'{remedy}') from error
+    raise ValueError(f'{path} holds no predictions of a {kind}: {remedy}')
 
 
 def read_truth(info: Mapping[str, Any], shape: tuple[int, int]) -> Truth:
@@ -96,6 +119,22 @@ def read_truth(info: Mapping[str, Any], shape: tuple[int, int]) -> Truth:
               for item in info['instances'] if item['ignore_flag']]
     boxes = np.array([item['bbox'] for item in objects], dtype=float).reshape(-1, 4)
     return Truth(boxes, np.array([item['bbox_label'] for item in objects], dtype=int), crowds)
+
+
+def found_in(info: Mapping[str, Any], predictions: Mapping[Any, Detections]) -> Detections:
+    """Take out what was found in an image.
+
+    Args:
+        info: what ``dataset.get_data_info(index)`` returns.
+        predictions: by image id.
+
+    Raises:
+        ValueError: there is no prediction for it.
+    """
+    if info['img_id'] not in predictions:
+        raise ValueError(f'there is no prediction for image {info["img_id"]!r} '
+                         f'({info["img_path"]}): the predictions belong to another dataset')
+    return predictions[info['img_id']]
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -135,26 +174,23 @@ def draw_gallery(dataset: DetectionDataset, predictions: Mapping[Any, Detections
     if not indices:
         raise ValueError('indices is empty: there is no image to draw')
     classes = dataset.metainfo.get('classes', ())
-    font = _font(15)
+    font = load_font(15)
     pairs = []
     for index in indices:
         info = dataset.get_data_info(index)
-        if info['img_id'] not in predictions:
-            raise ValueError(f'there is no prediction for image {info["img_id"]!r} '
-                             f'({info["img_path"]}): the predictions belong to another dataset')
-        with Image.open(info['img_path']) as file:
-            # Turned as a camera says, which is how mmcv reads it.
-            image = ImageOps.exif_transpose(file).convert('RGB')
+        found = found_in(info, predictions).above(score_threshold)
+        image = open_image(info['img_path'])
         truth = read_truth(info, image.size[::-1])
-        found = predictions[info['img_id']].above(score_threshold)
         crowds = f', {_count(truth.crowds, "crowd")}' if truth.crowds else ''
         pairs.append((
-            _panel(draw_truth(image, truth, classes, longer_side), font,
-                   f'{Path(info["img_path"]).name}: {_count(truth.boxes, "object")}{crowds}'),
-            _panel(draw_found(image, found, classes, longer_side), font,
-                   f'{_count(found.boxes, "detection")} with a score of {score_threshold:g} '
-                   'or more')))
-    return _arrange(pairs, min(columns, len(pairs)))
+            add_caption(
+                draw_truth(image, truth, classes, longer_side), font,
+                f'{Path(info["img_path"]).name}: {_count(truth.boxes, "object")}{crowds}'),
+            add_caption(
+                draw_found(image, found, classes, longer_side), font,
+                f'{_count(found.boxes, "detection")} with a score of {score_threshold:g} '
+                'or more')))
+    return _arrange_pairs(pairs, min(columns, len(pairs)))
 
 
 def draw_truth(image: Image.Image, truth: Truth, classes: Sequence[str],
@@ -185,11 +221,41 @@ def draw_found(image: Image.Image, found: Detections, classes: Sequence[str],
     return canvas
 
 
+def add_caption(image: Image.Image, font: ImageFont.FreeTypeFont, caption: str) -> Image.Image:
+    """Put a line of text over an image."""
+    height = sum(font.getmetrics()) + 6
+    panel = Image.new('RGB', (image.width, image.height + height), _BACKGROUND)
+    ImageDraw.Draw(panel).text((0, 2), caption, font=font, fill=_INK)
+    panel.paste(image, (0, height))
+    return panel
+
+
+def arrange(panels: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Arrange panels on a sheet, row by row."""
+    columns = max(1, min(columns, len(panels)))
+    rows = [panels[start:start + columns] for start in range(0, len(panels), columns)]
+    width = max((panel.width for panel in panels), default=320) + _MARGIN
+    heights = [max(panel.height for panel in row) + _MARGIN for row in rows]
+    sheet = Image.new('RGB', (columns * width + _MARGIN, sum(heights) + _MARGIN), _BACKGROUND)
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, panel in enumerate(row):
+            sheet.paste(panel, (_MARGIN + column * width, top))
+        top += height
+    return sheet
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image, turned as a camera says, which is how mmcv reads it."""
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file).convert('RGB')
+
+
 def _draw_boxes(canvas: Image.Image, boxes: np.ndarray, texts: Sequence[str],
                 colours: Sequence[Colour], framed: Sequence[bool]) -> None:
     """Draw all frames, then the labels, so that no frame crosses a label."""
     draw = ImageDraw.Draw(canvas)
-    font = _font(14)
+    font = load_font(14)
     for box, colour, frame in zip(boxes, colours, framed, strict=True):
         if frame:
             # A dark line beside the bright one, for bright backgrounds.
@@ -268,18 +334,9 @@ def _mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-def _panel(image: Image.Image, font: ImageFont.FreeTypeFont, caption: str) -> Image.Image:
-    """Put a caption over an image."""
-    height = sum(font.getmetrics()) + 6
-    panel = Image.new('RGB', (image.width, image.height + height), _BACKGROUND)
-    ImageDraw.Draw(panel).text((0, 2), caption, font=font, fill=_INK)
-    panel.paste(image, (0, height))
-    return panel
-
-
-def _arrange(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int) -> Image.Image:
+def _arrange_pairs(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int) -> Image.Image:
     """Arrange pairs on a sheet, row by row, under a heading for each column of panels."""
-    font = _font(20)
+    font = load_font(20)
     width = max(panel.width for pair in pairs for panel in pair)
     rows = [pairs[start:start + columns] for start in range(0, len(pairs), columns)]
     heights = [max(panel.height for pair in row for panel in pair) for row in rows]
@@ -307,13 +364,6 @@ def _resize(image: Image.Image, longer_side: int) -> tuple[Image.Image, float]:
     scale = longer_side / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     return image.resize(size, Image.Resampling.LANCZOS), scale
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that matplotlib brings along, the same on every machine."""
-    matplotlib = compat.require('matplotlib', '3.6', 'demo')
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'), size)
 
 
 def _colour(label: int) -> Colour:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from .. import compat
+from .class_bars import shorten_name
 from .confusion import Outcomes
+from .gallery import open_image
 
-compat.require('matplotlib', '3.6', 'demo')
+compat.require('matplotlib', '3.6', 'analysis')
 
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib.figure import Figure
@@ -53,9 +54,7 @@ def draw_mistakes(outcomes: Outcomes, classes: Sequence[str], limit: int = 48,
     grid = figure.add_gridspec(rows, columns)
     for place, index in enumerate(shown):
         axes = figure.add_subplot(grid[place // columns, place % columns])
-        with Image.open(outcomes.paths[index]) as file:
-            # Turned as a camera says, which is how mmcv reads it.
-            axes.imshow(ImageOps.exif_transpose(file).convert('RGB'), interpolation='nearest')
+        axes.imshow(open_image(outcomes.paths[index]), interpolation='nearest')
         axes.set_axis_off()
         scores = outcomes.scores[index]
         truth, predicted = outcomes.truths[index], outcomes.predicted[index]
@@ -74,5 +73,4 @@ def _headline(wrong: int, shown: int, total: int) -> str:
 
 def _short(name: str) -> str:
     """Take the first of several names, cut where it is long."""
-    name = name.split(',')[0]
-    return name if len(name) <= _MAX_NAME else f'{name[:_MAX_NAME - 1]}…'
+    return shorten_name(name.split(',')[0], _MAX_NAME)

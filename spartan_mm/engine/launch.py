@@ -20,6 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..datasets.findings import DataError
+from ..files import UnwritableError
 from ..zoo import find_config, without_pretrained
 from .checkpoint import CheckpointError
 from .numbers import NonFiniteError
@@ -46,7 +47,8 @@ class UsageError(ValueError):
 
 
 #: Errors that say all there is to say: what is wrong and what to do.
-EXPLAINED = (FileNotFoundError, UsageError, DataError, CheckpointError, NonFiniteError, SavingError)
+EXPLAINED = (FileNotFoundError, UnwritableError, UsageError, DataError, CheckpointError,
+             NonFiniteError, SavingError)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +64,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
                              'dist_test.sh set it')
     # torch.distributed.launch passes the rank as a flag, torchrun as a variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def read_share(text: str) -> float:
+    """Read a number from 0 to 1, as the ``type`` of a flag."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
 
 
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
@@ -94,6 +106,31 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def choose_device(device: str | None = None) -> str:
+    """Check that there is a device, or choose one.
+
+    Args:
+        device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: if torch has no such device.
+    """
+    device = device or get_device()
+    try:
+        torch.empty(0, device=device)
+    # Of what torch is built without, an AssertionError or a NotImplementedError.
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        if not device.startswith('cuda'):
+            reason = "torch cannot use it here; take one such as 'cpu' or 'cuda:0'"
+        elif count:
+            reason = f'torch finds {count} GPU{"s" if count > 1 else ""}, counted from 0'
+        else:
+            reason = "torch finds no GPU; take 'cpu'"
+        raise UsageError(f'device {device!r}: {reason}') from error
+    return device
 
 
 def use_amp(cfg: Config, dtype: str = 'float16') -> None:

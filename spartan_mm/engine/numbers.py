@@ -289,7 +289,7 @@ class FiniteNumbersHook(Hook):
                 with write_whole(path) as file:
                     file.write(memory.getbuffer())
             except OSError as error:
-                print_log(f'{path} cannot be written: {error}', 'current', logging.WARNING)
+                print_log(str(error), 'current', logging.WARNING)
                 path = None
         paths = [str(path) for path in _gather(path) if path is not None]
         if not paths:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..files import write_whole
 from ..version import __version__
-from ..zoo import find_config, without_pretrained
+from ..zoo import find_config, find_test_dataset, without_pretrained
 from .checkpoint import (
     CheckpointError,
     fill_for_inference,
@@ -195,9 +195,7 @@ def _dataset_meta(checkpoint: Any, config: Config,
     else:
         found = dict(find_meta(checkpoint).get('dataset_meta') or {},
                      classes=find_classes(checkpoint))
-    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    dataset = find_test_dataset(config)
     with DefaultScope.overwrite_default_scope(config.get('default_scope')):
         kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
     for described in (dataset.get('metainfo') or {}, getattr(kind, 'METAINFO', {})):

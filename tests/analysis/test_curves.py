@@ -8,7 +8,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from spartan_mm.analysis.curves import COLOURS, RunLog, draw_curves, read_log
+from spartan_mm.analysis.curves import (
+    COLOURS,
+    RunLog,
+    draw_curves,
+    draw_panels,
+    find_log,
+    read_log,
+)
 
 
 def iteration(step, epoch=None, **values):
@@ -136,12 +143,108 @@ def test_curves_of_one_run(run):
 
 
 def test_several_runs_have_a_colour_each(run):
-    loss, metrics, _ = draw_curves({'first': run, 'second': run}).axes
-    assert {line.get_label(): line.get_color() for line in loss.lines} == {
-        'first': COLOURS[0], 'second': COLOURS[1]}
-    assert [line.get_color() for line in metrics.lines] == [COLOURS[0]] * 2 + [COLOURS[1]] * 2
-    styles = [line.get_linestyle() for line in metrics.lines]
-    assert styles[:2] == styles[2:] and styles[0] != styles[1]
+    figure = draw_curves({'first': run, 'second': run})
+    *losses, ap, ap50, rate = figure.axes
+    assert [axes.get_title(loc='left') for axes in figure.axes] == [
+        'Training loss', 'loss_bbox of the last decoder layer',
+        'loss_cls of the last decoder layer', 'Validation: AP', 'Validation: AP50',
+        'Learning rate']
+    for axes in (*losses, rate):
+        assert {line.get_label(): line.get_color() for line in axes.lines} == {
+            'first': COLOURS[0], 'second': COLOURS[1]}
+        # Of two that coincide, both are seen.
+        assert len({line.get_linestyle() for line in axes.lines}) == 2
+    assert_close(lines(losses[1])['second'], run.training('loss_bbox')[1])
+    assert_close(lines(ap50)['second'], [0.3, 0.45])
+    assert [line.get_color() for line in ap.lines] == [*COLOURS[:2]]
+    # The last values beside the lines, the second above the first as they are the same.
+    assert [text.get_text() for text in ap50.texts] == ['0.450', '0.450']
+    assert ap50.texts[1].get_position()[1] > ap50.texts[0].get_position()[1] + 0.05
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ['first', 'second']
+
+
+def test_runs_of_two_tasks(run, tmp_path):
+    other = read_log(write(tmp_path / 'log.json', [
+        dict(lr=1e-3, loss=1., step=1, epoch=1), {'accuracy/top1': 71.5, 'step': 1}]))
+    *_, top1, rate = draw_curves({'detector': run, 'classifier': other}).axes
+    assert list(lines(top1)) == ['classifier']
+    assert [text.get_text() for text in top1.texts] == ['71.500']
+    assert list(lines(rate)) == ['detector', 'classifier']
+
+
+@pytest.mark.parametrize('number', [1, 2])
+def test_each_panel_alone(number, run):
+    runs = run if number == 1 else {'first': run, 'second': run}
+    panels, together = draw_panels(runs), draw_curves(runs)
+    assert len(panels) == len(together.axes)
+    for panel, axes in zip(panels, together.axes, strict=True):
+        [alone] = panel.axes
+        assert list(lines(alone)) == list(lines(axes))
+        [legend] = panel.legends
+        assert [text.get_text() for text in legend.get_texts()] == list(lines(axes))
+        assert alone.get_legend() is None
+
+
+def test_memory_is_drawn_where_it_is_logged(tmp_path):
+    log = read_log(write(tmp_path / 'log.json', [iteration(1, memory=900), iteration(2)]))
+    assert 'memory' not in draw_curves(RunLog(log.train[1:], [], False)).axes[-1].get_title('left')
+    memory = draw_curves(log).axes[-1]
+    assert memory.get_title(loc='left') == 'Largest GPU memory in use, MiB'
+    assert_close(lines(memory)['first process'], [900])
+
+
+def test_hours(tmp_path):
+    # 0.5 s for each of 7200 iterations, then 1 s.
+    log = read_log(write(tmp_path / 'log.json', [
+        iteration(7200, 1), evaluation(1, 0.2), iteration(10800, 2, time=1.), evaluation(2, 0.3)]))
+    assert_close(log.training('loss', 'hours')[0], [1, 2])
+    assert_close(log.evaluation('coco/bbox_mAP', 'hours')[0], [1, 2])
+    axes = draw_curves(log, axis='hours').axes
+    assert {panel.get_xlabel() for panel in axes} == {'hours of training'}
+    assert_close(axes[2].lines[0].get_xdata(), [1, 2])
+
+
+def test_names_of_metrics(run):
+    assert run.metrics == ['coco/bbox_mAP', 'coco/bbox_mAP_50']
+
+
+class TestResuming:
+
+    @pytest.fixture
+    def write_run(self, tmp_path):
+        def write_run(time, records, resumed):
+            log = write(tmp_path / time / 'vis_data' / 'scalars.json', records)
+            log.with_name('config.py').write_text(f'load_from = None\nresume = {resumed}\n')
+            return log
+        return write_run
+
+    def test_runs_are_joined(self, write_run, tmp_path):
+        write_run('20200101_000000', [iteration(5, 1)], False)
+        # Killed after 30 iterations, resumed from the end of epoch 1.
+        write_run('20200102_000000', [iteration(10, 1), iteration(20, 1), evaluation(1, 0.2),
+                                      iteration(30, 2, loss=7.)], False)
+        write_run('20200103_000000', [], True)
+        last = write_run('20200104_000000', [evaluation(1, 0.25), iteration(30, 2),
+                                             iteration(40, 2), evaluation(2, 0.3)], True)
+        log = read_log(tmp_path)
+        assert_close(log.training('loss'), [[10, 20, 30, 40], 10 / np.array([10, 20, 30, 40])])
+        assert_close(log.evaluation('coco/bbox_mAP'), [[1, 2], [0.25, 0.3]])
+        # Alone where it is asked for.
+        assert len(read_log(last.parents[1]).train) == 2
+        assert find_log(tmp_path) == last
+
+    def test_a_new_start_forgets_earlier_runs(self, write_run, tmp_path):
+        write_run('20200101_000000', [iteration(10), iteration(20)], False)
+        write_run('20200102_000000', [iteration(50)], False)
+        assert_close(read_log(tmp_path).training('loss')[0], [50])
+
+    def test_all_empty(self, write_run, tmp_path):
+        write_run('20200101_000000', [], False)
+        last = write_run('20200102_000000', [], True)
+        with pytest.raises(ValueError, match='is empty') as error:
+            read_log(tmp_path)
+        assert str(last) in str(error.value)
 
 
 def test_other_metrics(tmp_path):
@@ -177,14 +280,16 @@ def test_whatever_is_in_the_log_can_be_drawn(train, evaluations, tmp_path):
             assert (low <= values).all() and (values <= high).all()
 
 
-def test_nothing_overlaps(run, tmp_path):
-    figure = draw_curves(run)
+@pytest.mark.parametrize('number', [1, 2])
+def test_nothing_overlaps(number, run, tmp_path):
+    figure = draw_curves(run if number == 1 else {'first': run, 'second': run})
     figure.savefig(tmp_path / 'curves.png')
     with Image.open(tmp_path / 'curves.png') as image:
-        assert image.size == tuple(figure.get_size_inches() * figure.dpi)
+        assert image.size == tuple((figure.get_size_inches() * figure.dpi).round())
 
     renderer = FigureCanvasAgg(figure).get_renderer()
-    legends = [axes.get_legend().get_window_extent(renderer) for axes in figure.axes]
+    legends = [legend.get_window_extent(renderer) for legend in (
+        figure.legends or [axes.get_legend() for axes in figure.axes])]
     plots = [axes.get_window_extent(renderer) for axes in figure.axes]
     for i, legend in enumerate(legends):
         assert not any(legend.overlaps(plot) for plot in plots)
@@ -199,3 +304,8 @@ def test_nothing_overlaps(run, tmp_path):
 def test_no_runs():
     with pytest.raises(ValueError, match='runs is empty'):
         draw_curves({})
+
+
+def test_an_unknown_axis(run):
+    with pytest.raises(ValueError, match="axis='days' must be one of 'step', 'hours'"):
+        draw_curves(run, axis='days')

@@ -43,7 +43,7 @@ def test_quick_demo(tmp_path):
     # The commands, the progress and the whole table; nothing of mmengine's hundreds of lines.
     assert len(lines) < 50
     assert [line.split()[2].rpartition('/')[2] for line in lines if line.startswith('$ ')] == [
-        'train.py', 'test.py', 'infer.py']
+        'train.py', 'test.py', 'infer.py', 'report.py']
     assert re.search(r'^epoch 1 of 1, loss \d+\.\d+: AP \S+, AP50 \S+$', result.stdout, re.M)
     table = [line for line in lines if line.startswith('Average ')]
     assert len(table) == 12 and 'maxDets=100' in table[0]
@@ -68,6 +68,8 @@ def test_quick_demo(tmp_path):
             assert min(image.size) > 500 and len(image.convert('RGB').getcolors(1 << 24)) > 20
     results = json.loads((work_dir / 'detections' / 'results.json').read_text())
     assert len(results['results']) == len(list((work_dir / 'detections').glob('*.jpg'))) == 4
+    report = (work_dir / 'report.html').read_text(encoding='utf-8')
+    assert report.count('detected: ') == 4 and 'class="missing"' not in report
 
 
 def test_a_failing_step_ends_the_demo(tmp_path):

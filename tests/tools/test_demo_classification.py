@@ -33,7 +33,7 @@ def test_quick_demo(tmp_path):
     assert lines[-1] == f'Everything lies in {work_dir}'
     assert len(lines) < 40
     assert [line.split()[2].rpartition('/')[2] for line in lines if line.startswith('$ ')] == [
-        'train.py', 'test.py', 'infer.py']
+        'train.py', 'test.py', 'infer.py', 'report.py']
     assert '1438 digits to learn from and 359 held out' in result.stdout
     assert re.search(r'^epoch 1 of 1, loss \d+\.\d+: top-1 \S+$', result.stdout, re.M)
 
@@ -55,6 +55,8 @@ def test_quick_demo(tmp_path):
     assert len(content['results']) == len(list((work_dir / 'classified').glob('*.png'))) == 8
     assert content['classes'] == list('0123456789')
     assert all(len(result['predictions']) == 5 for result in content['results'])
+    report = (work_dir / 'report.html').read_text(encoding='utf-8')
+    assert f'{top1:.2f} %' in report and 'class="missing"' not in report
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):

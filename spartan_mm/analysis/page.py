@@ -1,0 +1,213 @@
+"""A page of text, tables and pictures: one HTML file that loads nothing."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from .. import compat
+from ..version import __version__
+
+compat.require('matplotlib', '3.6', 'analysis')
+# What torch installs, too.
+compat.require('jinja2', '3.0', 'analysis')
+
+# ruff: noqa: E402 - the versions are checked before anything of the packages is touched
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+_TEMPLATE = Path(__file__).with_suffix('.html')
+
+# An SVG file up to this size is taken as it is; of a larger one, the smaller of SVG and PNG.
+_SMALL_SVG = 60_000  # bytes
+_PNG_DPI = 200
+# Pictures with a side up to this are shown pixel by pixel.
+_COARSE = 64
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line of text.
+
+    Args:
+        text: the line.
+        missing: whether it says what is missing.
+    """
+
+    kind: ClassVar[str] = 'note'
+    text: str
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading inside of a section."""
+
+    kind: ClassVar[str] = 'heading'
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What something is called, and what it is."""
+
+    kind: ClassVar[str] = 'facts'
+    rows: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, its first column names, the others numbers.
+
+    Args:
+        caption: what it shows.
+        header: of each column.
+        rows: the cells as they are written.
+        marked: index of a row that stands out; None for none.
+    """
+
+    kind: ClassVar[str] = 'table'
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that lies in the file.
+
+    Args:
+        source: the data URI.
+        alt: what it shows, for those who do not see it.
+        width: in pixels of the page, before it is fitted to the screen.
+        height: in pixels of the page.
+        caption: lines of text.
+        coarse: whether it has so few pixels that each is to be seen.
+    """
+
+    source: str
+    alt: str
+    width: int
+    height: int
+    caption: tuple[str, ...] = ()
+    coarse: bool = False
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures side by side, as the screen has room.
+
+    Args:
+        pictures: the pictures.
+        size: 'large', 'small', or 'wide' for one that is scrolled where the screen is narrower.
+    """
+
+    kind: ClassVar[str] = 'pictures'
+    pictures: Sequence[Picture]
+    size: str = 'large'
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures in pairs, each with a caption."""
+
+    kind: ClassVar[str] = 'pairs'
+    pairs: Sequence[tuple[str, tuple[Picture, Picture]]]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What is shown when somebody asks for it: text as it is, or blocks."""
+
+    kind: ClassVar[str] = 'folded'
+    summary: str
+    text: str = ''
+    blocks: Sequence[Any] = ()
+
+
+Block = Note | Heading | Facts | Table | Pictures | Pairs | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Args:
+        name: its anchor.
+        title: its heading.
+        blocks: what it shows.
+    """
+
+    name: str
+    title: str
+    blocks: Sequence[Block]
+
+
+def render(title: str, subtitle: str, cards: Sequence[tuple[str, str]],
+           sections: Sequence[Section]) -> str:
+    """Write a page; whatever the texts hold, it is shown as text.
+
+    Args:
+        title: its heading.
+        subtitle: a line below.
+        cards: numbers in large letters: what they are, and as they are written.
+        sections: its parts.
+
+    Returns:
+        HTML.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text(encoding='utf-8')).render(
+        title=title, subtitle=subtitle, cards=cards, sections=sections, version=__version__,
+        date=f'{datetime.now():%Y-%m-%d %H:%M}')
+
+
+def embed_figure(figure: Figure) -> Picture:
+    """Draw a figure into a picture, SVG or PNG, whichever is lighter."""
+    def draw(form: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        # The same figure gives the same file: names in it are no random numbers.
+        with matplotlib.rc_context({'svg.hashsalt': 'spartan_mm'}):
+            figure.savefig(buffer, format=form, **options)
+        return buffer.getvalue()
+
+    content, kind = draw('svg', metadata=dict(Date=None)), 'image/svg+xml'
+    if len(content) > _SMALL_SVG:
+        raster = draw('png', dpi=_PNG_DPI)
+        if len(raster) < len(content):
+            content, kind = raster, 'image/png'
+    titles = [axes.get_title(loc='left') or axes.get_title() for axes in figure.axes]
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    return Picture(_as_uri(content, kind), ' '.join(', '.join(filter(None, titles)).split()), width,
+                   height)
+
+
+def embed_image(image: Image.Image, alt: str, caption: tuple[str, ...] = ()) -> Picture:
+    """Encode a picture; what has few pixels without loss.
+
+    Args:
+        image: the picture.
+        alt: what it shows.
+        caption: lines of text.
+    """
+    coarse = max(image.size) <= _COARSE
+    buffer = io.BytesIO()
+    if coarse:
+        image.save(buffer, 'PNG', optimize=True)
+    else:
+        # Full colour resolution: the frames are thin.
+        image.save(buffer, 'JPEG', quality=85, subsampling=0, optimize=True)
+    return Picture(_as_uri(buffer.getvalue(), 'image/png' if coarse else 'image/jpeg'), alt,
+                   *image.size, caption, coarse)
+
+
+def _as_uri(content: bytes, kind: str) -> str:
+    return f'data:{kind};base64,{base64.b64encode(content).decode()}'

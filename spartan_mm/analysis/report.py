@@ -1,0 +1,535 @@
+"""A run on one page: curves, metrics, pictures, machine and config in one HTML file."""
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from PIL import Image
+
+from ..version import __version__
+from .benchmark import describe_machine
+from .class_bars import draw_class_bars
+from .confusion import (
+    SURPLUS,
+    Outcomes,
+    count_confusions,
+    count_detections,
+    draw_confusion,
+    measure_tops,
+)
+from .curves import METRICS, draw_panels
+from .errors import KINDS, DetectionError, count_kinds, draw_error, find_errors
+from .gallery import draw_found, draw_truth, found_in, open_image, read_truth, spread
+from .mistakes import find_mistakes
+from .page import (
+    Block,
+    Facts,
+    Folded,
+    Heading,
+    Note,
+    Pairs,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    embed_figure,
+    embed_image,
+    render,
+)
+from .results import ClassifierResults, DetectorResults, read_results
+from .runs import Run, find_predictions, read_environment, read_span, time_of
+
+if TYPE_CHECKING:
+    from .coco_curves import CocoResults
+
+# What a part that cannot be made raises: a file is missing, data is not what it should be.
+_EXPECTED = (OSError, ValueError, ImportError)
+
+_PAIR_SIDE, _CELL_SIDE = 560, 180  # pixels
+_PER_KIND, _MAX_MISTAKES = 8, 48
+# Up to so many rows, a table is not folded.
+_MAX_ROWS = 12
+
+_COCO_ROWS = {
+    'AP': 'AP, IoU 0.50 to 0.95', 'AP50': 'AP50, IoU 0.50', 'AP75': 'AP75, IoU 0.75',
+    'AP small': 'AP of small objects, area up to 32²',
+    'AP medium': 'AP of medium objects, up to 96²', 'AP large': 'AP of large objects, beyond',
+    'AR 1': 'recall with 1 detection an image', 'AR 10': 'recall with 10 detections',
+    'AR 100': 'recall with 100 detections', 'AR small': 'recall of small objects',
+    'AR medium': 'recall of medium objects', 'AR large': 'recall of large objects'}
+
+# What the columns of the validations are called.
+_COLUMNS = {**METRICS, 'coco/bbox_mAP_75': 'AP75', 'coco/bbox_mAP_s': 'AP small',
+            'coco/bbox_mAP_m': 'AP medium', 'coco/bbox_mAP_l': 'AP large'}
+
+_PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmpretrain')
+
+
+class Report:
+    """The page of a run; subclasses are for a task each.
+
+    A part whose data is missing says in a line what is missing.
+
+    Args:
+        run: the run.
+        predictions: the file that ``tools/test.py --out`` wrote, a pickle, which can hold code:
+            take none from strangers. None for the latest one in the folder of the run.
+        score_threshold: the least score of a detection that is drawn, or counts as an error.
+        images: number of images beside their ground truth.
+
+    Raises:
+        FileNotFoundError: ``predictions`` does not exist.
+        ValueError: ``predictions`` holds something else.
+    """
+
+    #: Metrics in large letters: what to call them, by their name in the log.
+    goals: ClassVar[Mapping[str, str]] = METRICS
+
+    def __init__(self, run: Run, predictions: str | Path | None = None,
+                 score_threshold: float = 0.3, images: int = 8) -> None:
+        self.run = run
+        self.predictions: Path | None = None
+        self.score_threshold = score_threshold
+        self.images = images
+        self._results: DetectorResults | ClassifierResults | None = None
+        # Why there are none.
+        self._reason = f'no predictions in {run.folder}' + (
+            f': `python tools/report.py {shlex.quote(str(run.folder))} --test` makes them'
+            if run.last else ', and no checkpoint yet to make them with')
+        if predictions is not None:
+            self._take(Path(predictions))
+            return
+        for path in find_predictions(run):
+            try:
+                self._take(path)
+                return
+            except _EXPECTED as error:
+                self._reason = _explain(error)
+
+    def _take(self, path: Path) -> None:
+        self._results = read_results(self.run.config, path)
+        self.predictions = path
+
+    @property
+    def results(self) -> Any:
+        """The predictions, and what belongs to them.
+
+        Raises:
+            ValueError: there are none; the message says what to do.
+        """
+        if self._results is None:
+            raise ValueError(self._reason)
+        return self._results
+
+    def render(self, show: Callable[[str], None] = lambda title: None) -> str:
+        """Write the page.
+
+        Args:
+            show: called with the title of each part before it is made.
+
+        Returns:
+            HTML.
+        """
+        sections = []
+        for name, title, make in self.parts():
+            show(title)
+            sections.append(Section(name, title, _try(make)))
+        return render(self.run.name, self.describe(), self.cards(), sections)
+
+    def parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
+        """List anchor, title and maker of each part."""
+        return [('results', 'Results', self.show_results), ('curves', 'Curves', self.show_curves),
+                *self.own_parts(),
+                ('environment', 'Environment', self.show_environment),
+                ('config', 'Config', self.show_config)]
+
+    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
+        """List those parts that depend on the task."""
+        return []
+
+    def measure(self) -> dict[str, str]:
+        """Measure what stands in large letters, on the predictions.
+
+        Raises:
+            ValueError: there are no predictions, or they do not belong to the data.
+        """
+        raise ValueError(self._reason)
+
+    def describe(self) -> str:
+        """Say in a line what was trained."""
+        try:
+            model = self.run.config.model
+        except (*_EXPECTED, AttributeError):
+            return str(self.run.folder)
+        backbone = model.get('backbone') or {}
+        arch = backbone.get('arch')
+        name = ' '.join([str(backbone.get('type', '')), *([arch] if isinstance(arch, str) else [])])
+        return f'{model.get("type", "")}, backbone {name}' if name else str(model.get('type', ''))
+
+    def cards(self) -> list[tuple[str, str]]:
+        """List what stands in large letters: names and values."""
+        try:
+            measured = self.measure()
+        except _EXPECTED:
+            last = self.run.log.evaluations[-1:]
+            measured = {f'{name}, last validation': _number(record[key])
+                        for record in last for key, name in self.goals.items() if key in record}
+        cards = list(measured.items())
+        losses = self.run.log.training('loss')[1]
+        if len(losses):
+            cards.append(('last training loss', _number(losses[-1])))
+        progress = self.run.progress
+        if progress.finished:
+            cards.append((f'{progress.unit}s', str(progress.total)))
+        elif progress.total:
+            cards.append((f'{progress.unit}, unfinished', f'{progress.done} of {progress.total}'))
+        else:
+            cards.append((progress.unit, str(progress.done)))
+        span = self._read_span()
+        if span:
+            cards.append(('training and validation', _duration(span[1] - span[0])))
+        return cards
+
+    def show_results(self) -> list[Block]:
+        """Show what was measured, and the validations of the training."""
+        return [*_try(self.show_measured), *self.show_validations()]
+
+    def show_measured(self) -> list[Block]:
+        """Show what is measured on the predictions."""
+        raise ValueError(self._reason)
+
+    def show_validations(self) -> list[Block]:
+        """Show the metrics of each validation."""
+        records = self.run.log.evaluations
+        if not records:
+            return [Note('no validation in the log so far', missing=True)]
+        unit = 'epoch' if self.run.log.by_epoch else 'iteration'
+        names = self.run.log.metrics
+        rows = [[str(record['step']), *(_number(record.get(name)) for name in names)]
+                for record in records]
+        goal = next((name for name in self.goals if name in names), None)
+        values = [_value(record.get(goal)) for record in records]
+        best = int(np.argmax(values)) if goal and max(values) >= 0 else None
+        caption = 'Validations during the training'
+        if best is not None:
+            caption += f', the best {_COLUMNS[goal]} in bold'
+        table = Table(caption, [unit, *(_COLUMNS.get(name, name) for name in names)], rows, best)
+        if len(rows) <= _MAX_ROWS:
+            return [table]
+        return [Folded(f'{caption} ({len(rows)})', blocks=[table])]
+
+    def show_curves(self) -> list[Block]:
+        """Show loss, metrics and learning rate."""
+        return [Pictures([embed_figure(figure) for figure in draw_panels(self.run.log)])]
+
+    def show_environment(self) -> list[Block]:
+        """Show machine, versions, seed and checkpoints."""
+        run = self.run
+        rows = [('work dir', str(run.folder)), ('log', str(run.log_path)),
+                ('state', str(run.progress))]
+        span = self._read_span()
+        if span:
+            rows.append(('time', f'{span[0]:%Y-%m-%d %H:%M} to {span[1]:%Y-%m-%d %H:%M}, '
+                                 f'{_duration(span[1] - span[0])}'))
+        memory = [record['memory'] for record in run.log.train if 'memory' in record]
+        if memory:
+            rows.append(('memory of the GPU', f'{max(memory):,} MB at most'))
+        blocks: list[Block] = [Facts(rows), Heading('Machine of the training')]
+        logged = read_environment(run.text_log) if run.text_log else {}
+        if logged:
+            blocks.append(Facts(list(logged.items())))
+        else:
+            blocks.append(Note(f'no text log beside {run.log_path} that describes the machine',
+                               missing=True))
+        blocks += [Heading('Machine of this report'), Facts(list(_describe_here().items())),
+                   Heading('Checkpoints')]
+        if run.checkpoints:
+            rows = [(path.name, _kind_of(path, run.last), f'{path.stat().st_size / 1e6:.1f} MB',
+                     f'{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}')
+                    for path in run.checkpoints]
+            blocks.append(Table('In the order of writing', ['file', '', 'size', 'written'], rows))
+        else:
+            blocks.append(Note(f'no checkpoint in {run.folder} so far', missing=True))
+        return blocks
+
+    def show_config(self) -> list[Block]:
+        """Show the whole config as it was written."""
+        path = self.run.config_file
+        text = path.read_text(encoding='utf-8', errors='replace')
+        return [Folded(f'{path} ({len(text.splitlines())} lines)', text)]
+
+    def describe_predictions(self, what: str) -> Note:
+        """Say where the numbers come from."""
+        path = self.predictions
+        if path.is_relative_to(self.run.folder):
+            path = path.relative_to(self.run.folder)
+        text = f'{what}; predictions: {path}'
+        if self.run.last and time_of(self.predictions) < time_of(self.run.last):
+            text += (f', which are older than {self.run.last.name}: make new ones with '
+                     f'`{self.run.test_command}`')
+        return Note(text)
+
+    def _read_span(self) -> tuple[datetime, datetime] | None:
+        return read_span(self.run.text_log) if self.run.text_log else None
+
+
+class DetectorReport(Report):
+    """The page of a detector; everything is said of :class:`Report`."""
+
+    @cached_property
+    def _evaluation(self) -> 'CocoResults':
+        from .coco_curves import evaluate
+        results = self.results
+        metrics = self.run.config.get('test_evaluator') or []
+        metrics = [metrics] if isinstance(metrics, Mapping) else metrics
+        files = [metric['ann_file'] for metric in metrics if metric.get('ann_file')]
+        ann_file = files[0] if files else getattr(results.dataset, 'ann_file', None)
+        if not ann_file:
+            raise ValueError("AP needs annotations in COCO's format: set ann_file in "
+                             'test_evaluator of the config')
+        return evaluate(results.predictions, ann_file, results.classes)
+
+    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
+        return [('classes', 'Classes', self.show_classes),
+                ('precision-recall', 'Precision and recall', self.show_precision_recall),
+                ('gallery', 'Ground truth and detections', self.show_gallery),
+                ('errors', 'Misses and false alarms', self.show_errors),
+                ('confusion', 'Confusion', self.show_confusion)]
+
+    def measure(self) -> dict[str, str]:
+        summary = self._evaluation.summary
+        return {name: _number(summary[name]) for name in ('AP', 'AP50', 'AP75')}
+
+    def show_measured(self) -> list[Block]:
+        rows = [(_COCO_ROWS[name], _number(value))
+                for name, value in self._evaluation.summary.items()]
+        predictions = self.results.predictions
+        found = sum(len(detections.boxes) for detections in predictions.values())
+        return [Table("COCO's metrics", ['metric', 'value'], rows),
+                self.describe_predictions(
+                    f'{len(predictions)} images, {self._evaluation.objects.sum()} objects, '
+                    f'{found} detections of any score')]
+
+    def show_classes(self) -> list[Block]:
+        from .coco_curves import AREAS, draw_class_ap
+        results = self._evaluation
+        columns = [results.average_precision(), results.average_precision(0.5),
+                   results.average_precision(0.75),
+                   *(results.average_precision(area=area) for area in AREAS[1:])]
+        rows = [[name, str(count), *map(_number, values)] for name, count, *values
+                in zip(results.classes, results.objects, *columns, strict=True)]
+        table = Table('AP of each class', ['class', 'objects', 'AP', 'AP50', 'AP75', 'AP small',
+                                           'AP medium', 'AP large'], rows)
+        return [Pictures([embed_figure(draw_class_ap(results))]),
+                table if len(rows) <= _MAX_ROWS
+                else Folded(f'AP of all {len(rows)} classes', blocks=[table])]
+
+    def show_precision_recall(self) -> list[Block]:
+        from .coco_curves import draw_class_precision_recall, draw_precision_recall
+        return [Pictures([embed_figure(draw_precision_recall(self._evaluation)),
+                          embed_figure(draw_class_precision_recall(self._evaluation))])]
+
+    def show_gallery(self) -> list[Block]:
+        dataset, classes = self.results.dataset, self.results.classes
+        pairs = []
+        for index in spread(len(dataset), self.images):
+            info = dataset.get_data_info(index)
+            found = found_in(info, self.results.predictions).above(self.score_threshold)
+            image = open_image(info['img_path'])
+            truth = read_truth(info, image.size[::-1])
+            name = Path(info['img_path']).name
+            pairs.append((name, (
+                embed_image(draw_truth(image, truth, classes, _PAIR_SIDE),
+                            f'{name}, annotated', (f'annotated: {len(truth.boxes)}', )),
+                embed_image(draw_found(image, found, classes, _PAIR_SIDE),
+                            f'{name}, detected', (f'detected: {len(found.boxes)}', )))))
+        return [Note(f'images spread evenly over the {len(dataset)}; detections with a score of '
+                     f'{self.score_threshold:g} or more'), Pairs(pairs)]
+
+    def show_errors(self) -> list[Block]:
+        errors = find_errors(self.results.dataset, self.results.predictions, self.score_threshold)
+        counts = count_kinds(errors)
+        blocks: list[Block] = [
+            Table(f'Errors at a score of {self.score_threshold:g} and an IoU of 0.5',
+                  ['kind', 'number'],
+                  [(KINDS[kind], str(count)) for kind, count in counts.items()])]
+        if errors:
+            blocks.append(Note('solid blue: annotated; dashed orange: detected'))
+        for kind, title in KINDS.items():
+            worst = [error for error in errors if error.kind == kind][:_PER_KIND]
+            if worst:
+                blocks += [Heading(f'{title}, the worst first'), Pictures(
+                    [self._embed_error(error) for error in worst], 'small')]
+        return blocks
+
+    def show_confusion(self) -> list[Block]:
+        counts = count_detections(self.results.dataset, self.results.predictions,
+                                  self.score_threshold)
+        figure = draw_confusion(counts, self.results.classes, surplus=True)
+        return [Note(f'in the row {SURPLUS!r}: detections that no object is left for, duplicates '
+                     'and second classes of one object among them, not only those on background'),
+                Pictures([embed_figure(figure)], 'wide')]
+
+    def _embed_error(self, error: DetectionError) -> Picture:
+        path = self.results.dataset.get_data_info(error.index)['img_path']
+        lines = (*error.describe(self.results.classes), Path(path).name)
+        return embed_image(draw_error(open_image(path), error, _CELL_SIDE), ', '.join(lines), lines)
+
+
+class ClassifierReport(Report):
+    """The page of a classifier; everything is said of :class:`Report`."""
+
+    @property
+    def _outcomes(self) -> Outcomes:
+        return self.results.outcomes
+
+    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
+        return [('classes', 'Classes', self.show_classes),
+                ('confusion', 'Confusion', self.show_confusion),
+                ('mistakes', 'Mistakes', self.show_mistakes)]
+
+    def measure(self) -> dict[str, str]:
+        return {name: f'{100 * share:.2f} %'
+                for name, share in measure_tops(self._outcomes).items()}
+
+    def show_measured(self) -> list[Block]:
+        counts = count_confusions(self._outcomes)
+        by_class = self._accuracies(counts)
+        rows = [*self.measure().items(),
+                ('mean of the classes', f'{100 * np.nanmean(by_class):.2f} %'),
+                ('right', f'{counts.trace()} of {counts.sum()}')]
+        return [Table('Accuracy', ['metric', 'value'], rows),
+                self.describe_predictions(f'{len(self._outcomes)} pictures of {len(counts)} classes'
+                                          )]
+
+    def show_classes(self) -> list[Block]:
+        counts = count_confusions(self._outcomes)
+        accuracies, totals, classes = self._accuracies(counts), counts.sum(1), self.results.classes
+        rows = [[name, str(total), str(right), _percent(accuracy)] for name, total, right, accuracy
+                in zip(classes, totals, counts.diagonal(), accuracies, strict=True)]
+        table = Table('Accuracy of each class', ['class', 'pictures', 'right', 'accuracy'], rows)
+        return [Pictures([embed_figure(draw_class_bars('Accuracy', accuracies, classes, totals,
+                                                       'pictures'))]),
+                table if len(rows) <= _MAX_ROWS
+                else Folded(f'accuracy of all {len(rows)} classes', blocks=[table])]
+
+    def show_confusion(self) -> list[Block]:
+        figure = draw_confusion(count_confusions(self._outcomes), self.results.classes)
+        return [Pictures([embed_figure(figure)], 'wide')]
+
+    def show_mistakes(self) -> list[Block]:
+        outcomes, classes = self._outcomes, self.results.classes
+        wrong = find_mistakes(outcomes)
+        if not len(wrong):
+            return [Note(f'none of {len(outcomes)} pictures is misclassified')]
+        shown = wrong[:_MAX_MISTAKES]
+        order = ('the most confident first' if len(shown) == len(wrong)
+                 else f'the {len(shown)} most confident')
+        pictures = []
+        for index in shown:
+            image = open_image(outcomes.paths[index])
+            if max(image.size) > _CELL_SIDE:
+                image.thumbnail((_CELL_SIDE, _CELL_SIDE), Image.Resampling.LANCZOS)
+            scores = outcomes.scores[index]
+            truth, taken = outcomes.truths[index], outcomes.predicted[index]
+            lines = (f'is {classes[truth]} ({scores[truth]:.2f})',
+                     f'taken for {classes[taken]} ({scores[taken]:.2f})',
+                     Path(outcomes.paths[index]).name)
+            pictures.append(embed_image(image, ', '.join(lines), lines))
+        return [Note(f'{len(wrong)} of {len(outcomes)} misclassified, {order}; in brackets: the '
+                     'score of the class'), Pictures(pictures, 'small')]
+
+    @staticmethod
+    def _accuracies(counts: np.ndarray) -> np.ndarray:
+        totals = counts.sum(1)
+        return np.where(totals > 0, counts.diagonal() / np.maximum(totals, 1), np.nan)
+
+
+def make_report(run: Run, predictions: str | Path | None = None, score_threshold: float = 0.3,
+                images: int = 8) -> Report:
+    """Choose the page of a run by its task; arguments and errors as of :class:`Report`."""
+    try:
+        scope = run.config.get('default_scope')
+    except _EXPECTED:
+        scope = None
+        if predictions is not None:
+            raise
+    task = {'mmdet': DetectorReport, 'mmpretrain': ClassifierReport}.get(scope, Report)
+    return task(run, predictions, score_threshold, images)
+
+
+def _try(make: Callable[[], list[Block]]) -> list[Block]:
+    """Make a part, or say why it cannot be made."""
+    try:
+        return make()
+    except _EXPECTED as error:
+        return [Note(_explain(error), missing=True)]
+
+
+def _explain(error: Exception) -> str:
+    """Say in one line what is wrong."""
+    path = getattr(error, 'filename', None)
+    if isinstance(error, FileNotFoundError) and path:
+        text = f'{path} does not exist'
+        return text if Path(path).is_absolute() else (
+            f'{text} here: run this in the folder that the training was started in')
+    return ' '.join(str(error).split())
+
+
+def _describe_here() -> dict[str, str]:
+    machine = describe_machine(torch.device(get_device()))
+    versions = {name: found for name in _PACKAGES if (found := _version(name))}
+    return {name: str(machine[name]) for name in ('cpu', 'cores', 'gpu', 'cuda', 'python', 'torch')
+            if machine.get(name)} | versions | dict(spartan_mm=__version__)
+
+
+def _version(name: str) -> str | None:
+    # Two families of distributions provide the same modules.
+    for distribution in (name, f'onedl-{"mmdetection" if name == "mmdet" else name}'):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def _kind_of(path: Path, last: Path | None) -> str:
+    kinds = ['last'] if last and path.name == last.name else []
+    return ', '.join([*kinds, *(['best'] if path.name.startswith('best_') else [])])
+
+
+def _value(value: Any) -> float:
+    """Take a number, or -1 for what is none."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else -1.
+
+
+def _number(value: Any) -> str:
+    """Write a number; a dash for none, and for COCO's -1."""
+    if isinstance(value, (int, float, np.number)):
+        if math.isfinite(value) and value != -1:
+            return f'{value:.3f}' if abs(value) < 10 else f'{value:.2f}'
+        return '–' if value == -1 or math.isnan(value) else str(value)
+    return '–' if value is None else str(value)
+
+
+def _percent(share: float) -> str:
+    return f'{100 * share:.1f} %' if math.isfinite(share) else '–'
+
+
+def _duration(span: timedelta) -> str:
+    seconds = round(span.total_seconds())
+    if seconds < 60:
+        return f'{seconds} s'
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f'{minutes} min'
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes:02} min'

@@ -1,0 +1,44 @@
+"""What tests of pages have in common."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+
+class Reader(HTMLParser):
+    """Collects the tags with their attributes, and the text outside of <style>."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self._inside = [], [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data):
+        if self._inside != 'style':
+            self.texts.append(data)
+
+
+def check_self_contained(html):
+    """Fail if anything would be loaded; return what was read."""
+    reader = Reader(html)
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {'script', 'iframe', 'object', 'embed', 'video', 'audio', 'base', 'form'}
+    for _, attributes in reader.tags:
+        assert attributes.get('src', 'data:').startswith('data:')
+        assert attributes.get('href', '#').startswith(('#', 'data:,'))
+        assert not [name for name in attributes if name.startswith('on')]
+    styles = ''.join(re.findall('<style>(.*?)</style>', html, re.DOTALL))
+    assert styles and 'url(' not in styles and '@import' not in styles
+    assert "default-src 'none'" in html
+    return reader
+
+
+@pytest.fixture
+def read_self_contained():
+    """Reads a page, fails if anything would be loaded."""
+    return check_self_contained
