@@ -9,11 +9,11 @@ from .numbers import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .pretrained import CheckedPretrained
 from .resume import ResumableTrainLoop
-from .saving import LeaveOnSignalHook, ResumableCheckpointHook
+from .saving import LeaveOnSignalHook, OneWriterLoggerHook, ResumableCheckpointHook
 
 __all__ = [
     'CPUAmpOptimWrapper', 'ChannelsLastHook', 'CheckedPretrained', 'ClassCountCheckHook',
     'CompileHook', 'ConvertedPretrained', 'FineTuneHook', 'FiniteNumbersHook', 'LeaveOnSignalHook',
-    'ResumableCheckpointHook', 'ResumableTrainLoop', 'RuleOptimWrapperConstructor',
-    'StrictCheckpointHook', 'compile_model'
+    'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
+    'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
 ]

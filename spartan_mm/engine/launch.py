@@ -329,6 +329,11 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('load_from'):
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
+    hooks = dict(cfg.get('default_hooks') or {})
+    # mmengine adds one where there is none; None is for a run without logs.
+    logger = hooks.get('logger', dict(type='LoggerHook'))
+    if logger is not None and logger['type'] == 'LoggerHook':
+        cfg.default_hooks = dict(hooks, logger=dict(logger, type='OneWriterLoggerHook'))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -50,6 +50,20 @@ class WholeFileBackend(LocalBackend):
 
 
 register_backend('WholeFileBackend', WholeFileBackend, force=True)
+
+
+@HOOKS.register_module()
+class OneWriterLoggerHook(LoggerHook):
+    """Writes the metrics of a test from the first process alone.
+
+    NOTE: with mmengine's hook every process writes the same file, and one that comes later may
+    leave the end of a longer text behind its own.
+    """
+
+    @dist.master_only
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Write the metrics to the log, and as JSON to ``runner.log_dir``."""
+        super().after_test_epoch(runner, metrics)
 
 
 @HOOKS.register_module()

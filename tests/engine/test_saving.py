@@ -11,7 +11,7 @@ from itertools import count
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import EMAHook, Hook, LoggerHook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -23,6 +23,7 @@ from spartan_mm.engine.resume import ResumableTrainLoop, find_resumable
 from spartan_mm.engine.saving import (
     Interrupted,
     LeaveOnSignalHook,
+    OneWriterLoggerHook,
     ResumableCheckpointHook,
     SavingError,
     Vote,
@@ -309,6 +310,15 @@ def test_another_number_of_batches_begins_the_epoch_anew(make_runner, tmp_path, 
     assert len(note.seen) == 3
     assert any('5 batches an epoch, this one has 1 and 3' in text and 'beginning of epoch 2' in text
                for text in warnings)
+
+
+@pytest.mark.parametrize(('rank', 'count'), [(0, 1), (1, 0)])
+def test_one_process_writes_the_metrics_of_a_test(tmp_path, monkeypatch, rank, count):
+    monkeypatch.setattr('mmengine.dist.utils.get_rank', lambda group=None: rank)
+    written = []
+    monkeypatch.setattr(LoggerHook, 'after_test_epoch', lambda *arguments: written.append(1))
+    OneWriterLoggerHook().after_test_epoch(None, dict(accuracy=1.))
+    assert len(written) == count
 
 
 @pytest.mark.parametrize('setting', [dict(every_iters=0), dict(max_failures=0)])
