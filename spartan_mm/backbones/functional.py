@@ -153,9 +153,14 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module,
 
 def _takes_one_step(x: Tensor, weight: Tensor, act: nn.Module) -> bool:
     """Whether oneDNN computes a convolution and what follows it in one step."""
-    return (not records() and knows(act) and _is_on_x86(x) and torch.backends.mkldnn.enabled
-            and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-            and _autocast_dtype(x) is None)
+    return (not records() and knows(act) and _is_on_x86(x) and has_fast_kernels(x)
+            and x.dtype == weight.dtype and x.numel() > 0)
+
+
+def has_fast_kernels(x: Tensor) -> bool:
+    """Whether a map is on a CPU, and of a type, that oneDNN has joined steps for."""
+    return (_HAS_AVX and x.device.type == 'cpu' and torch.backends.mkldnn.enabled
+            and x.dtype == torch.float32 and _autocast_dtype(x) is None)
 
 
 def _is_on_x86(x: Tensor) -> bool:

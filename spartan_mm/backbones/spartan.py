@@ -30,6 +30,7 @@ from .functional import (
     mix_waves,
     records,
 )
+from .opaque import Opaque
 
 ACTIVATIONS = {'GELU': nn.GELU, 'SiLU': nn.SiLU}
 CONV_TYPES = ('full', 'depthwise')
@@ -546,6 +547,19 @@ class Block(nn.Module):
         return norm
 
 
+class Blocks(Opaque, nn.Sequential):
+    """Blocks one after the other, in evaluation on parts of a batch that fit a CPU's cache."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if self.training or records():
+            return nn.Sequential.forward(self, x)
+        # In evaluation no sample depends on another.
+        widest = max(block.cmixer.proj_in.out_channels for block in self)
+        parts = [nn.Sequential.forward(self, x[part]) for part in cache_slices(x, widest)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class Stage(nn.Module):
     """A patch embedding, where the stage has one, and the blocks that work at its resolution.
 
@@ -558,17 +572,11 @@ class Stage(nn.Module):
     def __init__(self, embedding: nn.Module, blocks: Sequence[Block]):
         super().__init__()
         self.embedding = embedding
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C, H // 2, W // 2); the same size in the first stage."""
-        x = self.embedding(x)
-        if self.training or records():
-            return self.blocks(x)
-        # In evaluation no sample depends on another.
-        widest = max(block.cmixer.proj_in.out_channels for block in self.blocks)
-        parts = [self.blocks(x[part]) for part in cache_slices(x, widest)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.blocks(self.embedding(x))
 
 
 @MODELS.register_module()

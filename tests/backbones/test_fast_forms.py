@@ -319,8 +319,10 @@ def test_compiled_training_step_equals_the_oracle(oracle):
         assert_close(grad, expected[name], 1e-10)
 
 
+@pytest.mark.parametrize('opaque', [False, True], ids=['compiled', 'opaque'])
 @pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
-def test_sizes_do_not_compile_anew(deploy):
+def test_sizes_do_not_compile_anew(deploy, opaque, monkeypatch):
+    monkeypatch.setattr('spartan_mm.backbones.opaque.has_fast_kernels', lambda x: opaque)
     model = make(torch.float32, TINY, out_indices=(0, 1)).eval()
     if deploy:
         model.switch_to_deploy()
@@ -332,6 +334,58 @@ def test_sizes_do_not_compile_anew(deploy):
             for y, expected in zip(compiled(x), model(x), strict=True):
                 assert_close(y, expected, 1e-5)
     assert counter.frame_count == 1
+
+
+def compile_and_collect(model):
+    """A compiled model, and the operators of its graphs."""
+    found = []
+
+    def collect(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    return torch.compile(model, backend=collect, fullgraph=True), found
+
+
+@pytest.mark.skipif(not functional._HAS_AVX, reason='needs oneDNN on a CPU with AVX')
+class TestOpaque:
+
+    def test_compiled_inference_leaves_blocks_alone(self):
+        model = make(torch.float32, TINY, out_indices=(0, 1)).eval()
+        compiled, found = compile_and_collect(model)
+        x = images(2, 3, 32, 32, dtype=torch.float32)
+        with torch.no_grad():
+            compiled(x)
+            assert sum('spartan_mm.run' in name for name in found) == len(model.stages)
+            # In place, as an optimizer or a checkpoint does it.
+            model.stages[1].blocks[0].cmixer.proj_out.weight.mul_(2)
+            for y, expected in zip(compiled(x), model(x), strict=True):
+                torch.testing.assert_close(y, expected)
+        found.clear()
+        compiled.train()(x)
+        assert found and not any('spartan_mm.run' in name for name in found)
+
+    def test_copies_run_their_own_weights(self):
+        x = images(1, 3, 32, 32, dtype=torch.float32)
+        model = make(torch.float32, TINY, out_indices=(0, 1)).eval()
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.stages[0].blocks[0].cmixer.proj_out.weight.mul_(2)
+            expected = [y.clone() for y in twin(x)]
+            compile_and_collect(model)[0](x)
+            for y, wanted in zip(compile_and_collect(twin)[0](x), expected, strict=True):
+                torch.testing.assert_close(y, wanted)
+
+    @pytest.mark.parametrize('size', [(1, 3, 32, 32), (3, 3, 64, 32), (1, 3, 320, 352)])
+    def test_inductor_gets_the_layout_it_was_told(self, size):
+        # The operator's result is used by code that was generated for a certain layout.
+        blocks = make(torch.float32, TINY, out_indices=(0, 1)).eval().stages[0].blocks
+        x = images(*size, dtype=torch.float32)[:, :1].expand(-1, 8, -1, -1)
+        for layout in LAYOUTS.values():
+            torch.library.opcheck(
+                torch.ops.spartan_mm.run.default,
+                (x.contiguous(memory_format=layout), blocks._number),
+                test_utils=('test_schema', 'test_faketensor'))
 
 
 # ------------------------------------------------------------------------- what others may change
