@@ -10,8 +10,9 @@ the same algebra is left to autograd.
 
 Shapes: maps are (N, C, H, W) in either memory format; R hidden channels; I channels of a branch.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,12 @@ class Activation(NamedTuple):
 # nn.GELU and nn.SiLU as they are used here: exact, not approximate.
 ACTIVATIONS = {
     nn.GELU: Activation(
-        F.gelu, aten.gelu_, lambda grad, x, out: aten.gelu_backward(grad, x, grad_input=out),
+        F.gelu, aten.gelu_,
+        lambda grad, x, out: aten.gelu_backward.grad_input(grad, x, grad_input=out),
         'gelu'),
     nn.SiLU: Activation(
-        F.silu, aten.silu_, lambda grad, x, out: aten.silu_backward(grad, x, grad_input=out),
+        F.silu, aten.silu_,
+        lambda grad, x, out: aten.silu_backward.grad_input(grad, x, grad_input=out),
         'swish'),
 }
 
@@ -184,8 +187,8 @@ def _project_and_multiply(x: Tensor, weight: Tensor, bias: Tensor, factor: Tenso
         x, factor, weight, bias, [0, 0], [1, 1], [1, 1], 1, 'mul', None, None, [], None)
 
 
-def cache_slices(x: Tensor, channels: int) -> list[slice]:
-    """Parts of a batch to work on one after the other.
+def cache_parts(x: Tensor, channels: int) -> list[int]:
+    """Parts of a batch to work on one after the other, as numbers of samples.
 
     On a CPU a part fits the cache and is allocated without asking the system for fresh pages; other
     devices want all work at once.
@@ -194,12 +197,28 @@ def cache_slices(x: Tensor, channels: int) -> list[slice]:
         x: (N, C, H, W).
         channels: Channels of the widest map made of it.
     """
-    if x.device.type != 'cpu':
-        return [slice(None)]
+    samples = len(x)
+    if x.device.type != 'cpu' or samples < 2:
+        return [samples]
     sample = channels * x.shape[2] * x.shape[3] * x.element_size()
-    number = max(1, -(-len(x) // max(1, _SLICE_BYTES // max(1, sample))))
-    size = max(1, -(-len(x) // number))  # about the same for all
-    return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]
+    number = -(-samples // max(1, _SLICE_BYTES // max(1, sample)))
+    size = -(-samples // number)  # about the same for all
+    whole, rest = divmod(samples, size)
+    return [size] * whole + [rest] * (rest > 0)
+
+
+def split(x: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
+    """The parts of a batch, see :func:`cache_parts`."""
+    return (x, ) if len(parts) == 1 else x.split(parts)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _head(x: Tensor, samples: int) -> Tensor:
+    """The first samples of a batch."""
+    return x if len(x) == samples else x[:samples]
 
 
 # ------------------------------------------------------------------------------------------ norm
@@ -378,13 +397,13 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
     """``x.gather(1, index)`` of one channel, faster where the channels come last."""
     if not _is_channels_last(x):
         return x.gather(1, index)
-    return _rows(x).gather(1, _rows(index)).view(index.shape)
+    return _rows(x).gather(1, index.view(-1, 1)).view(index.shape)
 
 
 def _add_at(x: Tensor, index: Tensor, source: Tensor) -> None:
     """``x.scatter_add_(1, index, source)`` of one channel, faster where the channels come last."""
     if _is_channels_last(x):
-        x, index, source = (_rows(each) for each in (x, index, source))
+        x, index, source = _rows(x), index.view(-1, 1), source.view(-1, 1)
     x.scatter_add_(1, index, source)
 
 
@@ -393,22 +412,17 @@ def _superpose(factor: Tensor, amplitude: Tensor, added: Tensor, out: Tensor) ->
     return torch.addcmul(added, factor, amplitude, out=out)
 
 
-def _superpose_backward(grad: Tensor, phase: Tensor, amplitude: Tensor, factor: Tensor,
-                        strongest: Tensor, picked: Sequence[Tensor], act: Activation,
-                        out: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of phases, into the memory of `grad`, and of amplitudes, into that of `out`.
-
-    `picked` are phase and amplitude of the strongest wave, (N, 1, H, W) each.
-    """
+def _superpose_backward(grad: Tensor, waves: '_Waves', factor: Tensor, strongest: Tensor,
+                        act: Activation, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of phases, into the memory of `grad`, and of amplitudes, into that of `out`."""
     # The strongest wave stands in all channels: it gets the sum of their gradients.
     total = grad.sum(1, keepdim=True)
-    picked_phase, picked_amplitude = picked
     grad_amplitude = torch.mul(grad, factor, out=out)
-    _add_at(grad_amplitude, strongest, total * act.apply(picked_phase))
+    _add_at(grad_amplitude, strongest, total * act.apply(waves.picked_phase))
 
-    grad_phase = act.backward(grad.mul_(amplitude), phase, grad)
-    total *= picked_amplitude
-    _add_at(grad_phase, strongest, act.backward(total, picked_phase, torch.empty_like(total)))
+    grad_phase = act.backward(grad.mul_(waves.amplitude), waves.phase, grad)
+    total *= waves.picked_amplitude
+    _add_at(grad_phase, strongest, act.backward(total, waves.picked_phase, torch.empty_like(total)))
     return grad_phase, grad_amplitude
 
 
@@ -481,10 +495,9 @@ def gated_projection(branches: Sequence[Branch], weight: Tensor, bias: Tensor,
         (N, C, H, W), in the memory format of the first branch's map.
     """
     if has_own_gradient(branches):
-        channels, samples = _flat(scale) or (None, None)
+        channels, samples = scale or (None, None)
         return _GatedProjection.apply(
-            [_Tail.of(branch) for branch in branches], samples, residual, channels,
-            weight.flatten(1), bias,
+            [_Tail.of(branch) for branch in branches], samples, residual, channels, weight, bias,
             *[tensor for branch in branches for tensor in (branch.map, *_Tail.parameters(branch))])
 
     scale, total = _flat(scale), None
@@ -564,14 +577,17 @@ def _add_product(total: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     return total
 
 
-def _matrix(columns: Tensor, gate: Tensor, channels: Tensor | None,
-            samples: Tensor | None) -> Tensor:
-    """A weight matrix for each sample (N, C, I), with everything it is scaled by."""
-    if channels is not None:
-        columns = channels[:, None] * columns
-    if samples is not None:
-        gate = gate * samples[:, None]
-    return columns * gate[:, None]
+def _add_shared_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add the product of (C, I) and maps (N, I, H, W) in place; the channels come last."""
+    if total.dtype == x.dtype:
+        _rows(total).addmm_(_rows(x), weight.T)
+    else:
+        _rows(total).add_(_rows(x) @ weight.T)
+
+
+def _gates_maps(x: Tensor, channels: int) -> bool:
+    """Whether a map is smaller than a weight matrix for each sample, so that it is gated itself."""
+    return x.shape[2] * x.shape[3] < channels and _is_channels_last(x)
 
 
 def _keeps(x: Tensor) -> bool:
@@ -588,6 +604,7 @@ class _Tail:
         self.norm, self.act = norm, act
         self.training = norm.training
         self.group = _find_group(norm)
+        self.unused = ()
 
     @classmethod
     def of(cls, branch: Branch) -> '_Tail':
@@ -605,124 +622,148 @@ class _Tail:
         norm = self.norm
         if not self.training:
             return norm.running_mean, norm.running_var
-        parts = []
-        for x in maps:
-            if x.device.type == 'cuda':
-                mean, rstd = torch.batch_norm_stats(x, norm.eps)
-                variance = rstd ** -2 - norm.eps
-            elif x.device.type == 'cpu' and x.dtype == _wide(x):
-                mean, variance = torch.batch_norm_update_stats(x, None, None, 0.)
-            else:
-                # The affine's type is the statistics', too.
-                _, mean, rstd = aten.native_batch_norm(
-                    x, norm.weight, norm.bias, None, None, True, 0., norm.eps)
-                variance = rstd ** -2 - norm.eps
-            # Filled, not copied from the host.
-            count = mean.new_full((), x.numel() // x.shape[1], dtype=_wide(mean))
-            parts.append((mean, variance, count))
-        mean, variance, self.count = _pool(parts)
+        norm.num_batches_tracked.add_(1)
+        if len(maps) == 1 and self.group is None and maps[0].device.type == 'cpu' and (
+                maps[0].dtype == norm.running_mean.dtype == _wide(norm.running_mean)):
+            self.count = maps[0].numel() // maps[0].shape[1]
+            return torch.batch_norm_update_stats(
+                maps[0], norm.running_mean, norm.running_var, norm.momentum)
+        counts = [x.numel() // x.shape[1] for x in maps]
+        moments = [self._moments(x) for x in maps]
+        dtype = moments[0][0].dtype
+        if len(maps) == 1:
+            (mean, variance), self.count = moments[0], counts[0]
+        else:
+            means, variances = map(torch.stack, zip(*moments, strict=True))
+            mean, variance = _pool(means, variances, means.new_tensor(counts))
+            self.count = sum(counts)
+        below = max(1, self.count - 1)
         if self.group is not None:
-            own = torch.cat([mean, variance, self.count[None]])
-            every = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-            dist.all_gather(every, own, self.group)
-            mean, variance, self.count = _pool([
-                (*values[:-1].chunk(2), values[-1]) for values in every])
+            # Filled, not copied from the host.
+            count = mean.new_full((1, ), self.count, dtype=_wide(mean))
+            own = torch.cat([mean, variance, count])
+            every = own.new_empty(dist.get_world_size(self.group), len(own))
+            dist.all_gather(list(every), own, self.group)
+            means, variances, counts = every.tensor_split((len(mean), -1), 1)
+            mean, variance = _pool(means, variances, counts.flatten())
+            self.count = counts.sum()
+            below = (self.count - 1).clamp(min=1)
 
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        unbiased = variance * self.count / (self.count - 1).clamp(min=1)
+        unbiased = variance * (self.count / below)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-        norm.num_batches_tracked.add_(1)
-        dtype = parts[0][0].dtype
         return mean.to(dtype), variance.to(dtype)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (I,) of a map."""
+        norm = self.norm
+        if x.device.type == 'cuda':
+            mean, rstd = torch.batch_norm_stats(x, norm.eps)
+        elif x.device.type == 'cpu' and x.dtype == _wide(x):
+            return torch.batch_norm_update_stats(x, None, None, 0.)
+        else:
+            # The affine's type is the statistics', too.
+            _, mean, rstd = torch.native_batch_norm(
+                x, norm.weight, norm.bias, None, None, True, 0., norm.eps)
+        return mean, rstd ** -2 - norm.eps
 
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor,
                   bias: Tensor, out: Tensor) -> Tensor:
-        unused = mean.new_empty(0)
-        return aten.native_batch_norm(
-            x, weight, bias, mean, variance, False, 0., self.norm.eps, out=out, save_mean=unused,
-            save_invstd=unused.clone())[0]
+        if not self.unused:
+            self.unused = mean.new_empty(0), mean.new_empty(0)
+        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0., self.norm.eps,
+                                       out=(out, *self.unused))[0]
 
-    def forward(self, total: Tensor, maps: Sequence[Tensor], parts: Sequence[slice],
-                columns: Tensor, channels: Tensor | None, samples: Tensor | None,
-                parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Add the branch's projection to `total`; what the backward pass needs is returned.
+    def forward(self, total: Tensor, maps: Sequence[Tensor], parts: Sequence[int],
+                weight: Tensor, samples: Tensor | None, parameters: Sequence[Tensor]
+                ) -> list[Tensor]:
+        """Add the branch's projection to `total`.
 
-        That is mean and variance, the averages and, if they are kept, the activated maps.
+        Args:
+            total: (N, C, H, W).
+            maps: (n, I, H, W) of each part.
+            parts: The numbers of samples in them.
+            weight: (C, I), the projection's with its scale.
+            samples: (N,), see :class:`Scale`.
+            parameters: See :meth:`parameters`.
+
+        Returns:
+            What the backward pass needs: mean and variance, (N, I) averages, (N, S) hidden layer
+            and (N, I) gates, and the activated maps if they are kept.
         """
         mean, variance = self.statistics(maps)
         norm_weight, norm_bias, *se = parameters
-        averages, activated = [], []
-        for x, part in zip(maps, parts, strict=True):
+        self.se = _flatten(se, weight.dtype)
+        factors = [None] * len(parts) if samples is None else split(samples, parts)
+        numbers, activated = [], []
+        for x, target, factor in zip(maps, split(total, parts), factors, strict=True):
             y = self.act.apply_(self.normalise(x, mean, variance, norm_weight, norm_bias,
                                                torch.empty_like(x)))
-            averages.append(y.mean((2, 3), dtype=columns.dtype))
-            gate = _gate(averages[-1], *se)[1]
-            matrix = _matrix(columns, gate, channels, None if samples is None else samples[part])
-            _add_product(total[part], y, matrix.to(x.dtype))
+            average = y.mean((2, 3), dtype=weight.dtype)
+            hidden, gate = _gate(average, *self.se)
+            numbers.append((average, hidden, gate))
+            if factor is not None:
+                gate = gate * factor[:, None]
+            if _gates_maps(y, len(weight)):
+                gated = y * gate[:, :, None, None].to(y.dtype)
+                _add_shared_product(target, gated, weight.to(y.dtype))
+            else:
+                _add_product(target, y, (weight * gate[:, None]).to(y.dtype))
             if _keeps(y):
                 activated.append(y)
-        return [mean, variance, torch.cat(averages), *activated]
+        return [mean, variance, *map(_join, zip(*numbers, strict=True)), *activated]
 
-    def backward(self, grad: Tensor, maps: Sequence[Tensor], parts: Sequence[slice],
-                 grad_maps: Sequence[Tensor] | None, columns: Tensor, channels: Tensor | None,
-                 samples: Tensor | None, parameters: Sequence[Tensor], mean: Tensor,
-                 variance: Tensor, average: Tensor, *kept: Tensor
+    def backward(self, grad: Tensor, maps: Sequence[Tensor], parts: Sequence[int],
+                 grad_maps: Sequence[Tensor] | None, weight: Tensor, samples: Tensor | None,
+                 parameters: Sequence[Tensor], saved: Sequence[Tensor]
                  ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Gradients of the maps, of the parameters, and what the projection needs.
 
         Args:
             grad: (N, C, H, W).
-            maps: (n, I, H, W) of each part.
-            parts: The samples in each of them.
+            maps: As for :meth:`forward`, and so are the next.
+            parts: Numbers of samples.
             grad_maps: Where the maps' gradients go; None for new tensors.
-            columns: (C, I), the projection's weight.
-            channels: (C,), of :class:`Scale`.
-            samples: (N,), see :class:`Scale`.
+            weight: (C, I).
+            samples: (N,).
             parameters: See :meth:`parameters`.
-            mean: (I,).
-            variance: (I,).
-            average: (N, I), of the activated map.
-            kept: The activated maps of the parts, if they are kept.
+            saved: What the forward pass returned.
 
         Returns:
             The gradients, and (C, I), the product of gradient and gated map.
         """
-        norm_weight, norm_bias, *se = parameters
-        hidden, gate = _gate(average, *se)
-        weights = gate if samples is None else gate * samples[:, None]
-        matrix = _matrix(columns, gate, channels, samples).to(maps[0].dtype)
-        scaled = columns if channels is None else channels[:, None] * columns
-
-        grads, grad_gates, product_sum = [], [], 0.
+        mean, variance, average, hidden, gate, *activated = saved
+        norm_weight, norm_bias, *_ = parameters
+        dtype = maps[0].dtype
         scratch = torch.empty_like(maps[0])
-        for number, (x, part) in enumerate(zip(maps, parts, strict=True)):
+
+        def normalise(x: Tensor) -> Tensor:
             # Again what followed from the map.
-            y = self.normalise(x, mean, variance, norm_weight, norm_bias, scratch[:len(x)])
-            activated = kept[number] if kept else self.act.apply(y)
+            return self.normalise(x, mean, variance, norm_weight, norm_bias,
+                                  _head(scratch, len(x)))
 
-            # (N, C, I): all that the small tensors need of the maps.
-            narrow = _matrices(grad[part].to(x.dtype))
-            product = torch.bmm(narrow.transpose(1, 2), _matrices(activated)).to(columns.dtype)
-            grad_gate = (product * scaled).sum(1)
-            if samples is not None:
-                grad_gate = grad_gate * samples[part, None]
-            grad_gates.append(grad_gate)
-            product_sum = product_sum + product.mul_(weights[part, None]).sum(0)
+        recomputed = None
+        if not activated:
+            recomputed = [normalise(x) for x in maps]
+            activated = [self.act.apply(y) for y in recomputed]
+        weights = gate if samples is None else gate * samples[:, None]
+        work = _gates_maps(maps[0], len(weight))
+        step = (_GatedMaps if work else _GatedMatrices)(
+            split(grad.to(dtype), parts), activated, parts, weight, weights)
+        grad_gate = step.grad_gate if samples is None else step.grad_gate * samples[:, None]
+        grad_average, grad_se = _gate_backward(grad_gate, average, hidden, gate, *self.se)
+        direct = (grad_average / (grad.shape[2] * grad.shape[3])).to(dtype)
 
-            direct = _gate_input_gradient(grad_gate, hidden[part], gate[part], *se)
-            direct = (direct / x[0, 0].numel()).to(x.dtype)
-            buffer = torch.empty_like(y) if kept else activated
-            if _is_channels_last(x):
-                torch.baddbmm(direct[:, None], narrow, matrix[part], out=_matrices(buffer))
-            else:
-                torch.baddbmm(direct[:, :, None], matrix[part].transpose(1, 2),
-                              narrow.transpose(1, 2), out=buffer.flatten(2))
+        grads = []
+        for number, (x, addend) in enumerate(zip(maps, split(direct, parts), strict=True)):
+            y = normalise(x) if recomputed is None else recomputed[number]
+            free = None if recomputed is None else activated[number]
+            buffer = step.grad_activated(number, addend, free)
             out = buffer if grad_maps is None else grad_maps[number]
             grads.append(self.act.backward(buffer, y, out))
 
         grad_norm = self._norm_backward(grads, maps, mean, variance, norm_weight, scratch)
-        grad_se = _gate_backward(torch.cat(grad_gates), average, hidden, gate, *se)
-        return grads, [*grad_norm, *grad_se], product_sum
+        return grads, [*grad_norm, *grad_se], step.product
 
     def _norm_backward(self, grads: list[Tensor], maps: Sequence[Tensor], mean: Tensor,
                        variance: Tensor, weight: Tensor, scratch: Tensor
@@ -756,20 +797,16 @@ class _Tail:
         along = -slope * rstd.view(-1, 1, 1) * share_weight
         offset = -slope * share_bias - along * mean.view(-1, 1, 1)
         for x, grad in zip(maps, grads, strict=True):
-            affine = torch.addcmul(offset, x, along, out=scratch[:len(x)])
+            affine = torch.addcmul(offset, x, along, out=_head(scratch, len(x)))
             torch.addcmul(affine, grad, slope, out=grad)
         return grad_weight, grad_bias
 
 
-def _pool(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (I,), variance (I,) and number of all values, for those of their parts."""
-    if len(parts) == 1:
-        return parts[0]
-    means, variances, counts = (torch.stack(values) for values in zip(*parts, strict=True))
-    count = counts.sum()
-    share = (counts / count)[:, None]
+def _pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (I,) of all values, for those (P, I) of P parts and their numbers (P,)."""
+    share = (counts / counts.sum())[:, None]
     mean = (means * share).sum(0)
-    return mean, ((variances + (means - mean) ** 2) * share).sum(0), count
+    return mean, ((variances + (means - mean) ** 2) * share).sum(0)
 
 
 def _find_group(norm: nn.Module) -> 'dist.ProcessGroup | None':
@@ -781,33 +818,105 @@ def _find_group(norm: nn.Module) -> 'dist.ProcessGroup | None':
     return group if dist.get_world_size(group) > 1 else None
 
 
+class _GatedMatrices:
+    """The backward pass through gates that were multiplied into a weight matrix for each sample.
+
+    Args:
+        grads: (n, C, H, W) of each part.
+        activated: (n, I, H, W) of each part, what was gated.
+        parts: The numbers of samples in them.
+        weight: (C, I), the projection's with its scale.
+        weights: (N, I), the gates with the samples' factors.
+
+    Attributes:
+        grad_gate: (N, I), the gradient of `weights`.
+        product: (C, I), the product of gradient and gated map.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], activated: Sequence[Tensor], parts: Sequence[int],
+                 weight: Tensor, weights: Tensor):
+        self.grads = [_matrices(grad) for grad in grads]
+        # (N, C, I): all that the small tensors need of the maps.
+        product = _join([torch.bmm(grad.transpose(1, 2), _matrices(y)).to(weight.dtype)
+                         for grad, y in zip(self.grads, activated, strict=True)])
+        self.grad_gate = (product * weight).sum(1)
+        self.product = product.mul_(weights[:, None]).sum(0)
+        self.like = activated
+        self.matrices = split((weight * weights[:, None]).to(activated[0].dtype), parts)
+
+    def grad_activated(self, number: int, addend: Tensor, out: Tensor | None) -> Tensor:
+        """The gradient of an activated map, plus (n, I) everywhere, in `out` if there is one."""
+        out = torch.empty_like(self.like[number]) if out is None else out
+        grad, matrix = self.grads[number], self.matrices[number]
+        if _is_channels_last(out):
+            torch.baddbmm(addend[:, None], grad, matrix, out=_matrices(out))
+        else:
+            torch.baddbmm(addend[:, :, None], matrix.transpose(1, 2), grad.transpose(1, 2),
+                          out=out.flatten(2))
+        return out
+
+
+class _GatedMaps:
+    """The backward pass through gates that were multiplied into the maps: as above."""
+
+    def __init__(self, grads: Sequence[Tensor], activated: Sequence[Tensor], parts: Sequence[int],
+                 weight: Tensor, weights: Tensor):
+        self.weights = split(weights.to(activated[0].dtype)[:, :, None, None], parts)
+        grad_gates, products, self.grads = [], [], []
+        for grad, y, factors in zip(grads, activated, self.weights, strict=True):
+            rows = _rows(grad)
+            grad_gated = torch.empty_like(y)
+            torch.mm(rows, weight.to(y.dtype), out=_rows(grad_gated))
+            product = grad_gated * y
+            grad_gates.append(product.sum((2, 3), dtype=weight.dtype))
+            products.append(rows.T @ _rows(torch.mul(y, factors, out=product)))
+            self.grads.append(grad_gated)
+        self.grad_gate = _join(grad_gates)
+        self.product = sum(products[1:], products[0]).to(weight.dtype)
+
+    def grad_activated(self, number: int, addend: Tensor, out: Tensor | None) -> Tensor:
+        grad = self.grads[number]
+        return torch.addcmul(addend[:, :, None, None], grad, self.weights[number], out=grad)
+
+
+def _flatten(se: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights and biases of a squeeze-excitation as matrices and vectors of a type."""
+    squeeze, squeeze_bias, expand, expand_bias = _cast(se, dtype)
+    return [squeeze.flatten(1), squeeze_bias, expand.flatten(1), expand_bias]
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
 def _gate(average: Tensor, squeeze: Tensor, squeeze_bias: Tensor, expand: Tensor,
           expand_bias: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden layer (N, S) and the gates (N, I) of a squeeze-excitation."""
-    squeeze, expand = (w.flatten(1).to(average.dtype) for w in (squeeze, expand))
-    hidden = F.linear(average, squeeze, squeeze_bias.to(average.dtype)).relu_()
-    return hidden, F.linear(hidden, expand, expand_bias.to(average.dtype)).sigmoid_()
-
-
-def _gate_input_gradient(grad: Tensor, hidden: Tensor, gate: Tensor, squeeze: Tensor,
-                         squeeze_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> Tensor:
-    """The gradient of the averages (N, I), for that of the gates."""
-    grad_hidden = (grad * gate * (1 - gate)) @ expand.flatten(1).to(grad.dtype) * (hidden > 0)
-    return grad_hidden @ squeeze.flatten(1).to(grad.dtype)
+    hidden = F.linear(average, squeeze, squeeze_bias).relu_()
+    return hidden, F.linear(hidden, expand, expand_bias).sigmoid_()
 
 
 def _gate_backward(grad: Tensor, average: Tensor, hidden: Tensor, gate: Tensor, squeeze: Tensor,
-                   squeeze_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> list[Tensor]:
-    """The gradients of the four parameters, for that of the gates (N, I)."""
-    grad = grad * gate * (1 - gate)
-    grad_hidden = grad @ expand.flatten(1).to(grad.dtype) * (hidden > 0)
-    return [(grad_hidden.T @ average).view_as(squeeze), grad_hidden.sum(0),
-            (grad.T @ hidden).view_as(expand), grad.sum(0)]
+                   squeeze_bias: Tensor, expand: Tensor, expand_bias: Tensor
+                   ) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of the averages (N, I) and of the four parameters, for that of the gates."""
+    grad = aten.sigmoid_backward.default(grad, gate)
+    grad_hidden = aten.threshold_backward.default(grad @ expand, hidden, 0)
+    return grad_hidden @ squeeze, [
+        grad_hidden.T @ average, grad_hidden.sum(0), grad.T @ hidden, grad.sum(0)]
 
 
 def _wide(x: Tensor) -> torch.dtype:
     """The type that small tensors are computed in: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scaled(weight: Tensor, channels: Tensor | None) -> Tensor:
+    """The projection's weight (C, sum of I) times the layer scale."""
+    weight = weight.flatten(1)
+    if weight.dtype != _wide(weight):
+        weight = weight.to(_wide(weight))
+    return weight if channels is None else weight * channels.view(-1, 1)
 
 
 def _project_backward(grad: Tensor, product: Tensor, weight: Tensor, bias: Tensor,
@@ -818,16 +927,18 @@ def _project_backward(grad: Tensor, product: Tensor, weight: Tensor, bias: Tenso
     Args:
         grad: (N, C, H, W).
         product: (C, sum of I), products of `grad` and the gated maps.
-        weight: (C, sum of I).
+        weight: (C, sum of I, 1, 1).
         bias: (C,).
-        channels: (C,), of :class:`Scale`.
+        channels: (1, C, 1, 1), of :class:`Scale`.
         samples: (N,), see :class:`Scale`.
     """
     total = grad.sum((2, 3), dtype=product.dtype)  # (N, C)
     total = total.sum(0) if samples is None else samples.to(total.dtype) @ total
     if channels is None:
         return None, product, total
-    return total * bias + (product * weight).sum(1), product * channels[:, None], total * channels
+    channels = channels.flatten()
+    grad_channels = (product * weight.flatten(1)).sum(1).addcmul_(total, bias)
+    return grad_channels, product * channels[:, None], total * channels
 
 
 class _GatedProjection(Function):
@@ -835,19 +946,15 @@ class _GatedProjection(Function):
 
     @staticmethod
     def forward(ctx, tails, samples, residual, channels, weight, bias, *tensors):
-        step = 1 + _Tail.NUM_PARAMETERS
-        branches = [tensors[start:start + step] for start in range(0, len(tensors), step)]
-        saved, start = [], 0
+        saved = []
         # The small tensors are computed in float32 whatever the maps are.
         with _no_autocast(weight):
-            scale = None if channels is None else Scale(channels, samples)
+            scale = None if channels is None else Scale(channels.flatten(), samples)
             total = _constant(bias, scale, tensors[0], residual)
-            for tail, (x, *parameters) in zip(tails, branches, strict=True):
-                parts = cache_slices(x, x.shape[1])
-                columns = weight[:, start:start + x.shape[1]].to(_wide(weight))
-                start += x.shape[1]
-                saved += tail.forward(total, [x[part] for part in parts], parts, columns, channels,
-                                      samples, parameters)
+            ctx.scaled = _scaled(weight, channels)
+            for tail, columns, x, parameters in _per_branch(tails, ctx.scaled, tensors):
+                parts = cache_parts(x, x.shape[1])
+                saved += tail.forward(total, split(x, parts), parts, columns, samples, parameters)
         ctx.tails = tails
         ctx.save_for_backward(samples, channels, weight, bias, *tensors, *saved)
         return total
@@ -856,34 +963,46 @@ class _GatedProjection(Function):
     @once_differentiable
     def backward(ctx, grad):
         samples, channels, weight, bias, *rest = ctx.saved_tensors
-        step = 1 + _Tail.NUM_PARAMETERS
-        saved = rest[len(ctx.tails) * step:]
+        number = len(ctx.tails) * (1 + _Tail.NUM_PARAMETERS)
+        tensors, saved = rest[:number], rest[number:]
         per_tail = len(saved) // len(ctx.tails)
-        products, grad_tensors, start = [], [], 0
-        for number, tail in enumerate(ctx.tails):
-            x, *parameters = rest[number * step:(number + 1) * step]
-            parts = cache_slices(x, x.shape[1])
-            columns = weight[:, start:start + x.shape[1]].to(_wide(weight))
-            start += x.shape[1]
+        products, grad_tensors = [], []
+        for tail, columns, x, parameters in _per_branch(ctx.tails, ctx.scaled, tensors):
+            parts = cache_parts(x, x.shape[1])
             grad_x = torch.empty_like(x) if len(parts) > 1 else None
             grads, grad_parameters, product = tail.backward(
-                grad, [x[part] for part in parts], parts,
-                None if grad_x is None else [grad_x[part] for part in parts],
-                columns, channels, samples, parameters,
-                *saved[number * per_tail:(number + 1) * per_tail])
+                grad, split(x, parts), parts, None if grad_x is None else split(grad_x, parts),
+                columns, samples, parameters, saved[:per_tail])
+            saved = saved[per_tail:]
             products.append(product)
             grad_tensors += [grads[0] if grad_x is None else grad_x, *grad_parameters]
         grad_channels, grad_weight, grad_bias = _project_backward(
             grad, torch.cat(products, 1), weight, bias, channels, samples)
         return (None, None, grad if ctx.needs_input_grad[2] else None,
                 *_like((grad_channels, grad_weight, grad_bias), (channels, weight, bias)),
-                *_like(grad_tensors, rest[:len(ctx.tails) * step]))
+                *_like(grad_tensors, tensors))
+
+
+def _per_branch(tails: Sequence[_Tail], weight: Tensor, tensors: Sequence[Tensor]
+                ) -> Iterator[tuple[_Tail, Tensor, Tensor, Sequence[Tensor]]]:
+    """Each tail, its columns (C, I) of the weight, its map and its parameters."""
+    step = 1 + _Tail.NUM_PARAMETERS
+    branches = [tensors[start:start + step] for start in range(0, len(tensors), step)]
+    columns = weight.split([x.shape[1] for x, *_ in branches], 1)
+    for tail, own, (x, *parameters) in zip(tails, columns, branches, strict=True):
+        yield tail, own, x, parameters
 
 
 def _like(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients in the types of what they belong to."""
-    return [None if grad is None else grad.to(tensor.dtype)
-            for grad, tensor in zip(grads, tensors, strict=True)]
+    """The gradients in the shapes and types of what they belong to."""
+    like = []
+    for grad, tensor in zip(grads, tensors, strict=True):
+        if grad is not None and grad.shape != tensor.shape:
+            grad = grad.view(tensor.shape)
+        if grad is not None and grad.dtype != tensor.dtype:
+            grad = grad.to(tensor.dtype)
+        like.append(grad)
+    return like
 
 
 # ------------------------------------------------------------------------------------ wave mixing
@@ -916,7 +1035,7 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
                           conv_weight)
         return gated_projection([branch], proj_out.weight, proj_out.bias, scale, residual)
 
-    channels, samples = _flat(scale) or (None, None)
+    channels, samples = scale or (None, None)
     weight, bias = proj_in.weight, proj_in.bias
     dtype = _autocast_dtype(x)
     if dtype:
@@ -924,7 +1043,7 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
             tensor.to(dtype) for tensor in (x, weight, bias, conv_weight))
     return _MixWaves.apply(
         _Tail.of(tail), conv, ACTIVATIONS[type(act)], samples, strongest, residual, x, weight, bias,
-        complex_weight, conv_weight, channels, proj_out.weight.flatten(1), proj_out.bias,
+        complex_weight, conv_weight, channels, proj_out.weight, proj_out.bias,
         *_Tail.parameters(tail))
 
 
@@ -936,34 +1055,34 @@ class _MixWaves(Function):
                 complex_weight, conv_weight, channels, weight, bias, *parameters):
         # Casts are done, and the small tensors are computed in float32 whatever the maps are.
         with _no_autocast(x):
-            parts = cache_slices(x, len(proj_weight))
+            parts = cache_parts(x, len(proj_weight))
             kernel, groups = merge_groups(conv_weight, conv.groups, x)
-            phases, amplitudes, picked, refined, factors = [], [], [], [], []
-            for part in parts:
-                # Two maps, because each is worked on in one piece.
-                for maps, *projection in zip((phases, amplitudes), proj_weight.chunk(2),
-                                             proj_bias.chunk(2), strict=True):
-                    maps.append(F.conv2d(x[part], *projection))
-                factor = act.apply(phases[-1])
+            # Two maps, because each is worked on in one piece.
+            projections = list(zip(proj_weight.chunk(2), proj_bias.chunk(2), strict=True))
+            kept = []
+            for x_part, index in zip(split(x, parts), split(strongest, parts), strict=True):
+                phase, amplitude = (F.conv2d(x_part, *each) for each in projections)
+                factor = act.apply(phase)
                 keep = _keeps(factor)
-                if keep:
-                    factors.append(factor)
-                picked += [_pick(maps[-1], strongest[part]) for maps in (phases, amplitudes)]
-                wave = _superpose(factor, amplitudes[-1], act.apply(picked[-2]) * picked[-1],
+                picked = _pick(phase, index), _pick(amplitude, index)
+                wave = _superpose(factor, amplitude, act.apply(picked[0]) * picked[1],
                                   torch.empty_like(factor) if keep else factor)
                 if complex_weight is not None:
                     wave = _modulate(wave, complex_weight, wave)
-                refined.append(F.conv2d(wave, kernel, None, conv.stride, conv.padding,
-                                        conv.dilation, groups))
-            scale = None if channels is None else Scale(channels, samples)
+                refined = F.conv2d(wave, kernel, None, conv.stride, conv.padding, conv.dilation,
+                                   groups)
+                kept.append(_Waves(phase, amplitude, refined, *picked, factor if keep else None))
+            scale = None if channels is None else Scale(channels.flatten(), samples)
             total = _constant(bias, scale, x, residual)
-            saved = tail.forward(total, refined, parts, weight.to(_wide(weight)), channels, samples,
-                                 parameters)
-        ctx.tail, ctx.conv, ctx.act = tail, conv, act
+            ctx.scaled = _scaled(weight, channels)
+            saved = tail.forward(total, [waves.refined for waves in kept], parts, ctx.scaled,
+                                 samples, parameters)
+        ctx.tail, ctx.conv, ctx.act, ctx.parts = tail, conv, act, parts
+        # Not saved, since it may not be the same when it is recomputed.
+        ctx.kernel, ctx.groups = kernel, groups
         ctx.save_for_backward(samples, strongest, x, proj_weight, proj_bias, complex_weight,
-                              conv_weight, channels, weight, bias, *parameters, *phases,
-                              *amplitudes, *refined, *picked, *factors, *saved)
-        ctx.num_factors = len(factors)
+                              conv_weight, channels, weight, bias, *parameters,
+                              *chain(*kept), *saved)
         return total
 
     @staticmethod
@@ -971,61 +1090,73 @@ class _MixWaves(Function):
     def backward(ctx, grad):
         (samples, strongest, x, proj_weight, proj_bias, complex_weight, conv_weight, channels,
          weight, bias, *rest) = ctx.saved_tensors
+        conv, act, parts = ctx.conv, ctx.act, ctx.parts
         parameters, rest = rest[:_Tail.NUM_PARAMETERS], rest[_Tail.NUM_PARAMETERS:]
-        conv, act = ctx.conv, ctx.act
-        parts = cache_slices(x, len(proj_weight))
-        phases, amplitudes, refined = (
-            rest[start:start + len(parts)] for start in range(0, 3 * len(parts), len(parts)))
-        picked, rest = rest[3 * len(parts):5 * len(parts)], rest[5 * len(parts):]
-        factors, saved = rest[:ctx.num_factors], rest[ctx.num_factors:]
+        kept = [_Waves(*rest[start:start + 6]) for start in range(0, 6 * len(parts), 6)]
 
         grads, grad_parameters, product = ctx.tail.backward(
-            grad, refined, parts, None, weight.to(_wide(weight)), channels, samples, parameters,
-            *saved)
+            grad, [waves.refined for waves in kept], parts, None, ctx.scaled, samples,
+            parameters, rest[6 * len(parts):])
         grad_channels, grad_weight, grad_bias = _project_backward(
             grad, product, weight, bias, channels, samples)
 
-        grad_x, grad_complex = torch.empty_like(x), None
+        grad_x, sums = torch.empty_like(x), _Sums()
         # The same for all parts, so that it is in the cache.
-        scratch = [torch.empty_like(phases[0]) for _ in range(1 if complex_weight is None else 2)]
-        kernel, groups = merge_groups(conv_weight, conv.groups, x)
-        grad_projs, grad_proj_biases, grad_kernel = [0., 0.], [0., 0.], 0.
-        for number, part in enumerate(parts):
-            factor = factors[number] if factors else act.apply(phases[number])
-            of_strongest = picked[2 * number:2 * number + 2]
-            added = act.apply(of_strongest[0]) * of_strongest[1]
-            wave = _superpose(factor, amplitudes[number], added, scratch[0][:len(factor)])
+        scratch = [torch.empty_like(kept[0].phase)
+                   for _ in range(1 if complex_weight is None else 2)]
+        halves = proj_weight.chunk(2)
+        for number, (waves, x_part, index, out) in enumerate(zip(
+                kept, *(split(each, parts) for each in (x, strongest, grad_x)), strict=True)):
+            factor = act.apply(waves.phase) if waves.factor is None else waves.factor
+            added = act.apply(waves.picked_phase) * waves.picked_amplitude
+            wave = _superpose(factor, waves.amplitude, added, _head(scratch[0], len(factor)))
             modulated = wave
             if complex_weight is not None:
-                modulated = _modulate(wave, complex_weight, scratch[1][:len(wave)])
+                modulated = _modulate(wave, complex_weight, _head(scratch[1], len(wave)))
 
             grad_wave, addend, _ = aten.convolution_backward(
-                grads[number], modulated, kernel, None, conv.stride, conv.padding, conv.dilation,
-                False, [0, 0], groups, [True, True, False])
-            grad_kernel = grad_kernel + addend
+                grads[number], modulated, ctx.kernel, None, conv.stride, conv.padding,
+                conv.dilation, False, [0, 0], ctx.groups, [True, True, False])
+            sums.add('kernel', addend)
             grads[number] = None
             if complex_weight is not None:
                 grad_wave, addend = _modulate_backward(grad_wave, wave, complex_weight, modulated)
-                grad_complex = addend if grad_complex is None else grad_complex + addend
-            grad_waves = _superpose_backward(
-                grad_wave, phases[number], amplitudes[number], factor, strongest[part],
-                of_strongest, act, wave)
+                sums.add('complex', addend)
+            grad_waves = _superpose_backward(grad_wave, waves, factor, index, act, wave)
             del factor
-            grad_part = None
-            for half, (grad_wave, half_weight) in enumerate(
-                    zip(grad_waves, proj_weight.chunk(2), strict=True)):
-                addend_x, addend, addend_bias = aten.convolution_backward(
-                    grad_wave, x[part], half_weight, half_weight.shape[:1], [1, 1], [0, 0], [1, 1],
+            addends = []
+            for half, (each, half_weight) in enumerate(zip(grad_waves, halves, strict=True)):
+                addend, *grad_half = aten.convolution_backward(
+                    each, x_part, half_weight, half_weight.shape[:1], [1, 1], [0, 0], [1, 1],
                     False, [0, 0], 1, [True, True, True])
-                grad_part = addend_x if grad_part is None else grad_part.add_(addend_x)
-                grad_projs[half] = grad_projs[half] + addend
-                grad_proj_biases[half] = grad_proj_biases[half] + addend_bias
-            grad_x[part] = grad_part
-        grad_proj, grad_proj_bias = torch.cat(grad_projs), torch.cat(grad_proj_biases)
-        grad_conv = _split_groups(grad_kernel, conv_weight, conv.groups)
+                addends.append(addend)
+                for name, value in zip(('weight', 'bias'), grad_half, strict=True):
+                    sums.add((name, half), value)
+            torch.add(*addends, out=out)
+        grad_proj, grad_proj_bias = (
+            torch.cat([sums[name, half] for half in range(2)]) for name in ('weight', 'bias'))
+        grad_conv = _split_groups(sums['kernel'], conv_weight, conv.groups)
 
         tensors = (proj_weight, proj_bias, complex_weight, conv_weight, channels, weight, bias,
                    *parameters)
         return (None, None, None, None, None, grad if ctx.needs_input_grad[5] else None, grad_x,
-                *_like((grad_proj, grad_proj_bias, grad_complex, grad_conv, grad_channels,
+                *_like((grad_proj, grad_proj_bias, sums.get('complex'), grad_conv, grad_channels,
                         grad_weight, grad_bias, *grad_parameters), tensors))
+
+
+class _Waves(NamedTuple):
+    """What is kept of a part of a batch; picked is what belongs to the strongest wave."""
+
+    phase: Tensor
+    amplitude: Tensor
+    refined: Tensor
+    picked_phase: Tensor
+    picked_amplitude: Tensor
+    factor: Tensor | None
+
+
+class _Sums(dict):
+    """Sums by name."""
+
+    def add(self, name: Hashable, addend: Tensor) -> None:
+        self[name] = self[name] + addend if name in self else addend

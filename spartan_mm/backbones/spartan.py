@@ -22,13 +22,14 @@ from .functional import (
     Branch,
     Scale,
     activate,
-    cache_slices,
+    cache_parts,
     convolve,
     fold_modulation,
     gated_projection,
     layer_norm,
     mix_waves,
     records,
+    split,
 )
 from .opaque import Opaque
 
@@ -556,7 +557,7 @@ class Blocks(Opaque, nn.Sequential):
             return nn.Sequential.forward(self, x)
         # In evaluation no sample depends on another.
         widest = max(block.cmixer.proj_in.out_channels for block in self)
-        parts = [nn.Sequential.forward(self, x[part]) for part in cache_slices(x, widest)]
+        parts = [nn.Sequential.forward(self, part) for part in split(x, cache_parts(x, widest))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -336,6 +336,13 @@ def test_sizes_do_not_compile_anew(deploy, opaque, monkeypatch):
     assert counter.frame_count == 1
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    """What earlier tests compiled counts as recompilation."""
+    yield
+    torch.compiler.reset()
+
+
 def compile_and_collect(model):
     """A compiled model, and the operators of its graphs."""
     found = []
