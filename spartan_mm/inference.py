@@ -314,6 +314,18 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     return Source(root, [path])
 
 
+def find_images(path: str | Path, out_dir: str | Path) -> Source:
+    """See what images there are, like :func:`find_source`.
+
+    Raises:
+        InputError: there as well, or if it is a video.
+    """
+    source = find_source(path, out_dir)
+    if source.video is not None:
+        raise InputError(f'{path} is a video; give an image or a folder of images')
+    return source
+
+
 def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
           score_threshold: float = 0.3, batch_size: int = 1, top: int = 5) -> Report:
     """Process images or a video; write pictures and ``results.json``.

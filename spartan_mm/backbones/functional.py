@@ -118,8 +118,13 @@ def knows(act: nn.Module) -> bool:
     return type(act) in ACTIVATIONS and getattr(act, 'approximate', 'none') == 'none'
 
 
-def activate(act: nn.Module, x: Tensor) -> Tensor:
-    """Apply an activation to a map that nobody else holds, in place where nothing is recorded."""
+def finish(branch: Branch) -> Tensor:
+    """Apply norm and activation of a branch, in place where nothing is recorded."""
+    x, act = branch.map, branch.act
+    if not isinstance(branch.norm, nn.Identity):
+        x = branch.norm(x)
+    if isinstance(act, nn.Identity):
+        return x
     return act(x) if records() or not knows(act) else ACTIVATIONS[type(act)].apply_(x)
 
 
@@ -156,7 +161,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module,
 
 def _takes_one_step(x: Tensor, weight: Tensor, act: nn.Module) -> bool:
     """Whether oneDNN computes a convolution and what follows it in one step."""
-    return (not records() and knows(act) and _is_on_x86(x) and has_fast_kernels(x)
+    return (not torch.is_grad_enabled() and knows(act) and _is_on_x86(x) and has_fast_kernels(x)
             and x.dtype == weight.dtype and x.numel() > 0)
 
 
@@ -342,8 +347,8 @@ def merge_groups(kernel: Tensor, groups: int, x: Tensor) -> tuple[Tensor, int]:
     """
     group = kernel.shape[1]
     merged = 8 // group
-    if (records() or not _is_on_x86(x) or group * merged != 8 or merged in (1, 8)
-            or groups % merged):
+    if (group * merged != 8 or merged in (1, 8) or groups % merged or records()
+            or not _is_on_x86(x)):
         return kernel, groups
     # (larger groups, merged, outputs of a group, channels of a group, k, k)
     kernels = kernel.unflatten(0, (groups // merged, merged, -1))
@@ -503,17 +508,27 @@ def gated_projection(branches: Sequence[Branch], weight: Tensor, bias: Tensor,
     scale, total = _flat(scale), None
     for branch, columns in zip(branches, weight.flatten(1).split(
             [branch.map.shape[1] for branch in branches], 1), strict=True):
-        x = activate(branch.act, branch.norm(branch.map))
+        x = finish(branch)
+        gated = branch.squeeze_excitation is not None
+        if (gated and scale is None and _gates_maps(x, len(columns)) and not records()
+                and not _autocast_dtype(x)):
+            if total is None:
+                total = _constant(bias, scale, x, residual)
+            gate = branch.squeeze_excitation(x.mean((2, 3)))
+            _add_shared_product(total, x.mul_(gate[:, :, None, None]), columns)
+            continue
         matrix = columns[None]
         if scale is not None:
             matrix = scale.channels[:, None] * matrix
             if scale.samples is not None:
                 matrix = matrix * scale.samples[:, None, None]
-        if branch.squeeze_excitation is not None:
+        if gated:
             matrix = matrix * branch.squeeze_excitation(x.mean((2, 3)))[:, None]
         if total is None:
             total = _constant(bias, scale, x, residual)
-        total = _add_product(total, x, matrix.expand(len(x), -1, -1).to(x.dtype))
+        if len(matrix) != len(x):
+            matrix = matrix.expand(len(x), -1, -1)
+        total = _add_product(total, x, matrix.to(x.dtype))
     return total
 
 

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from .functional import (
     Branch,
     Scale,
-    activate,
     cache_parts,
     convolve,
+    finish,
     fold_modulation,
     gated_projection,
     layer_norm,
@@ -116,8 +116,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        branch = self.begin(x)
-        return activate(branch.act, branch.norm(branch.map))
+        return finish(self.begin(x))
 
     def begin(self, x: Tensor, squeeze_excitation: nn.Module | None = None) -> Branch:
         """Convolve (N, C_in, H, W), see ``convolve``."""

@@ -343,10 +343,11 @@ def build_runner(cfg: Config) -> Runner:
 
 
 @contextmanager
-def reporting() -> Iterator[None]:
+def reporting(*explained: type[Exception]) -> Iterator[None]:
     """Be the frame of a command: an error ends it with one line and status 1.
 
-    A traceback goes before that line unless the error explains itself. A process that is one of
+    A traceback goes before that line unless the error explains itself, as those in ``EXPLAINED``
+    and `explained` do. A process that is one of
     several ends at once, whatever it is doing, so that torchrun or Slurm end the others. A training
     that saved and left on a signal ends with status 128 + the signal's number.
     """
@@ -354,7 +355,7 @@ def reporting() -> Iterator[None]:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
-    except EXPLAINED as error:
+    except (*EXPLAINED, *explained) as error:
         _leave(f'error: {error}', 1)
     except Exception as error:
         if dist.get_world_size() == 1:

@@ -30,6 +30,8 @@ def run_ranks(tmp_path, count, function):
             continue
         status = 1
         try:
+            # OpenMP's other threads don't live on in a fork, and would be waited for.
+            torch.set_num_threads(1)
             torch.distributed.init_process_group(
                 'gloo', f'file://{tmp_path}/meeting_{count}', rank=rank, world_size=count)
             torch.save(function(rank), tmp_path / f'rank{rank}.pth')

@@ -39,7 +39,7 @@ from spartan_mm.analysis.receptive_field import (  # noqa: E402
 )
 from spartan_mm.engine.launch import UsageError, reporting  # noqa: E402
 from spartan_mm.files import check_writable, write_whole  # noqa: E402
-from spartan_mm.inference import InputError, find_source  # noqa: E402
+from spartan_mm.inference import InputError, find_images  # noqa: E402
 from spartan_mm.zoo import UnknownModelError  # noqa: E402
 
 
@@ -82,18 +82,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        with reporting():
-            run(args)
-    except (ImportError, InputError, LayerError, UnknownModelError) as error:
-        sys.exit(f'error: {error}')
+    with reporting(ImportError, InputError, LayerError, UnknownModelError):
+        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     out = args.out_dir
-    source = find_source(args.images, out)
-    if source.video is not None:
-        raise InputError(f'{args.images} is a video; give an image or a folder of images')
+    source = find_images(args.images, out)
     check_writable(out / 'effective_receptive_field.png')
     images = [read_square(path, args.size)
               for path in choose_images(source.images, args.num_images, args.seed)]

@@ -32,7 +32,7 @@ from spartan_mm.analysis.model_inputs import split_checkpoint  # noqa: E402
 from spartan_mm.analysis.named_models import NAMES, load_named_model  # noqa: E402
 from spartan_mm.engine.launch import UsageError, read_share, reporting  # noqa: E402
 from spartan_mm.files import check_writable  # noqa: E402
-from spartan_mm.inference import IMAGE_SUFFIXES, InputError, find_source  # noqa: E402
+from spartan_mm.inference import IMAGE_SUFFIXES, InputError, find_images  # noqa: E402
 from spartan_mm.zoo import UnknownModelError  # noqa: E402
 
 
@@ -80,13 +80,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        with reporting():
+    with reporting(ImportError, InputError, UnknownClassError, UnknownModelError):
+        try:
             list_layers(args) if args.list_layers else run(args)
-    except LayerError as error:
-        sys.exit(f'error: {error}; --list-layers prints all there are')
-    except (ImportError, InputError, UnknownClassError, UnknownModelError) as error:
-        sys.exit(f'error: {error}')
+        except LayerError as error:
+            raise UsageError(f'{error}; --list-layers prints all there are') from error
 
 
 def list_layers(args: argparse.Namespace) -> None:
@@ -100,9 +98,7 @@ def list_layers(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    source = find_source(args.images, args.out_dir)
-    if source.video is not None:
-        raise InputError(f'{args.images} is a video; give an image or a folder of images')
+    source = find_images(args.images, args.out_dir)
     check_writable(args.out_dir / 'results.json')
     names = args.names or name_models(args.models)
     layers = args.layers if len(args.layers) > 1 else args.layers * len(names)

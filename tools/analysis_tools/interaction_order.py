@@ -48,7 +48,7 @@ from spartan_mm.analysis.model_inputs import (  # noqa: E402
 )
 from spartan_mm.engine.launch import UsageError, reporting  # noqa: E402
 from spartan_mm.files import check_writable, write_whole  # noqa: E402
-from spartan_mm.inference import InputError, find_source  # noqa: E402
+from spartan_mm.inference import InputError, find_images  # noqa: E402
 from spartan_mm.zoo import UnknownModelError  # noqa: E402
 
 
@@ -124,20 +124,15 @@ def load_subjects(args: argparse.Namespace) -> list[Subject]:
 
 def main() -> None:
     args = parse_args()
-    try:
-        with reporting():
-            run(args)
-    except (ImportError, InputError, UnknownModelError) as error:
-        sys.exit(f'error: {error}')
+    with reporting(ImportError, InputError, UnknownModelError):
+        run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     settings = Settings(args.grid, args.pairs, args.contexts, tuple(args.orders),
                         args.distance or None, args.baseline, args.target, args.seed)
     out = args.out_dir
-    source = find_source(args.images, out)
-    if source.video is not None:
-        raise InputError(f'{args.images} is a video; give an image or a folder of images')
+    source = find_images(args.images, out)
     check_writable(out / 'interaction_order.png')
     images = choose_images(source.images, args.num_images, args.seed)
     results = Results(out / 'interaction_order.json', settings)
