@@ -1,5 +1,6 @@
 """Images as a model sees them, whoever's the model is, for the commands that look into models."""
 
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .. import zoo
 from ..datasets.images import load_image
 from ..engine.launch import UsageError, choose_device
-from .named_models import NamedModel, load_named_model, read_config
+from .named_models import NAMES, NamedModel, load_named_model, read_config
 
 #: The config whose test pipeline a backbone alone gets.
 _BACKBONE_CONFIG = 'spartan_xt_224'
@@ -88,6 +89,24 @@ class ImageReader:
                                          img_path=str(path)))
             batch = {key: [value] for key, value in packed.items()}
             return self._preprocessor(batch, False)['inputs'][0]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    """Add the flags that tools have in common which show what several models make of images.
+
+    Args:
+        parser: of the tool.
+        out_dir: default of ``--out-dir``.
+    """
+    parser.add_argument('images', help='an image, or a folder; it is searched with its subfolders')
+    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
+                        help=f'models, each with its weights, a file or URL. MODEL is {NAMES}')
+    parser.add_argument('--names', nargs='+', metavar='NAME',
+                        help='what to call the models (default: their own names)')
+    parser.add_argument('--out-dir', type=Path, default=Path(out_dir), metavar='DIR',
+                        help='where to write (default: %(default)s)')
+    parser.add_argument('--device',
+                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
 
 
 def load_with_weights(name: str, checkpoint: str | None = None, random: bool = False,

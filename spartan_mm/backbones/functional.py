@@ -762,8 +762,8 @@ class _Tail:
             recomputed = [normalise(x) for x in maps]
             activated = [self.act.apply(y) for y in recomputed]
         weights = gate if samples is None else gate * samples[:, None]
-        work = _gates_maps(maps[0], len(weight))
-        step = (_GatedMaps if work else _GatedMatrices)(
+        kind = _GatedMaps if _gates_maps(maps[0], len(weight)) else _GatedMatrices
+        step = kind(
             split(grad.to(dtype), parts), activated, parts, weight, weights)
         grad_gate = step.grad_gate if samples is None else step.grad_gate * samples[:, None]
         grad_average, grad_se = _gate_backward(grad_gate, average, hidden, gate, *self.se)

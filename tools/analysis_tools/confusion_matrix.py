@@ -16,8 +16,6 @@ from pathlib import Path
 # A checkout that is not installed; what is installed comes first.
 sys.path.append(os.fspath(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import DictAction  # noqa: E402
-
 from spartan_mm.engine import launch  # noqa: E402
 from spartan_mm.files import check_writable, write_whole  # noqa: E402
 
@@ -27,18 +25,7 @@ NUM_PRINTED = 10
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file, or the name of a model')
-    parser.add_argument('predictions', metavar='FILE.pkl', help='what tools/test.py --out wrote')
-    parser.add_argument('--out-dir', type=Path, metavar='DIR',
-                        default=Path('work_dirs/confusion_matrix'),
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--score-thr', type=launch.read_share, default=0.3, metavar='SCORE',
-                        help='least score of a detection that counts (default: %(default)s)')
-    parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
-                        help='least overlap of a detection with the object that it finds (default: '
-                             '%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
+    launch.add_result_arguments(parser, 'work_dirs/confusion_matrix')
     return parser.parse_args()
 
 

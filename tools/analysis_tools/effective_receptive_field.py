@@ -23,11 +23,11 @@ from rich.progress import track  # noqa: E402
 from spartan_mm.analysis.interaction_order import choose_images  # noqa: E402
 from spartan_mm.analysis.layers import LayerError  # noqa: E402
 from spartan_mm.analysis.model_inputs import (  # noqa: E402
+    add_model_arguments,
     has_weights,
     load_with_weights,
     split_checkpoint,
 )
-from spartan_mm.analysis.named_models import NAMES  # noqa: E402
 from spartan_mm.analysis.receptive_field import (  # noqa: E402
     SHARES,
     check_layer,
@@ -46,11 +46,7 @@ from spartan_mm.zoo import UnknownModelError  # noqa: E402
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', help='an image, or a folder; it is searched with its subfolders')
-    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
-                        help=f'models, each with its weights, a file or URL. MODEL is {NAMES}')
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='what to call the models (default: their own names)')
+    add_model_arguments(parser, 'work_dirs/effective_receptive_field')
     parser.add_argument('--layer', nargs='+', default=[None], dest='layers', metavar='LAYER',
                         help='the layer whose centre counts, one for all models or one for each '
                              '(default: the last stage of the backbone); grad_cam.py --list-layers '
@@ -63,11 +59,6 @@ def parse_args() -> argparse.Namespace:
                         help='give models without a checkpoint random weights')
     parser.add_argument('--seed', type=int, default=0,
                         help='of the choice of images and of random weights (default: %(default)s)')
-    parser.add_argument('--out-dir', type=Path, metavar='DIR',
-                        default=Path('work_dirs/effective_receptive_field'),
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--device',
-                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
     args = parser.parse_args()
     for flag, value in (('--size', args.size), ('--num-images', args.num_images)):
         if value < 1:

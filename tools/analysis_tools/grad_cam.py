@@ -28,8 +28,8 @@ from spartan_mm.analysis.class_activation import (  # noqa: E402
     load_explained,
 )
 from spartan_mm.analysis.layers import LayerError, describe_layers  # noqa: E402
-from spartan_mm.analysis.model_inputs import split_checkpoint  # noqa: E402
-from spartan_mm.analysis.named_models import NAMES, load_named_model  # noqa: E402
+from spartan_mm.analysis.model_inputs import add_model_arguments, split_checkpoint  # noqa: E402
+from spartan_mm.analysis.named_models import load_named_model  # noqa: E402
 from spartan_mm.engine.launch import UsageError, read_share, reporting  # noqa: E402
 from spartan_mm.files import check_writable  # noqa: E402
 from spartan_mm.inference import IMAGE_SUFFIXES, InputError, find_images  # noqa: E402
@@ -39,11 +39,7 @@ from spartan_mm.zoo import UnknownModelError  # noqa: E402
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', help='an image, or a folder; it is searched with its subfolders')
-    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
-                        help=f'models, each with its weights, a file or URL. MODEL is {NAMES}')
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='what to call the models (default: their own names)')
+    add_model_arguments(parser, 'work_dirs/grad_cam')
     parser.add_argument('--class', nargs='+', default=[None], dest='classes', metavar='CLASS',
                         help='names or indices of the classes to explain (default: what a '
                              'classifier predicts, detections of all classes)')
@@ -59,10 +55,6 @@ def parse_args() -> argparse.Namespace:
                         help='least score of a detection that is explained (default: %(default)s)')
     parser.add_argument('--top', type=int, metavar='N',
                         help='explain the N best detections (default: all)')
-    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/grad_cam'), metavar='DIR',
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--device',
-                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
     args = parser.parse_args()
     for model in args.models:
         if Path(model).suffix.lower() in IMAGE_SUFFIXES:

@@ -41,6 +41,7 @@ from spartan_mm.analysis.interaction_order import (  # noqa: E402
 )
 from spartan_mm.analysis.model_inputs import (  # noqa: E402
     ImageReader,
+    add_model_arguments,
     digest_weights,
     has_weights,
     load_with_weights,
@@ -55,16 +56,7 @@ from spartan_mm.zoo import UnknownModelError  # noqa: E402
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', help='an image, or a folder; it is searched with its subfolders')
-    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
-                        help='a model of this package, a config file, timm:NAME or '
-                             'mmpretrain:NAME, with its checkpoint; or a checkpoint that holds its '
-                             'config')
-    parser.add_argument('--out-dir', type=Path, metavar='DIR',
-                        default=Path('work_dirs/interaction_order'),
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='what to call the models (default: their own names)')
+    add_model_arguments(parser, 'work_dirs/interaction_order')
     parser.add_argument('--num-images', type=int, metavar='N',
                         help='number of images, drawn at random (default: all)')
     parser.add_argument('--grid', type=int, default=16, metavar='N',
@@ -91,8 +83,6 @@ def parse_args() -> argparse.Namespace:
                         help='give models without a checkpoint random weights')
     parser.add_argument('--seed', type=int, default=0,
                         help='of images, pairs, contexts and random weights (default: %(default)s)')
-    parser.add_argument('--device',
-                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
     args = parser.parse_args()
     for flag, value in (('--batch-size', args.batch_size), ('--num-images', args.num_images)):
         if value is not None and value < 1:
