@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from .functional import (
     fold_modulation,
     gated_projection,
     layer_norm,
-    mix_waves,
     records,
     split,
 )
+from .gradients import has_own_gradient, mix_space, mix_waves
 from .opaque import Opaque
 
 ACTIVATIONS = {'GELU': nn.GELU, 'SiLU': nn.SiLU}
@@ -121,6 +122,10 @@ class ConvNormAct(nn.Module):
     def begin(self, x: Tensor, squeeze_excitation: nn.Module | None = None) -> Branch:
         """Convolve (N, C_in, H, W), see ``convolve``."""
         return convolve(x, self.conv, self.norm, self.act, squeeze_excitation)
+
+    def tail(self, squeeze_excitation: nn.Module | None = None) -> Branch:
+        """What follows the convolution."""
+        return Branch(None, self.norm, self.act, squeeze_excitation)
 
     def switch_to_deploy(self) -> None:
         """Fold a batch norm into the convolution; other norms look at the map and stay."""
@@ -245,14 +250,19 @@ class SMixer(Mixer):
         Returns:
             (N, C, H, W).
         """
-        x = self.decompose(x)
+        low_freq = self.low_freq if isinstance(self.low_freq, nn.Sequential) else [self.low_freq]
+        *convs, last = low_freq
+        tails = [self.high_freq.tail(self.high_se), last.tail(self.low_se)]
+        stacks = [[self.high_freq.conv], [*convs, last.conv]]
+        if has_own_gradient(tails, [self.proj_in, *chain(*stacks)]):
+            return mix_space(x, self.proj_in, self.gamma, stacks, tails, self.proj_out, scale,
+                             residual)
 
+        x = self.decompose(x)
         high = self.high_freq.begin(x, self.high_se)
-        stack = self.low_freq if isinstance(self.low_freq, nn.Sequential) else [self.low_freq]
-        for conv in stack[:-1]:
+        for conv in convs:
             x = conv(x)
-        low = stack[-1].begin(x, self.low_se)
-        return self.project_out([high, low], scale, residual)
+        return self.project_out([high, last.begin(x, self.low_se)], scale, residual)
 
     def decompose(self, x: Tensor) -> Tensor:
         """Project to the branches' width; gamma then weighs what differs from the average (Eq. 3).
@@ -378,16 +388,9 @@ class CMixer(Mixer):
             (N, C, H, W).
         """
         strongest = x.argmax(dim=1, keepdim=True)  # (N, 1, H, W), values below C
-
-        # The modulation costs nothing where the weights of the convolution can take it.
-        conv = self.refine.conv
-        weight, complex_weight = conv.weight, getattr(self, 'complex_weight', None)
-        if complex_weight is not None and self.folds_modulation:
-            weight, complex_weight = fold_modulation(complex_weight, weight), None
-
-        tail = Branch(None, self.refine.norm, self.refine.act, self.se)
-        return mix_waves(x, strongest, self.proj_in, self.act, complex_weight, conv, weight, tail,
-                         self.proj_out, scale, residual)
+        complex_weight = getattr(self, 'complex_weight', None)
+        return mix_waves(x, strongest, self.proj_in, self.act, complex_weight, self.refine.conv,
+                         self.refine.tail(self.se), self.proj_out, scale, residual)
 
     def switch_to_deploy(self, slope: Tensor | None, offset: Tensor | None,
                          scale: Tensor) -> None:

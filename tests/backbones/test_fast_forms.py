@@ -424,6 +424,25 @@ def test_hooks_of_convolutions_are_called(deploy, recorded):
     assert shapes == [(1, conv.out_channels, 16, 16)]
 
 
+@pytest.mark.parametrize('low_freq_kernel', [3, 5])
+def test_hooks_do_not_change_gradients(low_freq_kernel):
+    """With hooks a spatial mixer is left to autograd."""
+    model = make(low_freq_kernel=low_freq_kernel).train()
+    hooked = copy.deepcopy(model)
+    called = []
+    for name, module in hooked.named_modules():
+        if 'smixer' in name and isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    x = images(2, 3, 64, 96)
+    maps, grad_x, grads = step(model, x)
+    expected_maps, expected_grad_x, expected_grads = step(hooked, x)
+    assert any(name.endswith('high_freq.conv') for name in called)
+    for actual, expected in zip([*maps, grad_x, *grads.values()],
+                                [*expected_maps, expected_grad_x, *expected_grads.values()],
+                                strict=True):
+        assert_close(actual, expected, 1e-10)
+
+
 @pytest.mark.parametrize('recorded', [False, True])
 def test_another_activation_is_computed_as_it_is(recorded):
     class Shrunk(nn.GELU):
