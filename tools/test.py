@@ -41,6 +41,7 @@ def main() -> None:
         runner = launch.build_runner(cfg)
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+        launch.settle_memory()
         runner.test()
 
 
