@@ -60,7 +60,7 @@ class Branch(NamedTuple):
     """What a gated projection reads: ``gate * act(norm(map))``.
 
     Args:
-        map: (N, I, H, W), held by nobody else.
+        map: (N, I, H, W), held by nobody else; None where it is yet to be computed.
         norm: The norm of it; an ``nn.Identity`` if there is none.
         act: The activation after the norm; an ``nn.Identity`` if the map has gone through it.
         squeeze_excitation: Module that gives the gates (N, I) for the channels' averages (N, I);
@@ -113,6 +113,12 @@ def knows(act: nn.Module) -> bool:
     return type(act) in ACTIVATIONS and getattr(act, 'approximate', 'none') == 'none'
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody expects that the module is called, and its own result."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
 def finish(branch: Branch) -> Tensor:
     """Apply norm and activation of a branch, in place where nothing is recorded."""
     x, act = branch.map, branch.act
@@ -140,9 +146,8 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module,
     """
     kernel = conv.weight if weight is None else weight
     settings = conv.stride, conv.padding, conv.dilation
-    # What hooks expect is the convolution alone.
     if (isinstance(norm, nn.Identity) and _takes_one_step(x, kernel, act)
-            and not conv._forward_hooks and not conv._forward_pre_hooks):
+            and not has_hooks(conv)):
         kernel, groups = merge_groups(kernel, conv.groups, x)
         x = _convolve_and_activate(x, kernel, conv.bias, act, *settings, groups)
         return Branch(x, norm, nn.Identity(), squeeze_excitation)
@@ -295,6 +300,11 @@ def modulate(wave: Tensor, complex_weight: Tensor) -> Tensor:
 
     partner = wave.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # 2j and 2j + 1 exchanged
     return wave * direct + partner * cross
+
+
+def folds_modulation(kernel: Tensor) -> bool:
+    """Whether the groups of a convolution hold whole pairs, see :func:`fold_modulation`."""
+    return kernel.shape[1] % 2 == 0
 
 
 def fold_modulation(complex_weight: Tensor, kernel: Tensor) -> Tensor:

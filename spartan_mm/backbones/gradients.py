@@ -8,7 +8,7 @@ worked on in parts that fit the cache, and activated maps are kept.
 Shapes: maps are (N, C, H, W) in either memory format; R hidden channels; I channels of a branch; S
 of the hidden layer of a squeeze-excitation.
 """
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -30,10 +30,10 @@ from .functional import (
     autocast_dtype,
     cache_parts,
     constant,
-    convolve,
     fold_modulation,
-    gated_projection,
+    folds_modulation,
     gates_maps,
+    has_hooks,
     is_channels_last,
     is_complex_in_memory,
     is_on_x86,
@@ -43,30 +43,27 @@ from .functional import (
     modulate,
     modulate_into,
     no_autocast,
-    pick,
     rows,
     split,
     sum_by_channel,
     superpose,
     traces,
-    waves,
     wide,
 )
 
 aten = torch.ops.aten
 
 
-def has_own_gradient(tails: Sequence[Branch], convs: Sequence[nn.Conv2d] = ()) -> bool:
-    """Whether hand-written gradients are wanted and know what tails and convolutions do."""
+def has_own_gradient(tails: Sequence[Branch], convs: Sequence[nn.Conv2d]) -> bool:
+    """Whether hand-written gradients are wanted, and know what tails and convolutions do."""
     return torch.is_grad_enabled() and not traces() and all(
         # Not a subclass, which may compute something else.
         type(tail.norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and tail.norm.affine
         and tail.norm.track_running_stats and tail.norm.momentum is not None
         and knows(tail.act) and tail.squeeze_excitation is not None
         for tail in tails) and all(
-        # What hooks expect is the convolution alone.
-        type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
-        and not conv._backward_hooks and not conv._backward_pre_hooks
+        type(conv) is nn.Conv2d and not has_hooks(conv) and conv.bias is None
+        and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
         for conv in convs)
 
 
@@ -95,7 +92,8 @@ class _Tail:
         return [branch.norm.weight, branch.norm.bias, squeeze.weight, squeeze.bias, expand.weight,
                 expand.bias]
 
-    def statistics(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def statistics(self, maps: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]]
+                   ) -> tuple[Tensor, Tensor]:
         """Mean and variance (I,) that the norm uses; in training its own are updated."""
         norm = self.norm
         if not self.training:
@@ -107,7 +105,7 @@ class _Tail:
             return torch.batch_norm_update_stats(
                 maps[0], norm.running_mean, norm.running_var, norm.momentum)
         counts = [x.numel() // x.shape[1] for x in maps]
-        moments = [self._moments(x) for x in maps]
+        moments = moments or [self.moments(x) for x in maps]
         dtype = moments[0][0].dtype
         if len(maps) == 1:
             (mean, variance), self.count = moments[0], counts[0]
@@ -132,7 +130,7 @@ class _Tail:
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
         return mean.to(dtype), variance.to(dtype)
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (I,) of a map."""
         norm = self.norm
         if x.device.type == 'cuda':
@@ -153,8 +151,8 @@ class _Tail:
                                        out=(out, *self.unused))[0]
 
     def forward(self, total: Tensor, maps: Sequence[Tensor], parts: Sequence[int],
-                weight: Tensor, samples: Tensor | None, parameters: Sequence[Tensor]
-                ) -> list[Tensor]:
+                weight: Tensor, samples: Tensor | None, parameters: Sequence[Tensor],
+                moments: Sequence[tuple[Tensor, Tensor]] = ()) -> list[Tensor]:
         """Add the branch's projection to `total`.
 
         Args:
@@ -164,12 +162,13 @@ class _Tail:
             weight: (C, I), the projection's with its scale.
             samples: (N,), see :class:`Scale`.
             parameters: See :meth:`parameters`.
+            moments: :meth:`moments` of each part, if they are known.
 
         Returns:
             What the backward pass needs: mean and variance, (N, I) averages, (N, S) hidden layer
             and (N, I) gates, and the activated maps if they are kept.
         """
-        mean, variance = self.statistics(maps)
+        mean, variance = self.statistics(maps, moments)
         norm_weight, norm_bias, *se = parameters
         self.se = _flatten(se, weight.dtype)
         factors = [None] * len(parts) if samples is None else split(samples, parts)
@@ -194,7 +193,7 @@ class _Tail:
     def backward(self, grad: Tensor, maps: Sequence[Tensor], parts: Sequence[int],
                  grad_maps: Sequence[Tensor] | None, weight: Tensor, samples: Tensor | None,
                  parameters: Sequence[Tensor], saved: Sequence[Tensor]
-                 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+                 ) -> tuple[Callable[[int], Tensor], list[Tensor], Tensor]:
         """Gradients of the maps, of the parameters, and what the projection needs.
 
         Args:
@@ -208,7 +207,8 @@ class _Tail:
             saved: What the forward pass returned.
 
         Returns:
-            The gradients, and (C, I), the product of gradient and gated map.
+            What gives the gradient of the map of a number, each once; the parameters' gradients;
+            and (C, I), the product of gradient and gated map.
         """
         mean, variance, average, hidden, gate, *activated = saved
         norm_weight, norm_bias, *_ = parameters
@@ -232,52 +232,48 @@ class _Tail:
         grad_average, grad_se = _gate_backward(grad_gate, average, hidden, gate, *self.se)
         direct = (grad_average / (grad.shape[2] * grad.shape[3])).to(dtype)
 
-        grads = []
+        rstd = (variance + self.norm.eps).rsqrt()
+        alone = len(maps) == 1 and self.group is None
+        grads, sums = [], 0.
         for number, (x, addend) in enumerate(zip(maps, split(direct, parts), strict=True)):
             y = normalise(x) if recomputed is None else recomputed[number]
             free = None if recomputed is None else activated[number]
             buffer = step.grad_activated(number, addend, free)
             out = buffer if grad_maps is None else grad_maps[number]
-            grads.append(self.act.backward(buffer, y, out))
+            grad = self.act.backward(buffer, y, out)
+            # One map's gradient all at once; of several, the sums that the gradients need.
+            grad_x, *addends = aten.native_batch_norm_backward(
+                grad, x, norm_weight, mean, variance, mean, rstd, alone and self.training,
+                self.norm.eps, [alone, True, True])
+            grads.append(grad_x if alone else grad)
+            sums = addends if alone else sums + torch.stack(addends)
 
-        grad_norm = self._norm_backward(grads, maps, mean, variance, norm_weight, scratch)
-        return grads, [*grad_norm, *grad_se], step.product
+        finish = grads.__getitem__ if alone else self._finish(
+            grads, maps, mean, rstd, norm_weight, sums, scratch)
+        return finish, [*sums, *grad_se], step.product
 
-    def _norm_backward(self, grads: list[Tensor], maps: Sequence[Tensor], mean: Tensor,
-                       variance: Tensor, weight: Tensor, scratch: Tensor
-                       ) -> tuple[Tensor, Tensor]:
-        """Turn the gradients of the normalised maps into those of the maps."""
-        rstd = (variance + self.norm.eps).rsqrt()
-        if len(maps) == 1 and self.group is None:
-            grad, grad_weight, grad_bias = aten.native_batch_norm_backward(
-                grads[0], maps[0], weight, mean, variance, mean, rstd, self.training,
-                self.norm.eps, [True, True, True])
-            grads[0] = grad
-            return grad_weight, grad_bias
+    def _finish(self, grads: list[Tensor], maps: Sequence[Tensor], mean: Tensor, rstd: Tensor,
+                weight: Tensor, sums: Tensor, scratch: Tensor) -> Callable[[int], Tensor]:
+        """What turns gradients of normalised maps into those of the maps, in their memory.
 
-        # The gradients of weight and bias are sums over all maps, those of the maps need them.
-        sums = 0.
-        for x, grad in zip(maps, grads, strict=True):
-            _, *addends = aten.native_batch_norm_backward(
-                grad, x, weight, mean, variance, mean, rstd, False, self.norm.eps,
-                [False, True, True])
-            sums = sums + torch.stack(addends)
-        grad_weight, grad_bias = sums
+        One at a time, so that each can be used while it is in the cache.
+        """
         slope = (rstd * weight).view(-1, 1, 1)
         if not self.training:
-            for grad in grads:
-                grad.mul_(slope)
-            return grad_weight, grad_bias
+            return lambda number: grads[number].mul_(slope)
         if self.group is not None:
             sums = sums.clone()  # The parameters' gradients are left to whoever averages them.
             dist.all_reduce(sums, group=self.group)
         share_weight, share_bias = (sums / self.count)[:, :, None, None]
         along = -slope * rstd.view(-1, 1, 1) * share_weight
         offset = -slope * share_bias - along * mean.view(-1, 1, 1)
-        for x, grad in zip(maps, grads, strict=True):
+
+        def finish(number: int) -> Tensor:
+            x, grad = maps[number], grads[number]
             affine = torch.addcmul(offset, x, along, out=_head(scratch, len(x)))
-            torch.addcmul(affine, grad, slope, out=grad)
-        return grad_weight, grad_bias
+            return torch.addcmul(affine, grad, slope, out=grad)
+
+        return finish
 
 
 def _pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -448,19 +444,48 @@ def _convolve(x: Tensor, kernel: Tensor, conv: nn.Conv2d, groups: int) -> Tensor
 
 def _convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, conv: nn.Conv2d, groups: int
                        ) -> tuple[Tensor, Tensor]:
-    """The gradients of the map and of the kernel."""
+    """The gradients of a map, and of the weight of a convolution.
+
+    Args:
+        grad: (N, R, H', W').
+        x: (N, R, H, W).
+        kernel: The weight, or what :func:`merge_groups` made of it.
+        conv: The convolution.
+        groups: Those of `kernel`.
+    """
     settings = conv.stride, conv.padding, conv.dilation
     centred = all(
         stride == 1 and 2 * padding == dilation * (size - 1)
         for stride, padding, dilation, size in zip(*settings, kernel.shape[2:], strict=True))
-    own = groups > 1 and centred and is_on_x86(x)
-    grad_x, grad_kernel, _ = aten.convolution_backward(
-        grad, x, kernel, None, *settings, False, [0, 0], groups, [not own, True, False])
-    if own:
-        # A convolution as well, for which oneDNN has the faster code.
+    # For groups oneDNN has a faster way forwards than backwards, and for single channels another.
+    mirrors = groups > 1 and centred and is_on_x86(x)
+    pairs = groups != conv.groups and conv.weight.shape[1] == 2 and is_complex_in_memory(x, x)
+
+    def backward(x: Tensor, groups: int, *wanted: bool) -> tuple[Tensor, Tensor]:
+        like = kernel if groups != len(kernel) else kernel[:, :1]
+        return aten.convolution_backward(
+            grad, x, like, None, *settings, False, [0, 0], groups, [*wanted, False])[:2]
+
+    grad_x, grad_kernel = None, None
+    if not (mirrors and pairs):
+        grad_x, grad_kernel = backward(x, groups, not mirrors, not pairs)
+    if mirrors:
         mirrored = kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip((2, 3))
         grad_x = _convolve(grad, mirrored, conv, groups)
-    return grad_x, grad_kernel
+    if pairs:
+        # For each channel its own, and with i times the conjugate, the other of the pair.
+        own, other = (backward(each, len(kernel), False, True)[1].unflatten(0, (-1, 2))
+                      for each in (x, _exchange(x)))
+        grad_kernel = torch.stack([own[:, 0], other[:, 0], other[:, 1], own[:, 1]], 1)
+        return grad_x, grad_kernel.view(len(kernel), 2, *kernel.shape[2:])
+    return grad_x, _split_groups(grad_kernel, conv.weight, conv.groups)
+
+
+def _exchange(x: Tensor) -> Tensor:
+    """Channels 2j and 2j + 1 exchanged, where the channels come last."""
+    exchanged = torch.empty_like(x)
+    torch.conj_physical(as_complex(x), out=as_complex(exchanged)).mul_(1j)
+    return exchanged
 
 
 def _split_groups(grad: Tensor, kernel: Tensor, groups: int) -> Tensor:
@@ -515,7 +540,7 @@ class _MixSpace(Function):
             scale = None if channels is None else Scale(channels.flatten(), samples)
             total = constant(bias, scale, decomposed, residual)
             ctx.scaled = _scaled(weight, channels)
-            saved, ctx.numbers = [], []
+            saved, ctx.ends = [], []
             for stack, tail, columns, kernels, parameters in _per_branch(
                     stacks, tails, ctx.scaled, tensors):
                 y = decomposed
@@ -524,7 +549,7 @@ class _MixSpace(Function):
                     saved.append(y)
                 parts = cache_parts(y, y.shape[1])
                 saved += tail.forward(total, split(y, parts), parts, columns, samples, parameters)
-                ctx.numbers.append(len(saved))
+                ctx.ends.append(len(saved))
         ctx.stacks, ctx.tails = stacks, tails
         ctx.save_for_backward(samples, x, proj_weight, proj_bias, gamma, channels, weight, bias,
                               *tensors, decomposed, *saved)
@@ -533,24 +558,30 @@ class _MixSpace(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with no_autocast(grad):
+            return _MixSpace._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         (samples, x, proj_weight, proj_bias, gamma, channels, weight, bias,
          *rest) = ctx.saved_tensors
-        number = sum(map(len, ctx.stacks)) + len(ctx.tails) * _Tail.NUM_PARAMETERS
-        tensors, decomposed, saved = rest[:number], rest[number], rest[number + 1:]
+        num_tensors = sum(map(len, ctx.stacks)) + len(ctx.tails) * _Tail.NUM_PARAMETERS
+        tensors, decomposed, saved = (
+            rest[:num_tensors], rest[num_tensors], rest[num_tensors + 1:])
         grad_decomposed, products, grad_tensors = None, [], []
         for (stack, tail, columns, kernels, parameters), (start, end) in zip(
                 _per_branch(ctx.stacks, ctx.tails, ctx.scaled, tensors),
-                pairwise([0, *ctx.numbers]), strict=True):
+                pairwise([0, *ctx.ends]), strict=True):
             *maps, y = decomposed, *saved[start:start + len(stack)]
             parts = cache_parts(y, y.shape[1])
             grad_y = torch.empty_like(y) if len(parts) > 1 else None
-            grads, grad_parameters, product = tail.backward(
+            finish, grad_parameters, product = tail.backward(
                 grad, split(y, parts), parts, None if grad_y is None else split(grad_y, parts),
                 columns, samples, parameters, saved[start + len(stack):end])
             products.append(product)
+            finished = [finish(number) for number in range(len(parts))]
             if grad_y is None:
-                grad_y, = grads
-            del grads
+                grad_y, = finished
             grad_kernels = []
             for conv, kernel, z in reversed(list(zip(stack, kernels, maps, strict=True))):
                 grad_y, grad_kernel = _convolve_backward(grad_y, z, kernel, conv, conv.groups)
@@ -566,8 +597,9 @@ class _MixSpace(Function):
                        [proj_weight, proj_bias, gamma, channels, weight, bias, *tensors]))
 
 
-def _per_branch(stacks: Sequence[Sequence[nn.Conv2d]], tails: Sequence['_Tail'], weight: Tensor,
-                tensors: Sequence[Tensor]) -> Iterator[tuple]:
+def _per_branch(stacks: Sequence[Sequence[nn.Conv2d]], tails: Sequence[_Tail], weight: Tensor,
+                tensors: Sequence[Tensor]) -> Iterator[tuple[
+                    Sequence[nn.Conv2d], _Tail, Tensor, list[Tensor], list[Tensor]]]:
     """Convolutions, tail, columns (C, I) of the weight, kernels and parameters of each branch."""
     remaining = iter(tensors)
     for stack, tail, columns in zip(stacks, tails, weight.chunk(len(tails), 1), strict=True):
@@ -609,7 +641,7 @@ class _Decomposition:
         # The averages' part, in which gamma has the opposite sign.
         weighed = total * self.gamma
         grad_average = weighed.mm(self.weight)[:, :, None, None]
-        grad_x.sub_(grad_average.to(x.dtype), alpha=1 / (x.shape[2] * x.shape[3]))
+        grad_x.sub_((grad_average / (x.shape[2] * x.shape[3])).to(x.dtype))
         grad_gamma = (grad_kernel * self.weight).sum(1) - (total * self.projected).sum(0)
         grad_weight = torch.addcmul(grad_kernel, grad_kernel, self.gamma[:, None])
         grad_weight.addmm_(weighed.t(), self.average, alpha=-1)
@@ -619,30 +651,51 @@ class _Decomposition:
 # ------------------------------------------------------------------------------------ wave mixing
 
 
-def _add_at(x: Tensor, index: Tensor, source: Tensor) -> None:
-    """``x.scatter_add_(1, index, source)`` of one channel, faster where the channels come last."""
-    if is_channels_last(x):
-        x, index, source = rows(x), index.view(-1, 1), source.view(-1, 1)
-    x.scatter_add_(1, index, source)
+class _Places:
+    """Where the strongest waves of a part of a batch stand in a map of the waves.
+
+    Args:
+        strongest: (N, 1, H, W), indices of channels.
+        like: (N, R, H, W), a map of the waves.
+    """
+
+    def __init__(self, strongest: Tensor, like: Tensor):
+        self.strongest, self.flat = strongest, None
+        if is_channels_last(like):
+            size, channels = like.numel(), like.shape[1]
+            self.flat = torch.arange(0, size, channels, device=like.device).add_(
+                strongest.flatten())
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(N, R, H, W) to (N, 1, H, W)."""
+        if self.flat is None:
+            return x.gather(1, self.strongest)
+        return rows(x).flatten().index_select(0, self.flat).view(self.strongest.shape)
+
+    def add(self, x: Tensor, addend: Tensor) -> None:
+        """Add (N, 1, H, W) to a map (N, R, H, W), in place."""
+        if self.flat is None:
+            x.scatter_add_(1, self.strongest, addend)
+        else:
+            rows(x).flatten().index_add_(0, self.flat, addend.flatten())
 
 
-def _superpose_backward(grad: Tensor, own: '_Waves', factor: Tensor, strongest: Tensor,
-                        act: Activation, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The gradients of amplitudes, in the memory of `out`, then of phases, in that of `grad`.
+def _superpose_backward(grad: Tensor, kept: '_Waves', factor: Tensor, places: _Places,
+                        act: Activation, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The gradient of the amplitudes, in the memory of `out`, then of the phases, in `grad`'s.
 
-    One after the other, so that each is used while it is in the cache; with the number of the half
-    of the projection that it belongs to.
+    One after the other, so that each is used while it is in the cache.
     """
     # The strongest wave stands in all channels: it gets the sum of their gradients.
     total = grad.sum(1, keepdim=True)
     grad_amplitude = torch.mul(grad, factor, out=out)
-    _add_at(grad_amplitude, strongest, total * act.apply(own.picked_phase))
-    yield 1, grad_amplitude
+    places.add(grad_amplitude, total * act.apply(kept.picked_phase))
+    yield 'amplitude', grad_amplitude
 
-    grad_phase = act.backward(grad.mul_(own.amplitude), own.phase, grad)
-    total *= own.picked_amplitude
-    _add_at(grad_phase, strongest, act.backward(total, own.picked_phase, torch.empty_like(total)))
-    yield 0, grad_phase
+    grad_phase = act.backward(grad.mul_(kept.amplitude), kept.phase, grad)
+    total *= kept.picked_amplitude
+    places.add(grad_phase, act.backward(total, kept.picked_phase, torch.empty_like(total)))
+    yield 'phase', grad_phase
 
 
 def _modulate_backward(grad: Tensor, wave: Tensor, complex_weight: Tensor,
@@ -668,21 +721,22 @@ def _fold_backward(grad: Tensor, complex_weight: Tensor, kernel: Tensor
     """The gradients of the kernel and of the weight, for that of :func:`fold_modulation`."""
     groups = 2 * len(complex_weight) // kernel.shape[1]
 
-    def pairs(x: Tensor) -> Tensor:
-        # (groups, outputs of a group, pairs, k, k)
-        return torch.complex(*_cast(x.unflatten(1, (-1, 2)).unflatten(0, (groups, -1)).unbind(3),
-                                    wide(kernel)))
+    def parts(x: Tensor) -> Sequence[Tensor]:
+        # Each (groups, outputs of a group, pairs, k, k).
+        return x.to(wide(kernel)).unflatten(1, (-1, 2)).unflatten(0, (groups, -1)).unbind(3)
 
-    grads = pairs(grad)
-    # Folding is a product with the conjugate.
-    weight = torch.view_as_complex(complex_weight.to(wide(kernel))).view(groups, 1, -1, 1, 1)
-    grad_kernel = torch.view_as_real(grads * weight).movedim(-1, 3).flatten(2, 3).flatten(0, 1)
-    grad_weight = (grads.conj() * pairs(kernel)).sum((1, 3, 4)).flatten()
-    return grad_kernel, torch.view_as_real(grad_weight)
+    (grad_real, grad_imag), (on_real, on_imag) = parts(grad), parts(kernel)
+    real, imag = complex_weight.to(wide(kernel)).view(groups, 1, -1, 2, 1, 1).unbind(3)
+    grad_kernel = torch.stack([
+        grad_real * real - grad_imag * imag, grad_imag * real + grad_real * imag], 3)
+    grad_weight = torch.stack([
+        (grad_real * on_real + grad_imag * on_imag).sum((1, 3, 4)).flatten(),
+        (grad_real * on_imag - grad_imag * on_real).sum((1, 3, 4)).flatten()], 1)
+    return grad_kernel.flatten(2, 3).flatten(0, 1), grad_weight
 
 
 def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
-              complex_weight: Tensor | None, conv: nn.Conv2d, tail: Branch, proj_out: nn.Conv2d,
+              complex_weight: Tensor, conv: nn.Conv2d, tail: Branch, proj_out: nn.Conv2d,
               scale: Scale | None, residual: Tensor | None) -> Tensor:
     """:func:`waves`, the convolution that refines them, and :func:`gated_projection`.
 
@@ -690,11 +744,10 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
         x: (N, C, H, W).
         strongest: (N, 1, H, W), see :func:`waves`.
         proj_in: The projection to phases and amplitudes.
-        act: Activation of the phase.
-        complex_weight: What the waves are modulated by, (R / 2, 2); None where that is in the
-            convolution's weight.
+        act: Activation of the phase; :func:`knows` it.
+        complex_weight: What the waves are modulated by, (R / 2, 2).
         conv: The convolution that refines the waves.
-        tail: What follows it, without a map.
+        tail: What follows it, without a map; :func:`has_own_gradient` of both.
         proj_out: The projection of what this gives.
         scale: See :func:`gated_projection`.
         residual: See :func:`gated_projection`.
@@ -702,61 +755,52 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
     Returns:
         (N, C, H, W).
     """
-    # The modulation costs nothing where the convolution's weight can take it.
-    folds = complex_weight is not None and conv.weight.shape[1] % 2 == 0
-    if not (knows(act) and has_own_gradient([tail])):
-        kernel = conv.weight
-        if folds:
-            kernel, complex_weight = fold_modulation(complex_weight, kernel), None
-        wave = waves(x, strongest, proj_in.weight, proj_in.bias, act, complex_weight)
-        branch = convolve(wave.to(x.dtype), conv, tail.norm, tail.act, tail.squeeze_excitation,
-                          kernel)
-        return gated_projection([branch], proj_out.weight, proj_out.bias, scale, residual)
-
     channels, samples = scale or (None, None)
-    weight, bias, kernel = proj_in.weight, proj_in.bias, conv.weight
-    dtype = autocast_dtype(x)
-    if dtype:
-        x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
+    x, weight, bias = _cast((x, proj_in.weight, proj_in.bias), autocast_dtype(x) or x.dtype)
     return _MixWaves.apply(
-        _Tail.of(tail), conv, folds, ACTIVATIONS[type(act)], samples, strongest, residual, x,
-        weight, bias, complex_weight, kernel, channels, proj_out.weight, proj_out.bias,
+        _Tail.of(tail), conv, ACTIVATIONS[type(act)], samples, strongest, residual, x, weight,
+        bias, complex_weight, conv.weight, channels, proj_out.weight, proj_out.bias,
         *_Tail.parameters(tail))
 
 
 class _MixWaves(Function):
-    """:func:`mix_waves`; what is saved is the input and what the first two convolutions gave."""
+    """:func:`mix_waves`; what is saved is the input, what the convolutions gave, :class:`_Waves`.
+
+    On a CPU the activated maps as well.
+    """
 
     @staticmethod
-    def forward(ctx, tail, conv, folds, act, samples, strongest, residual, x, proj_weight,
-                proj_bias, complex_weight, conv_weight, channels, weight, bias, *parameters):
-        # Casts are done, and the small tensors are computed in float32 whatever the maps are.
+    def forward(ctx, tail, conv, act, samples, strongest, residual, x, proj_weight, proj_bias,
+                complex_weight, conv_weight, channels, weight, bias, *parameters):
         with no_autocast(x):
             parts = cache_parts(x, len(proj_weight))
+            ctx.folds = folds_modulation(conv_weight)
             kernel, modulation = conv_weight, complex_weight
-            if folds:
+            if ctx.folds:
                 kernel, modulation = fold_modulation(complex_weight, kernel), None
             kernel, groups = merge_groups(kernel.to(x.dtype), conv.groups, x)
             # Two maps, because each is worked on in one piece.
             projections = list(zip(proj_weight.chunk(2), proj_bias.chunk(2), strict=True))
-            kept = []
+            kept, moments = [], []
             for x_part, index in zip(split(x, parts), split(strongest, parts), strict=True):
                 phase, amplitude = (F.conv2d(x_part, *each) for each in projections)
-                factor = act.apply(phase)
+                factor, places = act.apply(phase), _Places(index, phase)
                 keep = _keeps(factor)
-                picked = pick(phase, index), pick(amplitude, index)
+                picked = places.pick(phase), places.pick(amplitude)
                 wave = superpose(factor, amplitude, act.apply(picked[0]) * picked[1],
                                  torch.empty_like(factor) if keep else factor)
                 if modulation is not None:
                     wave = modulate_into(wave, modulation, wave)
                 refined = _convolve(wave, kernel, conv, groups)
                 kept.append(_Waves(phase, amplitude, refined, *picked, factor if keep else None))
+                if tail.training and len(parts) > 1:
+                    moments.append(tail.moments(refined))
             scale = None if channels is None else Scale(channels.flatten(), samples)
             total = constant(bias, scale, x, residual)
             ctx.scaled = _scaled(weight, channels)
             saved = tail.forward(total, [each.refined for each in kept], parts, ctx.scaled,
-                                 samples, parameters)
-        ctx.tail, ctx.conv, ctx.folds, ctx.act, ctx.parts = tail, conv, folds, act, parts
+                                 samples, parameters, moments)
+        ctx.tail, ctx.conv, ctx.act, ctx.parts = tail, conv, act, parts
         # Not saved, since it may not be the same when it is recomputed.
         ctx.kernel, ctx.groups = kernel, groups
         ctx.save_for_backward(samples, strongest, x, proj_weight, proj_bias, complex_weight,
@@ -767,62 +811,66 @@ class _MixWaves(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with no_autocast(grad):
+            return _MixWaves._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         (samples, strongest, x, proj_weight, proj_bias, complex_weight, conv_weight, channels,
          weight, bias, *rest) = ctx.saved_tensors
         conv, act, parts = ctx.conv, ctx.act, ctx.parts
         modulation = None if ctx.folds else complex_weight
         parameters, rest = rest[:_Tail.NUM_PARAMETERS], rest[_Tail.NUM_PARAMETERS:]
-        kept = [_Waves(*rest[start:start + 6]) for start in range(0, 6 * len(parts), 6)]
+        every = [_Waves(*rest[start:start + 6]) for start in range(0, 6 * len(parts), 6)]
 
-        grads, grad_parameters, product = ctx.tail.backward(
-            grad, [each.refined for each in kept], parts, None, ctx.scaled, samples,
+        finish, grad_parameters, product = ctx.tail.backward(
+            grad, [each.refined for each in every], parts, None, ctx.scaled, samples,
             parameters, rest[6 * len(parts):])
         grad_channels, grad_weight, grad_bias = _project_backward(
             grad, product, weight, bias, channels, samples)
 
         grad_x, sums = torch.empty_like(x), _Sums()
         # The same for all parts, so that it is in the cache.
-        scratch = [torch.empty_like(kept[0].phase)
+        scratch = [torch.empty_like(every[0].phase)
                    for _ in range(1 if modulation is None else 2)]
-        halves = proj_weight.chunk(2)
-        for number, (own, x_part, index, out) in enumerate(zip(
-                kept, *(split(each, parts) for each in (x, strongest, grad_x)), strict=True)):
-            factor = act.apply(own.phase) if own.factor is None else own.factor
-            added = act.apply(own.picked_phase) * own.picked_amplitude
-            wave = superpose(factor, own.amplitude, added, _head(scratch[0], len(factor)))
+        halves = dict(zip(('phase', 'amplitude'), proj_weight.chunk(2), strict=True))
+        for number, (kept, x_part, index, out) in enumerate(zip(
+                every, *(split(each, parts) for each in (x, strongest, grad_x)), strict=True)):
+            factor = act.apply(kept.phase) if kept.factor is None else kept.factor
+            added = act.apply(kept.picked_phase) * kept.picked_amplitude
+            wave = superpose(factor, kept.amplitude, added, _head(scratch[0], len(factor)))
             modulated = wave
             if modulation is not None:
                 modulated = modulate_into(wave, modulation, _head(scratch[1], len(wave)))
 
             grad_wave, addend = _convolve_backward(
-                grads[number], modulated, ctx.kernel, conv, ctx.groups)
+                finish(number), modulated, ctx.kernel, conv, ctx.groups)
             sums.add('kernel', addend)
-            grads[number] = None
             if modulation is not None:
                 grad_wave, addend = _modulate_backward(grad_wave, wave, modulation, modulated)
                 sums.add('complex', addend)
             addends = []
-            for half, each in _superpose_backward(grad_wave, own, factor, index, act, wave):
+            for half, each in _superpose_backward(
+                    grad_wave, kept, factor, _Places(index, factor), act, wave):
                 addend, grad_half, _ = aten.convolution_backward(
                     each, x_part, halves[half], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
                     [True, True, False])
                 addends.append(addend)
                 sums.add(('weight', half), grad_half)
-                # Faster than the convolution's own.
+                # By oneDNN it would take longer.
                 sums.add(('bias', half), sum_by_channel(each))
             torch.add(*addends, out=out)
         grad_proj, grad_proj_bias = (
-            torch.cat([sums[name, half] for half in range(2)]) for name in ('weight', 'bias'))
-        grad_conv, grad_complex = (
-            _split_groups(sums['kernel'], conv_weight, conv.groups), sums.get('complex'))
+            torch.cat([sums[name, half] for half in halves]) for name in ('weight', 'bias'))
+        grad_conv, grad_complex = sums['kernel'], sums.get('complex')
         if ctx.folds:
             grad_conv, grad_complex = _fold_backward(grad_conv, complex_weight, conv_weight)
 
         tensors = (proj_weight, proj_bias, complex_weight, conv_weight, channels, weight, bias,
                    *parameters)
-        return (None, None, None, None, None, None, grad if ctx.needs_input_grad[6] else None,
-                grad_x, *_like((grad_proj, grad_proj_bias, grad_complex, grad_conv, grad_channels,
-                                grad_weight, grad_bias, *grad_parameters), tensors))
+        return (None, None, None, None, None, grad if ctx.needs_input_grad[5] else None, grad_x,
+                *_like((grad_proj, grad_proj_bias, grad_complex, grad_conv, grad_channels,
+                        grad_weight, grad_bias, *grad_parameters), tensors))
 
 
 class _Waves(NamedTuple):

@@ -26,10 +26,13 @@ from .functional import (
     convolve,
     finish,
     fold_modulation,
+    folds_modulation,
     gated_projection,
+    knows,
     layer_norm,
     records,
     split,
+    waves,
 )
 from .gradients import has_own_gradient, mix_space, mix_waves
 from .opaque import Opaque
@@ -124,7 +127,7 @@ class ConvNormAct(nn.Module):
         return convolve(x, self.conv, self.norm, self.act, squeeze_excitation)
 
     def tail(self, squeeze_excitation: nn.Module | None = None) -> Branch:
-        """What follows the convolution."""
+        """What follows the convolution, without a map."""
         return Branch(None, self.norm, self.act, squeeze_excitation)
 
     def switch_to_deploy(self) -> None:
@@ -254,7 +257,7 @@ class SMixer(Mixer):
         *convs, last = low_freq
         tails = [self.high_freq.tail(self.high_se), last.tail(self.low_se)]
         stacks = [[self.high_freq.conv], [*convs, last.conv]]
-        if has_own_gradient(tails, [self.proj_in, *chain(*stacks)]):
+        if has_own_gradient(tails, [*chain(*stacks)]):
             return mix_space(x, self.proj_in, self.gamma, stacks, tails, self.proj_out, scale,
                              residual)
 
@@ -370,11 +373,6 @@ class CMixer(Mixer):
         self.se = SqueezeExcitation(hidden, channels // 4)
         self.proj_out = nn.Conv2d(hidden, channels, 1)
 
-    @property
-    def folds_modulation(self) -> bool:
-        """Whether the groups of the 3x3 convolution hold whole pairs."""
-        return self.refine.conv.weight.shape[1] % 2 == 0
-
     def forward(self, x: Tensor, scale: Scale | None = None,
                 residual: Tensor | None = None) -> Tensor:
         """Mix the channels of a map.
@@ -388,15 +386,25 @@ class CMixer(Mixer):
             (N, C, H, W).
         """
         strongest = x.argmax(dim=1, keepdim=True)  # (N, 1, H, W), values below C
-        complex_weight = getattr(self, 'complex_weight', None)
-        return mix_waves(x, strongest, self.proj_in, self.act, complex_weight, self.refine.conv,
-                         self.refine.tail(self.se), self.proj_out, scale, residual)
+        conv, tail = self.refine.conv, self.refine.tail(self.se)
+        if knows(self.act) and has_own_gradient([tail], [conv]):
+            return mix_waves(x, strongest, self.proj_in, self.act, self.complex_weight, conv, tail,
+                             self.proj_out, scale, residual)
+
+        # The modulation costs nothing where the weights of the convolution can take it.
+        kernel, complex_weight = conv.weight, getattr(self, 'complex_weight', None)
+        if complex_weight is not None and folds_modulation(kernel):
+            kernel, complex_weight = fold_modulation(complex_weight, kernel), None
+        wave = waves(x, strongest, self.proj_in.weight, self.proj_in.bias, self.act,
+                     complex_weight)
+        branch = convolve(wave.to(x.dtype), conv, tail.norm, tail.act, self.se, kernel)
+        return self.project_out([branch], scale, residual)
 
     def switch_to_deploy(self, slope: Tensor | None, offset: Tensor | None,
                          scale: Tensor) -> None:
         super().switch_to_deploy(slope, offset, scale)
-        if self.folds_modulation:
-            conv = self.refine.conv
+        conv = self.refine.conv
+        if folds_modulation(conv.weight):
             conv.weight.copy_(fold_modulation(self.complex_weight, conv.weight))
             del self.complex_weight
 
