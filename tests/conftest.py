@@ -23,6 +23,14 @@ def independent_tests():
         yield
 
 
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """How often a command settled its memory, which is for good and so not done to the tests."""
+    calls = []
+    monkeypatch.setattr('spartan_mm.engine.launch.settle_memory', lambda: calls.append(None))
+    return calls
+
+
 @pytest.fixture(scope='session')
 def user_project(tmp_path_factory):
     """A folder of a user: configs of a detector and a classifier, four pictures for each."""

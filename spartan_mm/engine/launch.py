@@ -40,6 +40,9 @@ VISUALIZATION_HOOKS = {
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+# What they, or the like, are called in the environment.
+_MALLOC_VARIABLES = frozenset(['MALLOC_MMAP_MAX_', 'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TOP_PAD_',
+                               'MALLOC_TRIM_THRESHOLD_'])
 
 #: How long one process waits for another before it gives up, in seconds, unless the config's
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
@@ -370,16 +373,18 @@ def build_runner(cfg: Config) -> Runner:
 def settle_memory() -> None:
     """Spend less time on memory, in a process that is about to train or test.
 
-    Python's garbage collector no longer looks at what is there. Without a GPU, glibc keeps what is
-    freed for the next step; else it gives it back to the system, which fills each page with zeros
-    when it is asked for it again. The process holds the most that it ever needed, and somewhat
-    more, for lack of a gap of the right size. If the environment has settings for glibc
-    (``MALLOC_TRIM_THRESHOLD_`` and others, ``GLIBC_TUNABLES``), these stay.
+    Python's garbage collector no longer looks at what is there, nor frees it.
+
+    Without a GPU, glibc keeps for the next step what one step freed. By default it returns such
+    memory to the system, which has to clear every page that it hands out again. The price: this
+    process, and each worker that it forks, holds on to the most that it needed so far, and somewhat
+    more for lack of gaps of the right size. A threshold for this in the environment, such as
+    ``MALLOC_TRIM_THRESHOLD_=131072``, is left as it is, and so is the rest then.
     """
     gc.collect()
     gc.freeze()
-    if get_device() != 'cpu' or any(
-            name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_') for name in os.environ):
+    if (get_device() != 'cpu' or not _MALLOC_VARIABLES.isdisjoint(os.environ)
+            or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', '')):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -7,8 +7,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from spartan_mm.backbones import SpaRTAN, functional
-from spartan_mm.backbones.spartan import CMixer, LayerNorm
+from spartan_mm.backbones import SpaRTAN, functional, gradients
+from spartan_mm.backbones.spartan import CMixer, LayerNorm, SMixer
 
 SMALL = dict(
     stem_channels=8,
@@ -130,6 +130,26 @@ def test_cmixer_in_both_layouts(oracle, layout, expand_ratio, conv_type):
         assert_close(grad, expected_grad.reshape(grad.shape), 1e-10)
 
 
+def test_smixer_in_both_layouts():
+    mixer = randomise(SMixer(16, 'depthwise')).double()
+    steps = []
+    for layout in LAYOUTS.values():
+        x = images(3, 16, 5, 7).contiguous(memory_format=layout).requires_grad_()
+        y = mixer(x)
+        assert y.is_contiguous(memory_format=layout)
+        steps.append([y, *torch.autograd.grad(
+            y, [x, *mixer.parameters()], images(3, 16, 5, 7).flip(0))])
+    for actual, expected in zip(*steps, strict=True):
+        assert_close(actual, expected, 1e-10)
+
+
+def test_convolutions_by_the_code_of_other_devices(oracle, monkeypatch):
+    """Neither larger groups nor mirrored kernels."""
+    for module in (functional, gradients):
+        monkeypatch.setattr(module, 'is_on_x86', lambda x: False)
+    compare_steps(oracle, make().train(), images(2, 3, 64, 96), 1e-10)
+
+
 @pytest.mark.parametrize('options', [
     dict(spatial_mixer='conv'), dict(channel_mixer='mlp_se'), dict(conv_norm='LN'),
     dict(block_norm='BN'), dict(block_act='SiLU')], ids=str)
@@ -183,20 +203,33 @@ def test_layer_norm_of_other_devices(channels_last):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
-def test_autocast_stays_near_the_oracle_in_float32(oracle, dtype, tolerance):
+@pytest.mark.parametrize('backward_inside', [True, False])
+def test_autocast_stays_near_the_oracle_in_float32(oracle, dtype, tolerance, backward_inside):
     """Bounds: one block; about 4 units of the type's precision in the output, 8 in gradients."""
     arch = dict(SMALL, depths=(1, ), channels=(16, ), expand_ratios=(4, ), conv_types=('full', ))
     model = make(torch.float32, arch, out_indices=0).eval()
     literal = oracle.make_oracle(model)
     x = images(2, 3, 48, 64, dtype=torch.float32)
-    with torch.autocast('cpu', dtype):
-        maps, _, grads = step(model, x)
+    if backward_inside:
+        with torch.autocast('cpu', dtype):
+            maps, _, grads = step(model, x)
+    else:
+        def forward(x):
+            with torch.autocast('cpu', dtype):
+                return model(x)
+
+        forward.zero_grad, forward.named_parameters = model.zero_grad, model.named_parameters
+        maps, _, grads = step(forward, x)
     expected_maps, _, expected = step(literal, x)
     # The strongest channel can change where two are nearly equal: a few positions are off by more.
     difference = (maps[0].float() - expected_maps[0]).abs() / expected_maps[0].abs().max()
     assert difference.quantile(0.99) < tolerance
     grads = oracle.to_literal(grads)
-    for name in ('stages.0.blocks.0.cmixer.proj_out.weight', 'stem.1.conv.weight'):
+    block = 'stages.0.blocks.0.'
+    names = [name for name in expected
+             if name.startswith(block + 'smixer') and '.norm.' not in name]
+    assert len(names) > 10
+    for name in (*names, block + 'cmixer.proj_out.weight', 'stem.1.conv.weight'):
         assert nn.functional.cosine_similarity(
             grads[name].flatten(), expected[name].flatten(), dim=0) > 1 - tolerance
 
@@ -213,6 +246,19 @@ def test_bfloat16_weights(deploy):
     assert y.dtype == torch.bfloat16
     difference = (y.float() - expected).abs() / expected.abs().max()
     assert difference.median() < 0.02
+
+
+def test_bfloat16_training_step():
+    model = make(torch.float32, TINY, out_indices=1, drop_path_rate=0.).eval()
+    x = images(2, 3, 48, 64, dtype=torch.float32)
+    _, _, expected = step(model, x)
+    _, _, grads = step(model.bfloat16(), x.bfloat16())
+    for name in ('smixer.gamma', 'smixer.proj_in.weight', 'smixer.high_freq.conv.weight',
+                 'cmixer.refine.conv.weight', 'cmixer.complex_weight'):
+        name = f'stages.1.blocks.0.{name}'
+        assert grads[name].dtype == torch.bfloat16
+        assert nn.functional.cosine_similarity(
+            grads[name].float().flatten(), expected[name].flatten(), dim=0) > 0.98
 
 
 def test_step_on_the_meta_device():
@@ -441,6 +487,19 @@ def test_hooks_do_not_change_gradients(low_freq_kernel):
                                 [*expected_maps, expected_grad_x, *expected_grads.values()],
                                 strict=True):
         assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize('options', [
+    dict(padding=1, bias=True), dict(padding=1, bias=False, padding_mode='reflect'),
+    dict(padding='same', bias=False)], ids=str)
+def test_another_convolution_is_computed_as_it_is(options):
+    mixer = randomise(SMixer(16)).eval()
+    mixer.high_freq.conv = nn.Conv2d(8, 8, 3, **options)
+    x = images(2, 16, 6, 6, dtype=torch.float32)
+    y = mixer(x)
+    assert y.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x), y)
 
 
 @pytest.mark.parametrize('recorded', [False, True])

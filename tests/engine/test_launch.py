@@ -243,7 +243,9 @@ class TestDistributed:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc' or torch.cuda.is_available(),
                     reason='needs glibc, and a machine without a GPU')
-@pytest.mark.parametrize('variables, kept', [({}, True), ({'MALLOC_ARENA_MAX': '2'}, False)])
+@pytest.mark.parametrize('variables, kept', [
+    ({}, True), ({'MALLOC_ARENA_MAX': '2'}, True), ({'MALLOC_TRIM_THRESHOLD_': '131072'}, False),
+    ({'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072'}, False)], ids=str)
 def test_settled_memory_is_kept_unless_the_user_has_settings(variables, kept):
     """Pages that a second array of the same size asks the system for."""
     code = '''

@@ -70,6 +70,11 @@ def steps_taken(checkpoint):
     return steps
 
 
+def test_memory_is_settled_once(train, settled):
+    train()
+    assert len(settled) == 1
+
+
 def test_gradients_accumulate(train, tmp_path):
     run = train(options=['optim_wrapper.accumulative_counts=2', 'train_cfg.max_epochs=2'])
     changed = [not torch.equal(before, after)
