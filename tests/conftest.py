@@ -24,10 +24,10 @@ def independent_tests():
 
 
 @pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    """How often a command settled its memory, which is for good and so not done to the tests."""
+def memory_kept(monkeypatch):
+    """How often a command asked for it, which would be for good and so is not done to the tests."""
     calls = []
-    monkeypatch.setattr('spartan_mm.engine.launch.settle_memory', lambda: calls.append(None))
+    monkeypatch.setattr('spartan_mm.engine.launch.keep_freed_memory', lambda: calls.append(None))
     return calls
 
 

@@ -41,7 +41,7 @@ def main() -> None:
         runner = launch.build_runner(cfg)
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
-        launch.settle_memory()
+        launch.keep_freed_memory()
         runner.test()
 
 

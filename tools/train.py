@@ -55,7 +55,7 @@ def main() -> None:
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(FineTuneHook(), priority='HIGHEST')
         runner.register_hook(PreflightHook(), priority='HIGHEST')
-        launch.settle_memory()
+        launch.keep_freed_memory()
         runner.train()
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import ctypes
-import gc
 import logging
 import os
 import sys
@@ -370,19 +369,15 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
-def settle_memory() -> None:
-    """Spend less time on memory, in a process that is about to train or test.
+def keep_freed_memory() -> None:
+    """Without a GPU, let glibc keep for the next step what one step freed, for good.
 
-    Python's garbage collector no longer looks at what is there, nor frees it.
-
-    Without a GPU, glibc keeps for the next step what one step freed. By default it returns such
-    memory to the system, which has to clear every page that it hands out again. The price: this
-    process, and each worker that it forks, holds on to the most that it needed so far, and somewhat
-    more for lack of gaps of the right size. A threshold for this in the environment, such as
-    ``MALLOC_TRIM_THRESHOLD_=131072``, is left as it is, and so is the rest then.
+    By default it returns such memory to the system, which has to clear every page that it hands out
+    again. The price: this process, and each worker that it forks, holds on to the most that it
+    needed so far, and somewhat more for lack of gaps of the right size. A threshold for this in the
+    environment, such as ``MALLOC_TRIM_THRESHOLD_=131072``, is left as it is, and so is the rest
+    then.
     """
-    gc.collect()
-    gc.freeze()
     if (get_device() != 'cpu' or not _MALLOC_VARIABLES.isdisjoint(os.environ)
             or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', '')):
         return

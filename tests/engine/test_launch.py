@@ -246,7 +246,7 @@ class TestDistributed:
 @pytest.mark.parametrize('variables, kept', [
     ({}, True), ({'MALLOC_ARENA_MAX': '2'}, True), ({'MALLOC_TRIM_THRESHOLD_': '131072'}, False),
     ({'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072'}, False)], ids=str)
-def test_settled_memory_is_kept_unless_the_user_has_settings(variables, kept):
+def test_freed_memory_is_kept_unless_the_user_has_settings(variables, kept):
     """Pages that a second array of the same size asks the system for."""
     code = '''
 import resource
@@ -258,7 +258,7 @@ def count():
     np.empty(2 ** 26, np.uint8).fill(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-launch.settle_memory()
+launch.keep_freed_memory()
 first, second = count(), count()
 print(first, second)
 '''

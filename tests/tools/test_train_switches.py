@@ -70,9 +70,9 @@ def steps_taken(checkpoint):
     return steps
 
 
-def test_memory_is_settled_once(train, settled):
+def test_freed_memory_is_kept(train, memory_kept):
     train()
-    assert len(settled) == 1
+    assert len(memory_kept) == 1
 
 
 def test_gradients_accumulate(train, tmp_path):
