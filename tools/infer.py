@@ -13,6 +13,7 @@ import sys
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from spartan_mm.engine.checkpoint import CheckpointError  # noqa: E402
+from spartan_mm.engine.launch import read_share  # noqa: E402
 from spartan_mm.inference import InputError, find_source, infer, load_model  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def parse_args() -> argparse.Namespace:
                         help='where to write (default: %(default)s)')
     parser.add_argument('--device',
                         help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
+    parser.add_argument('--score-thr', type=read_share, default=0.3, metavar='SCORE',
                         help='least score of a detection that counts (default: %(default)s)')
     parser.add_argument('--top', type=int, default=5, metavar='N',
                         help='number of classes that a classifier names (default: %(default)s)')

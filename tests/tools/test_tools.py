@@ -148,6 +148,16 @@ class TestTrainAndTest:
 
 class TestInfer:
 
+    @pytest.mark.parametrize('flags, message', [
+        (['--score-thr', '1.5'], '1.5 must be a number from 0 to 1'),
+        (['--batch-size', '0'], '--batch-size 0: must be at least 1'),
+    ])
+    def test_numbers_out_of_range(self, run_here, capfd, flags, message):
+        with pytest.raises(SystemExit) as stopped:
+            run_here('infer.py', 'pictures', 'user_detector.py', 'none.pth', *flags)
+        assert stopped.value.code == 2
+        assert message in capfd.readouterr().err
+
     def test_folder(self, trained, user_project, run_here, tmp_path):
         work_dir, _ = trained
         output = run_here('infer.py', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
