@@ -377,13 +377,14 @@ def waves(x: Tensor, strongest: Tensor, weight: Tensor, bias: Tensor, act: nn.Mo
         (phase, amplitude), (phase_bias, amplitude_bias) = weight.chunk(2), bias.chunk(2)
         wave = _convolve_and_activate(x, phase, phase_bias, act)
         wave = _project_and_multiply(x, amplitude, amplitude_bias, wave)
-        wave = wave.add_(pick(wave, strongest))
+        wave = wave.add_(Places(strongest, wave).pick(wave))
         return wave if complex_weight is None else modulate_into(wave, complex_weight, wave)
 
     phase, amplitude = F.conv2d(x, weight, bias).chunk(2, dim=1)
     if not records():
         factor = act(phase)
-        added = pick(factor, strongest) * pick(amplitude, strongest)
+        places = Places(strongest, factor)
+        added = places.pick(factor) * places.pick(amplitude)
         wave = superpose(factor, amplitude, added, factor)
         return wave if complex_weight is None else modulate_into(wave, complex_weight, wave)
     wave = amplitude * act(phase)
@@ -392,11 +393,33 @@ def waves(x: Tensor, strongest: Tensor, weight: Tensor, bias: Tensor, act: nn.Mo
     return wave if complex_weight is None else modulate(wave, complex_weight)
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """``x.gather(1, index)`` of one channel, faster where the channels come last."""
-    if not is_channels_last(x):
-        return x.gather(1, index)
-    return rows(x).gather(1, index.view(-1, 1)).view(index.shape)
+class Places:
+    """Where the strongest waves of a part of a batch stand in a map of the waves.
+
+    Args:
+        strongest: (N, 1, H, W), indices of channels.
+        like: (N, R, H, W), a map of the waves.
+    """
+
+    def __init__(self, strongest: Tensor, like: Tensor):
+        self.strongest, self.flat = strongest, None
+        if is_channels_last(like):
+            size, channels = like.numel(), like.shape[1]
+            self.flat = torch.arange(0, size, channels, device=like.device).add_(
+                strongest.flatten())
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(N, R, H, W) to (N, 1, H, W)."""
+        if self.flat is None:
+            return x.gather(1, self.strongest)
+        return rows(x).flatten().index_select(0, self.flat).view(self.strongest.shape)
+
+    def add(self, x: Tensor, addend: Tensor) -> None:
+        """Add (N, 1, H, W) to a map (N, R, H, W), in place."""
+        if self.flat is None:
+            x.scatter_add_(1, self.strongest, addend)
+        else:
+            rows(x).flatten().index_add_(0, self.flat, addend.flatten())
 
 
 def superpose(factor: Tensor, amplitude: Tensor, added: Tensor, out: Tensor) -> Tensor:

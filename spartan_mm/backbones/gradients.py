@@ -23,6 +23,7 @@ from .functional import (
     ACTIVATIONS,
     Activation,
     Branch,
+    Places,
     Scale,
     add_product,
     add_shared_product,
@@ -75,15 +76,11 @@ class _Tail:
 
     NUM_PARAMETERS = 6
 
-    def __init__(self, norm: nn.BatchNorm2d | nn.SyncBatchNorm, act: Activation):
-        self.norm, self.act = norm, act
-        self.training = norm.training
-        self.group = _find_group(norm)
+    def __init__(self, branch: Branch):
+        self.norm, self.act = branch.norm, ACTIVATIONS[type(branch.act)]
+        self.training = self.norm.training
+        self.group = _find_group(self.norm)
         self.unused = ()
-
-    @classmethod
-    def of(cls, branch: Branch) -> '_Tail':
-        return cls(branch.norm, ACTIVATIONS[type(branch.act)])
 
     @staticmethod
     def parameters(branch: Branch) -> list[Tensor]:
@@ -240,27 +237,30 @@ class _Tail:
             free = None if recomputed is None else activated[number]
             buffer = step.grad_activated(number, addend, free)
             out = buffer if grad_maps is None else grad_maps[number]
-            grad = self.act.backward(buffer, y, out)
+            grad_y = self.act.backward(buffer, y, out)
             # One map's gradient all at once; of several, the sums that the gradients need.
             grad_x, *addends = aten.native_batch_norm_backward(
-                grad, x, norm_weight, mean, variance, mean, rstd, alone and self.training,
+                grad_y, x, norm_weight, mean, variance, mean, rstd, alone and self.training,
                 self.norm.eps, [alone, True, True])
-            grads.append(grad_x if alone else grad)
+            grads.append(grad_x if alone else grad_y)
             sums = addends if alone else sums + torch.stack(addends)
+        complete = None if alone else self._complete(mean, rstd, norm_weight, sums, scratch)
 
-        finish = grads.__getitem__ if alone else self._finish(
-            grads, maps, mean, rstd, norm_weight, sums, scratch)
+        def finish(number: int) -> Tensor:
+            grad_x, grads[number] = grads[number], None
+            return grad_x if complete is None else complete(grad_x, maps[number])
+
         return finish, [*sums, *grad_se], step.product
 
-    def _finish(self, grads: list[Tensor], maps: Sequence[Tensor], mean: Tensor, rstd: Tensor,
-                weight: Tensor, sums: Tensor, scratch: Tensor) -> Callable[[int], Tensor]:
-        """What turns gradients of normalised maps into those of the maps, in their memory.
+    def _complete(self, mean: Tensor, rstd: Tensor, weight: Tensor, sums: Tensor, scratch: Tensor
+                  ) -> Callable[[Tensor, Tensor], Tensor]:
+        """What turns the gradient of a normalised map into that of the map, in its memory.
 
         One at a time, so that each can be used while it is in the cache.
         """
         slope = (rstd * weight).view(-1, 1, 1)
         if not self.training:
-            return lambda number: grads[number].mul_(slope)
+            return lambda grad, x: grad.mul_(slope)
         if self.group is not None:
             sums = sums.clone()  # The parameters' gradients are left to whoever averages them.
             dist.all_reduce(sums, group=self.group)
@@ -268,12 +268,11 @@ class _Tail:
         along = -slope * rstd.view(-1, 1, 1) * share_weight
         offset = -slope * share_bias - along * mean.view(-1, 1, 1)
 
-        def finish(number: int) -> Tensor:
-            x, grad = maps[number], grads[number]
+        def complete(grad: Tensor, x: Tensor) -> Tensor:
             affine = torch.addcmul(offset, x, along, out=_head(scratch, len(x)))
             return torch.addcmul(affine, grad, slope, out=grad)
 
-        return finish
+        return complete
 
 
 def _pool(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -523,7 +522,7 @@ def mix_space(x: Tensor, proj_in: nn.Conv2d, gamma: Tensor, stacks: Sequence[Seq
     tensors = [tensor for stack, tail in zip(stacks, tails, strict=True) for tensor in (
         *_cast([conv.weight for conv in stack], dtype), *_Tail.parameters(tail))]
     return _MixSpace.apply(
-        stacks, [_Tail.of(tail) for tail in tails], samples, residual, x.to(dtype), proj_in.weight,
+        stacks, [_Tail(tail) for tail in tails], samples, residual, x.to(dtype), proj_in.weight,
         proj_in.bias, gamma, channels, proj_out.weight, proj_out.bias, *tensors)
 
 
@@ -651,36 +650,7 @@ class _Decomposition:
 # ------------------------------------------------------------------------------------ wave mixing
 
 
-class _Places:
-    """Where the strongest waves of a part of a batch stand in a map of the waves.
-
-    Args:
-        strongest: (N, 1, H, W), indices of channels.
-        like: (N, R, H, W), a map of the waves.
-    """
-
-    def __init__(self, strongest: Tensor, like: Tensor):
-        self.strongest, self.flat = strongest, None
-        if is_channels_last(like):
-            size, channels = like.numel(), like.shape[1]
-            self.flat = torch.arange(0, size, channels, device=like.device).add_(
-                strongest.flatten())
-
-    def pick(self, x: Tensor) -> Tensor:
-        """(N, R, H, W) to (N, 1, H, W)."""
-        if self.flat is None:
-            return x.gather(1, self.strongest)
-        return rows(x).flatten().index_select(0, self.flat).view(self.strongest.shape)
-
-    def add(self, x: Tensor, addend: Tensor) -> None:
-        """Add (N, 1, H, W) to a map (N, R, H, W), in place."""
-        if self.flat is None:
-            x.scatter_add_(1, self.strongest, addend)
-        else:
-            rows(x).flatten().index_add_(0, self.flat, addend.flatten())
-
-
-def _superpose_backward(grad: Tensor, kept: '_Waves', factor: Tensor, places: _Places,
+def _superpose_backward(grad: Tensor, kept: '_Waves', factor: Tensor, places: Places,
                         act: Activation, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The gradient of the amplitudes, in the memory of `out`, then of the phases, in `grad`'s.
 
@@ -758,7 +728,7 @@ def mix_waves(x: Tensor, strongest: Tensor, proj_in: nn.Conv2d, act: nn.Module,
     channels, samples = scale or (None, None)
     x, weight, bias = _cast((x, proj_in.weight, proj_in.bias), autocast_dtype(x) or x.dtype)
     return _MixWaves.apply(
-        _Tail.of(tail), conv, ACTIVATIONS[type(act)], samples, strongest, residual, x, weight,
+        _Tail(tail), conv, ACTIVATIONS[type(act)], samples, strongest, residual, x, weight,
         bias, complex_weight, conv.weight, channels, proj_out.weight, proj_out.bias,
         *_Tail.parameters(tail))
 
@@ -784,7 +754,7 @@ class _MixWaves(Function):
             kept, moments = [], []
             for x_part, index in zip(split(x, parts), split(strongest, parts), strict=True):
                 phase, amplitude = (F.conv2d(x_part, *each) for each in projections)
-                factor, places = act.apply(phase), _Places(index, phase)
+                factor, places = act.apply(phase), Places(index, phase)
                 keep = _keeps(factor)
                 picked = places.pick(phase), places.pick(amplitude)
                 wave = superpose(factor, amplitude, act.apply(picked[0]) * picked[1],
@@ -851,7 +821,7 @@ class _MixWaves(Function):
                 sums.add('complex', addend)
             addends = []
             for half, each in _superpose_backward(
-                    grad_wave, kept, factor, _Places(index, factor), act, wave):
+                    grad_wave, kept, factor, Places(index, factor), act, wave):
                 addend, grad_half, _ = aten.convolution_backward(
                     each, x_part, halves[half], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
                     [True, True, False])
