@@ -25,6 +25,10 @@ $(READY): setup.py pyproject.toml spartan_mm/version.py requirements/constraints
 	@PYTHON='$(PYTHON)' bash requirements/setup.sh
 	@touch $@
 
+# As in tools/torchrun.sh.
+demo demo-classification: export MALLOC_MMAP_MAX_ := 0
+demo demo-classification: export MALLOC_TRIM_THRESHOLD_ := 18446744073709551615
+
 demo: $(READY)
 	$(PY) tools/demo.py $(ARGS)
 

@@ -23,14 +23,6 @@ def independent_tests():
         yield
 
 
-@pytest.fixture(autouse=True)
-def memory_kept(monkeypatch):
-    """How often a command asked for it, which would be for good and so is not done to the tests."""
-    calls = []
-    monkeypatch.setattr('spartan_mm.engine.launch.keep_freed_memory', lambda: calls.append(None))
-    return calls
-
-
 @pytest.fixture(scope='session')
 def user_project(tmp_path_factory):
     """A folder of a user: configs of a detector and a classifier, four pictures for each."""

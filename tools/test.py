@@ -34,6 +34,7 @@ def main() -> None:
     with launch.reporting():
         cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
         launch.load_weights(cfg, args.checkpoint)
+        launch.use_compile(cfg, args.compile)
         if args.show or args.show_dir:
             launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
         if args.out:
@@ -41,7 +42,6 @@ def main() -> None:
         runner = launch.build_runner(cfg)
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
-        launch.keep_freed_memory()
         runner.test()
 
 

@@ -51,6 +51,12 @@ fi
 
 # torchrun would set this with a warning: several processes share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Where there is no GPU, memory that one step frees stays for the next one, instead of going back to
+# the system and coming anew page by page: up to a fifth of the time.
+if ! command -v nvidia-smi >/dev/null; then
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-18446744073709551615}
+fi
 # torchrun hands these on, gives the processes half a minute to save and leave, and kills them. On
 # others, SIGUSR1 among them, it would die at once.
 export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -7,6 +7,9 @@ import sys
 # A checkout that is not installed; what is installed comes first.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from mmengine.device import get_device  # noqa: E402
+
+from spartan_mm.backbones.fused import fuse  # noqa: E402
 from spartan_mm.engine import launch  # noqa: E402
 from spartan_mm.engine.finetune import FineTuneHook  # noqa: E402
 from spartan_mm.engine.preflight import PreflightHook  # noqa: E402
@@ -20,6 +23,9 @@ def parse_args() -> argparse.Namespace:
                         help='train in automatic mixed precision, float16 unless said otherwise')
     parser.add_argument('--channels-last', action='store_true',
                         help='lay weights and maps out with the channels last')
+    parser.add_argument('--no-fuse', action='store_true',
+                        help="leave SpaRTAN's blocks in their plain form on a CPU, too, where they "
+                             'are slower to train')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate to the real total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
@@ -45,6 +51,7 @@ def main() -> None:
             launch.use_amp(cfg, args.amp)
         if args.channels_last:
             launch.use_channels_last(cfg)
+        launch.use_compile(cfg, args.compile)
         if args.auto_scale_lr:
             launch.scale_learning_rate(cfg)
         launch.set_randomness(cfg, args.seed, args.deterministic)
@@ -55,7 +62,8 @@ def main() -> None:
         # Ahead of hooks that load the checkpoint themselves.
         runner.register_hook(FineTuneHook(), priority='HIGHEST')
         runner.register_hook(PreflightHook(), priority='HIGHEST')
-        launch.keep_freed_memory()
+        if not args.no_fuse and get_device() == 'cpu':
+            fuse(runner.model)
         runner.train()
 
 

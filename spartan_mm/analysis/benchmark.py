@@ -1,7 +1,7 @@
 """Time and memory of models, side by side in one run.
 
-A model is measured in one or several forms (as it is trained, deployed, compiled, as the formulas
-are written) on the same work. The forms take turns, step by step, so that whatever else slows the
+A model is measured in one or several forms (as it is built, deployed, compiled, as its authors
+compute it) on the same work. The forms take turns, step by step, so that whatever else slows the
 machine slows all of them: ratios are of steps that ran next to each other.
 """
 
@@ -27,11 +27,11 @@ from ..backbones import SpaRTAN
 from ..engine.compile import compile_model
 from ..engine.launch import UsageError, choose_device
 from ..version import __version__
+from .authors_form import to_authors_form
 from .memory import peak_of_step, size_of
 from .named_models import describe_images, load_named_model
 from .roofline import count_work, measure_limits, time_step, wait_for
 
-ORACLE = 'oracle'
 DTYPES = ('float16', 'bfloat16')
 
 # A detector's images in training have as many objects as COCO's have on average.
@@ -51,7 +51,7 @@ class Workload:
 
     Args:
         train: Forward and backward pass in training mode, else inference.
-        device: Such as 'cpu' or 'cuda:0'.
+        device: Such as 'cpu' or 'cuda:0'; 'meta' where nothing is timed but kernels are counted.
         amp: 'float16' or 'bfloat16' for automatic mixed precision, None for float32.
         batch: Images in a step; None for what the config trains with, or 1 in inference.
         sizes: (height, width) of the images, for one step after the other in turn; None for the
@@ -82,7 +82,7 @@ class Workload:
         if self.sizes is not None and self.multi_scale:
             raise BenchmarkError('sizes are given, and those of multi-scale training asked for: '
                                  'choose one of the two')
-        if self.device.partition(':')[0] not in ('cpu', 'cuda'):
+        if self.device.partition(':')[0] not in ('cpu', 'cuda', 'meta'):
             raise BenchmarkError(f'device {self.device!r} must be cpu or cuda, or one such as '
                                  'cuda:1')
 
@@ -93,24 +93,28 @@ class Form:
 
     Args:
         model: Its name, see :func:`load_named_model`; of another package's model, too.
-        oracle: Put the literal form of the formulas in the place of the SpaRTAN backbone.
+        authors: Turn the SpaRTAN backbone into its authors' form, see ``authors_form.py``.
         deploy: Switch to the inference form.
         compile: A mode of ``torch.compile``; None for not compiled. 'reduce-overhead' and
             'max-autotune' run CUDA graphs.
         channels_last: Lay weights and images out with the channels last.
+        fused: Give the SpaRTAN backbone the blocks that are faster on a CPU, see
+            ``backbones/fused.py``.
     """
 
     model: str
-    oracle: bool = False
+    authors: bool = False
     deploy: bool = False
     compile: str | None = None
     channels_last: bool = False
+    fused: bool = False
 
     @property
     def label(self) -> str:
         """The form in words, without the model."""
-        words = [ORACLE if self.oracle else '', 'deploy' if self.deploy else '',
-                 self._compiled, 'channels last' if self.channels_last else '']
+        words = ["authors' code" if self.authors else '', 'deploy' if self.deploy else '',
+                 'fused' if self.fused else '', self._compiled,
+                 'channels last' if self.channels_last else '']
         return ', '.join(word for word in words if word) or 'eager'
 
     @property
@@ -160,8 +164,10 @@ class Group:
         for form in self.forms:
             if form.deploy and self.workload.train:
                 raise BenchmarkError('the deploy form cannot be trained: measure one of the two')
-            if form.deploy and form.oracle:
-                raise BenchmarkError('the oracle has no deploy form')
+            if form.authors and (form.deploy or form.fused):
+                raise BenchmarkError("the authors' code has neither a deploy form nor a fused one")
+            if form.fused and self.workload.device != 'cpu':
+                raise BenchmarkError('the fused form is for a CPU: measure it with --device cpu')
         if self.parts and not self.workload.train:
             raise BenchmarkError('parts are those of a training step')
         if self.parts and all(form.compile for form in self.forms):
@@ -180,15 +186,13 @@ class Subject:
     Args:
         form: The form.
         workload: The work; the same random images for every subject.
-        make_oracle: Makes the literal form of a SpaRTAN backbone; needed for forms with `oracle`.
 
     Raises:
         BenchmarkError: If the form or the work does not go with the model.
         UnknownModelError: If the form's name stands for no model.
     """
 
-    def __init__(self, form: Form, workload: Workload,
-                 make_oracle: Callable[[SpaRTAN], nn.Module] | None = None):
+    def __init__(self, form: Form, workload: Workload):
         self.form = form
         self.device = torch.device(workload.device)
         self.before = _held_by_gpu(self.device)
@@ -199,7 +203,7 @@ class Subject:
         self.amp = workload.amp and getattr(torch, workload.amp)
         self.batch = workload.batch or self._default_batch()
 
-        self.model = self._prepare(named.model, make_oracle)
+        self.model = self._prepare(named.model)
         self.sizes = workload.sizes or (
             self._training_sizes() if workload.multi_scale else (named.shape, ))
         if None in self.sizes:
@@ -269,17 +273,31 @@ class Subject:
         else:
             self.model(images)
 
-    def _prepare(self, model: nn.Module,
-                 make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
-        if self.form.oracle:
-            model = _replace_backbone(model, self.form.model, make_oracle)
+    def _prepare(self, model: nn.Module) -> nn.Module:
+        if self.form.authors or self.form.fused:
+            backbone = self._find_spartan(model)
+        if self.form.authors:
+            try:
+                to_authors_form(backbone)
+            except ValueError as error:
+                raise BenchmarkError(f'{self.form.model}: {error}') from error
         model.train(self.train).to(self.device)
         if self.form.deploy:
             from ..deploy import switch_to_deploy
             model = switch_to_deploy(model)
+        if self.form.fused:
+            from ..backbones.fused import fuse
+            fuse(backbone)
         if self.form.channels_last:
             model.to(memory_format=torch.channels_last)
         return model
+
+    def _find_spartan(self, model: nn.Module) -> SpaRTAN:
+        backbone = getattr(model, 'backbone', model)
+        if not isinstance(backbone, SpaRTAN):
+            raise BenchmarkError(f'{self.form.model} has no SpaRTAN backbone, which alone has the '
+                                 f'form "{self.form.label}"')
+        return backbone
 
     def _make_inputs(self, size: tuple[int, int]) -> tuple[Tensor, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -354,13 +372,11 @@ class PartTimer:
         self._last = now
 
 
-def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None = None,
-              report: Report = lambda text: None) -> dict[str, Any]:
+def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any]:
     """Measure forms side by side.
 
     Args:
         group: What to measure.
-        make_oracle: Makes the literal form of a SpaRTAN backbone; needed for forms with `oracle`.
         report: Is told what is being done.
 
     Returns:
@@ -375,6 +391,8 @@ def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None =
         UnknownModelError: If a form's name stands for no model.
     """
     workload = group.workload
+    if workload.device == 'meta':
+        raise BenchmarkError('on the meta device nothing is computed that could be timed')
     try:
         device = torch.device(choose_device(workload.device))
     except UsageError as error:
@@ -386,7 +404,7 @@ def run_group(group: Group, make_oracle: Callable[[SpaRTAN], nn.Module] | None =
     for form in group.forms:
         name = f'{form.model}, {form.label}'
         report(f'{name}: building')
-        subject = Subject(form, workload, make_oracle)
+        subject = Subject(form, workload)
         try:
             work = count_work(subject.step, limits, len(subject.sizes))
         except torch.cuda.OutOfMemoryError:
@@ -635,26 +653,6 @@ def _take_turns(subjects: Sequence[Subject], group: Group,
     finally:
         gc.enable()
     return enumerate(map(list, zip(*times, strict=True)))
-
-
-def _replace_backbone(model: nn.Module, name: str,
-                      make_oracle: Callable[[SpaRTAN], nn.Module] | None) -> nn.Module:
-    if make_oracle is None:
-        raise BenchmarkError('the oracle comes with the repository, in its tests, and is not '
-                             'installed: run the benchmark from a checkout')
-    backbone = model if isinstance(model, SpaRTAN) else getattr(model, 'backbone', None)
-    if not isinstance(backbone, SpaRTAN):
-        raise BenchmarkError(f'{name} has no SpaRTAN backbone, and the oracle is the literal form '
-                             'of one')
-    try:
-        oracle = make_oracle(backbone)
-    except RuntimeError as error:
-        raise BenchmarkError(f'{name} has a SpaRTAN of the ablations, of which the oracle has none '
-                             f'({error})') from error
-    if backbone is model:
-        return oracle
-    model.backbone = oracle
-    return model
 
 
 def _make_samples(images: Tensor, num_classes: int, generator: torch.Generator) -> list:

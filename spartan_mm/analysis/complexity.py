@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of models, as a whole and module by module."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -83,9 +83,7 @@ def measure_modules(model: nn.Module, height: int, width: int) -> dict[str, Comp
     """
     image = next(model.parameters()).new_zeros(1, 3, height, width)
     per_element = {op: _per_element(count) for op, count in OPERATIONS_PER_ELEMENT.items()}
-    # The counter knows these only where they are not in place.
-    in_place = {aten.addmm_: _product, aten.baddbmm_: _product}
-    counter = FlopCounterMode(display=False, custom_mapping=per_element | in_place)
+    counter = FlopCounterMode(display=False, custom_mapping=per_element)
     outputs = _OutputCounter()
 
     def read() -> Counter:
@@ -162,8 +160,7 @@ def _attribution(model: nn.Module, read: Callable[[], Counter]) -> Iterator[dict
 class _OutputCounter(TorchDispatchMode):
     """Counts the elements that convolutions and products of matrices give."""
 
-    OPS = (aten.convolution, aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm,
-           aten.baddbmm_)
+    OPS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,8 +205,3 @@ def _per_element(count: int):
     def formula(shape: Iterable[int], *args: Any, **kwargs: Any) -> int:
         return 2 * count * prod(getattr(shape, 'shape', shape))
     return formula
-
-
-def _product(total: Sequence[int], left: Sequence[int], right: Sequence[int], *args: Any,
-             **kwargs: Any) -> int:
-    return 2 * prod(left) * right[-1]

@@ -9,6 +9,7 @@ from ..deploy import DeployError, switch_to_deploy
 from ..engine.checkpoint import is_deployed
 from .benchmark import first_line, markdown
 from .complexity import Complexity, measure_modules
+from .kernels import KernelCount, count_kernels
 from .named_models import load_named_model
 
 TRAINING_FORM, DEPLOY_FORM = 'training form', 'deploy form'
@@ -16,7 +17,7 @@ TRAINING_FORM, DEPLOY_FORM = 'training form', 'deploy form'
 #: What is counted, for whoever reads the numbers.
 COUNTED = ('Counted for one image: convolutions, linear layers and the products of attention. Not '
            'counted: norms, activation functions, bilinear sampling (in deformable attention), '
-           'post-processing.')
+           'post-processing. Kernels, and the GB that they read and write, are of everything.')
 
 
 class CountError(ValueError):
@@ -34,6 +35,7 @@ class Count:
         shape: (H, W) of the image.
         modules: By the name of the module, '' for the whole model, which comes first.
         kinds: The class of each module.
+        kernels: Of the inference of an image.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Count:
     shape: tuple[int, int]
     modules: dict[str, Complexity]
     kinds: dict[str, str]
+    kernels: KernelCount
 
     @property
     def total(self) -> Complexity:
@@ -87,6 +90,7 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
             if deploy and not is_deployed(named.model):
                 switch_to_deploy(named.model)
             modules = measure_modules(named.model, *size)
+            kernels = count_kernels(named.model, size, device=device)
         except DeployError:
             raise
         # Whatever a model's code says to shapes without numbers, or to images of this size.
@@ -98,7 +102,7 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
             break
     form = DEPLOY_FORM if deploy or is_deployed(named.model) else TRAINING_FORM
     kinds = {part: type(module).__name__ for part, module in named.model.named_modules()}
-    return Count(named.name, named.source, form, size, modules, kinds)
+    return Count(named.name, named.source, form, size, modules, kinds, kernels)
 
 
 def forms_table(counts: Sequence[Count]) -> str:
@@ -108,11 +112,12 @@ def forms_table(counts: Sequence[Count]) -> str:
         counts: One for each form.
     """
     rows = [['form', 'input', 'parameters', 'multiply-adds', 'FLOPs, 2 per multiply-add',
-             'activations']]
+             'activations', 'kernels', 'GB']]
     for count in counts:
         total = count.total
         rows.append([count.form, '{} x {}'.format(*count.shape), f'{total.parameters:,}',
-                     f'{total.multiply_adds:,}', f'{total.flops:,}', f'{total.activations:,}'])
+                     f'{total.multiply_adds:,}', f'{total.flops:,}', f'{total.activations:,}',
+                     f'{count.kernels.kernels:,}', f'{count.kernels.bytes / 1e9:.3f}'])
     return markdown(rows)
 
 

@@ -82,9 +82,9 @@ def measure_input(name: str, workers: int = 2, seconds: float = 10.,
 
 
 def input_table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out what :func:`measure_input` returned for some configs, in Markdown."""
+    """Lay out what :func:`measure_input` returned for some configs, in Markdown, if for any."""
     if not measured:
-        return '–\n'
+        return ''
     rows = [['pipeline', 'pictures', 'images/s of one process', 'workers', 'images/s with these',
              'for each worker']]
     for item in measured:

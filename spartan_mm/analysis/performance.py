@@ -92,14 +92,17 @@ def standard_jobs(kind: str, quick: bool = False) -> list[Job]:
     jobs = []
     work = dict(batch=256 if gpu else 16, sizes=((224, 224), ), amp='bfloat16' if gpu else None)
     for model in list(BACKBONES)[models]:
-        oracles = [Form(model, oracle=True), Form(model, oracle=True, compile='default')]
+        authors = [Form(model, authors=True), Form(model, authors=True, compile='default')]
+        # A backbone lays its maps out itself on a CPU.
+        layouts = (False, True) if gpu else (False, )
         jobs.append(Job(f'backbone_{model}_inference', (group(work, [
-            Form(model), Form(model, channels_last=True), Form(model, deploy=True),
-            Form(model, deploy=True, channels_last=True), Form(model, compile='default', **layout),
-            Form(model, deploy=True, compile='default', **layout), *oracles], seconds=60.), )))
+            *(Form(model, deploy=deploy, channels_last=channels_last)
+              for deploy in (False, True) for channels_last in layouts),
+            Form(model, deploy=True, compile='default', **layout), *authors], seconds=60.), )))
         jobs.append(Job(f'backbone_{model}_training', (group(dict(work, train=True), [
-            Form(model), Form(model, channels_last=True),
-            Form(model, compile='default', **layout), *oracles], seconds=90.), )))
+            *(Form(model, channels_last=channels_last) for channels_last in layouts),
+            *([] if gpu else [Form(model, fused=True)]),
+            Form(model, compile='default', **layout), *authors], seconds=90.), )))
 
     inference = dict(batch=1, sizes=((640, 640), ), **dtype)
     training = dict(inference, batch=16, sizes=None, multi_scale=True) if gpu else inference
@@ -158,18 +161,20 @@ def make_tables(kind: str, results: Mapping[str, Any] | None) -> dict[str, str]:
 
     Args:
         kind: 'cpu' or 'gpu'.
-        results: What :func:`read_results` returned, or None for nothing measured. What is missing
-            in them is shown as "–".
+        results: What :func:`read_results` returned, or None for nothing measured.
 
     Returns:
-        Tables in Markdown by name, the names beginning with the kind.
+        Tables in Markdown by name, the names beginning with the kind. One of which nothing was
+        measured is empty; the first one says how to measure if there are no results at all.
     """
     jobs = (results or {}).get('jobs', {})
     rows = list(_rows(kind, jobs))
     machines = [group['machine'] for groups in jobs.values() for group in groups]
     newest = max(machines, key=lambda machine: machine['date'], default=None)
     return {
-        f'{kind}_machine': f'{machine_line(newest)}\n' if newest else f'{_NONE}\n',
+        f'{kind}_machine': f'{machine_line(newest)}\n' if newest else (
+            f'Not measured yet; on a machine with a {kind.upper()}: '
+            f'`make benchmark ARGS="--kind {kind} --docs"`.\n'),
         f'{kind}_backbones': _backbones_table(rows),
         f'{kind}_detectors': _detectors_table(rows),
         f'{kind}_parts': _parts_tables(jobs),
@@ -209,100 +214,99 @@ def fill_in(document: Path) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """A form of a model that the standard table has, with its result, if there is one."""
+    """A form of a model that was measured."""
 
-    form: Form
-    workload: Workload
-    result: Mapping[str, Any] | None
+    workload: Mapping[str, Any]
+    result: Mapping[str, Any]
     # All results of the same run by the label of their form.
     others: Mapping[str, Mapping[str, Any]]
 
     @property
-    def step(self) -> str:
-        return 'training' if self.workload.train else 'inference'
+    def model(self) -> str:
+        return self.result['form']['model']
 
     @property
-    def dtype(self) -> str:
-        return self.workload.amp or 'float32'
+    def step(self) -> str:
+        return 'training' if self.workload['train'] else 'inference'
 
-    def cell(self, write: Callable[[Mapping[str, Any]], str]) -> str:
-        """Write something of the result."""
-        return _NONE if self.result is None else write(self.result)
-
-    def compared(self, label: str, write: Callable[[Any, Any], str]) -> str:
+    def compared(self, form: Form, write: Callable[[Any, Any], str]) -> str:
         """Write something of the result and of the one of another form of the same run."""
-        other = self.others.get(label)
-        return _NONE if self.result is None or other is None else write(self.result, other)
+        other = self.others.get(form.label)
+        return _NONE if other is None else write(self.result, other)
 
 
 def _rows(kind: str, jobs: Mapping[str, Any]) -> Iterator[_Row]:
+    """What was measured, in the order of the standard jobs."""
     for job in standard_jobs(kind):
-        if job.name == 'growth':
-            continue
-        measured = jobs.get(job.name) or [None] * len(job.groups)
-        group, results = job.groups[-1], measured[-1]
-        others = {result['label']: result for result in (results or {}).get('results', ())}
-        for form in group.forms:
-            yield _Row(form, group.workload, others.get(form.label), others)
+        if job.name in jobs and job.name != 'growth':
+            group = jobs[job.name][-1]
+            others = {result['label']: result for result in group['results']}
+            for result in group['results']:
+                yield _Row(group['workload'], result, others)
 
 
 def _backbones_table(rows: Sequence[_Row]) -> str:
-    compiled = Form('', oracle=True, compile='default').label
-    head = ['backbone', 'step', 'form', 'ms (quartiles)', 'images/s', 'times the oracle',
-            'times the compiled oracle', 'peak, MiB', "of the oracle's, %"]
-    table = [head]
-    for row in rows:
-        if row.form.model not in BACKBONES:
-            continue
-        table.append([
-            BACKBONES[row.form.model], row.step, row.form.label,
-            row.cell(lambda result: Summary.of(result['times']).write(1e3)),
-            row.cell(lambda result: f'{throughput(result):.1f}'),
-            row.compared('oracle', lambda *pair: speedup(*pair).write(digits=2)),
-            row.compared(compiled, lambda *pair: speedup(*pair).write(digits=2)),
-            row.cell(lambda result: f"{result['peak_memory'] / 2**20:.0f}"),
-            row.compared('oracle', _memory_share)])
-    return _workload_line(rows, BACKBONES) + markdown(table)
+    authors = Form('', authors=True)
+    compiled = Form('', authors=True, compile='default')
+    head = ['backbone', 'step', 'form', 'ms (quartiles)', 'images/s', "times the authors' code",
+            'times it compiled', 'peak, MiB', "of the authors' code's, %"]
+    return _table(rows, BACKBONES, head, lambda row: [
+        Summary.of(row.result['times']).write(1e3), f'{throughput(row.result):.1f}',
+        row.compared(authors, lambda *pair: speedup(*pair).write(digits=2)),
+        row.compared(compiled, lambda *pair: speedup(*pair).write(digits=2)),
+        _memory(row), row.compared(authors, _memory_share)])
 
 
 def _detectors_table(rows: Sequence[_Row]) -> str:
     head = ['detector', 'step', 'form', 'ms (quartiles)', 'p90, ms', 'images/s',
             'of eager time, %', 'peak, MiB']
-    table = [head]
-    for row in rows:
-        if row.form.model not in DETECTORS:
-            continue
-        table.append([
-            DETECTORS[row.form.model], row.step, row.form.label,
-            row.cell(lambda result: Summary.of(result['times']).write(1e3)),
-            row.cell(lambda result: f"{1e3 * percentile(result['times'], 90):.1f}"),
-            row.cell(lambda result: f'{throughput(result):.2f}'),
-            row.compared('eager', lambda *pair: f'{100 / speedup(*pair).median:.0f}'),
-            row.cell(lambda result: f"{result['peak_memory'] / 2**20:.0f}")])
-    return _workload_line(rows, DETECTORS) + markdown(table)
+    return _table(rows, DETECTORS, head, lambda row: [
+        Summary.of(row.result['times']).write(1e3),
+        f"{1e3 * percentile(row.result['times'], 90):.1f}", f'{throughput(row.result):.2f}',
+        row.compared(Form(''), lambda *pair: f'{100 / speedup(*pair).median:.0f}'), _memory(row)])
 
 
 def _limit_table(rows: Sequence[_Row]) -> str:
     """What is counted holds for the form as PyTorch runs it operation by operation."""
-    names = BACKBONES | DETECTORS
-    table = [['model', 'step', 'form', 'operations, G', 'read and written, GiB',
-              'limit, ms', 'of it, %', 'limit if all is fused, ms', 'of it, %']]
+    head = ['model', 'step', 'form', 'operations, G', 'read and written, GiB',
+            'limit, ms', 'of it, %', 'limit if all is fused, ms', 'of it, %']
 
-    def share(name: str) -> Callable[[Mapping[str, Any]], str]:
-        return lambda result: f"{100 * result['work'][name] / median(result['times']):.0f}"
+    def write(row: _Row) -> list[str]:
+        work, typical = row.result['work'], median(row.result['times'])
+        return [f"{work['operations'] / 1e9:.1f}", f"{work['bytes'] / 2**30:.2f}",
+                *(text for name in ('seconds', 'fused_seconds')
+                  for text in (f'{1e3 * work[name]:.1f}', f'{100 * work[name] / typical:.0f}'))]
 
+    # There is no one limit of steps of several sizes.
+    rows = [row for row in rows if len(row.result['sizes']) == 1]
+    return _table(rows, BACKBONES | DETECTORS, head, write, with_work=False)
+
+
+def _table(rows: Sequence[_Row], names: Mapping[str, str], head: list[str],
+           write: Callable[[_Row], list[str]], with_work: bool = True) -> str:
+    """The rows of some models below each other, and what the work was; nothing if there are none.
+
+    Args:
+        rows: All rows.
+        names: The models with the names to show.
+        head: Of the columns: model, step, form, and what `write` gives.
+        write: The cells of a row after the first three.
+        with_work: Whether to say what the work was.
+    """
+    rows = [row for row in rows if row.model in names]
+    if not rows:
+        return ''
+    table = markdown([head, *([names[row.model], row.step, row.result['label'], *write(row)]
+                              for row in rows)])
+    if not with_work:
+        return table
+    texts = {}
     for row in rows:
-        if row.result is not None and len(row.result['sizes']) > 1:
-            continue  # no one limit, of steps of several sizes
-        table.append([
-            names[row.form.model], row.step, row.form.label,
-            row.cell(lambda result: f"{result['work']['operations'] / 1e9:.1f}"),
-            row.cell(lambda result: f"{result['work']['bytes'] / 2**30:.2f}"),
-            row.cell(lambda result: f"{1e3 * result['work']['seconds']:.1f}"),
-            row.cell(share('seconds')),
-            row.cell(lambda result: f"{1e3 * result['work']['fused_seconds']:.1f}"),
-            row.cell(share('fused_seconds'))])
-    return markdown(table)
+        sizes = ('multi-scale' if row.workload['multi_scale']
+                 else write_sizes(row.workload['sizes']))
+        texts[row.step] = (f"{row.step}: a batch of {row.workload['batch']}, {sizes}, "
+                           f"{row.workload['amp'] or 'float32'}")
+    return f"{'; '.join(texts.values()).capitalize()}.\n\n{table}"
 
 
 def _parts_tables(jobs: Mapping[str, Any]) -> str:
@@ -312,17 +316,11 @@ def _parts_tables(jobs: Mapping[str, Any]) -> str:
             texts += [f"{title}, a batch of {result['batch']}, {write_sizes(result['sizes'])}, "
                       f"{group['workload']['amp'] or 'float32'}\n\n{parts_table(result['parts'])}"
                       for result in group['results'] if 'parts' in result]
-    return '\n'.join(texts) or f'{_NONE}\n'
+    return '\n'.join(texts)
 
 
-def _workload_line(rows: Sequence[_Row], names: Mapping[str, str]) -> str:
-    texts = {}
-    for row in rows:
-        if row.form.model in names:
-            sizes = ('multi-scale' if row.workload.multi_scale
-                     else write_sizes(row.workload.sizes))
-            texts[row.step] = f'{row.step}: a batch of {row.workload.batch}, {sizes}, {row.dtype}'
-    return '; '.join(texts.values()).capitalize() + '.\n\n'
+def _memory(row: _Row) -> str:
+    return f"{row.result['peak_memory'] / 2**20:.0f}"
 
 
 def _memory_share(result: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -420,7 +418,7 @@ def draw_growth(groups: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _growth_text(kind: str, jobs: Mapping[str, Any]) -> str:
     if 'growth' not in jobs:
-        return f'{_NONE}\n'
+        return ''
     rows = [['model', 'along', 'grows', 'by', 'R² of a line']]
     for growth in growths(jobs['growth']):
         slope, _, rest = growth.fit()

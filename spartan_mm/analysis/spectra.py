@@ -11,15 +11,14 @@ left out.
 
 NOTE: the modulation multiplies a pair of channels by one complex number at every position, so the
 power of the pair at every frequency is multiplied by one number, the square of the weight's
-absolute value: within a pair no power moves from a frequency to another, and the curves before and
-after differ only as far as pairs of different spectra are weighed differently.
+absolute value: no power moves from a frequency to another, and the wave is shown after it alone.
 
 NOTE: after Park and Kim, "How Do Vision Transformers Work?" (ICLR 2022), curves are logarithms of
 amplitudes, relative to a low frequency. Theirs run along the diagonal and are relative to frequency
 0; these are averages over directions, relative to the lowest frequency above 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from ..backbones.functional import modulate, waves
 from ..backbones.spartan import CMixer, SMixer, SpaRTAN
 from ..engine.launch import UsageError
 
@@ -55,8 +53,7 @@ _STYLES = {
     'input': dict(color='0.45', linestyle='--'),
     'high-frequency branch': dict(color=COLOURS[1]),
     'low-frequency branch': dict(color=COLOURS[0]),
-    'wave': dict(color=COLOURS[2]),
-    'modulated wave': dict(color=COLOURS[3], linestyle='--'),
+    'modulated wave': dict(color=COLOURS[3]),
     'refined wave': dict(color=COLOURS[4]),
 }
 _TITLES = {'smixer': 'SMixer', 'cmixer': 'CMixer'}
@@ -138,42 +135,13 @@ def share_above(power: Tensor, cutoff: float = CUTOFF) -> Tensor:
 # ------------------------------------------------------------------------------------------ mixers
 
 
-def smixer_parts(mixer: SMixer, x: Tensor) -> dict[str, Tensor]:
-    """Compute what an SMixer's projection reads, and its input.
-
-    Args:
-        mixer: in the training form.
-        x: its input, (N, C, H, W).
-
-    Returns:
-        Maps by name; those of the branches are (N, C / 2, H, W), gated.
-    """
-    decomposed = mixer.decompose(x)
-    high, low = mixer.high_freq(decomposed), mixer.low_freq(decomposed)
-    return {'input': x,
-            'high-frequency branch': _gated(high, mixer.high_se),
-            'low-frequency branch': _gated(low, mixer.low_se)}
-
-
-def cmixer_parts(mixer: CMixer, x: Tensor) -> dict[str, Tensor]:
-    """Compute the wave of a CMixer before and after modulation and refinement, and its input.
-
-    Args:
-        mixer: in the training form.
-        x: its input, (N, C, H, W).
-
-    Returns:
-        Maps by name; those of the waves are (N, R, H, W), the last one gated.
-    """
-    strongest = x.argmax(1, keepdim=True)
-    wave = waves(x, strongest, mixer.proj_in.weight, mixer.proj_in.bias, mixer.act)
-    modulated = modulate(wave, mixer.complex_weight)
-    return {'input': x, 'wave': wave, 'modulated wave': modulated,
-            'refined wave': _gated(mixer.refine(modulated), mixer.se)}
-
-
-def _gated(maps: Tensor, squeeze_excitation: nn.Module) -> Tensor:
-    return maps * squeeze_excitation(maps.mean((2, 3)))[:, :, None, None]
+#: Of each mixer, the maps by name: the submodule ('' for the mixer), and whether it is its input.
+PARTS = {
+    SMixer: {'input': ('', True), 'high-frequency branch': ('high_se', False),
+             'low-frequency branch': ('low_se', False)},
+    CMixer: {'input': ('', True), 'modulated wave': ('refine', True),
+             'refined wave': ('se', False)},
+}
 
 
 def find_backbone(model: nn.Module, name: str) -> SpaRTAN:
@@ -257,23 +225,20 @@ def watch(backbone: SpaRTAN, window: str = 'hann') -> Iterator[Spectra]:
         The spectra, which grow with each image that the backbone sees.
     """
     spectra: Spectra = {}
-
-    def listen(stage: int, block: int, mixer: nn.Module, name: str,
-               parts: Callable[[nn.Module, Tensor], dict[str, Tensor]]) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for part, maps in parts(module, inputs[0]).items():
-                spectra.setdefault((stage, block, name, part), Spectrum()).add(maps, window)
-        return mixer.register_forward_pre_hook(hook)
-
     handles = []
+
+    def listen(key: tuple[int, int, str, str], module: nn.Module, to_input: bool) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+            spectra.setdefault(key, Spectrum()).add(inputs[0] if to_input else output, window)
+        handles.append(module.register_forward_pre_hook(hook) if to_input
+                       else module.register_forward_hook(hook))
+
     for stage_number, stage in enumerate(backbone.stages, start=1):
         for block_number, block in enumerate(stage.blocks, start=1):
-            if isinstance(block.smixer, SMixer):
-                handles.append(listen(stage_number, block_number, block.smixer, 'smixer',
-                                      smixer_parts))
-            if isinstance(block.cmixer, CMixer):
-                handles.append(listen(stage_number, block_number, block.cmixer, 'cmixer',
-                                      cmixer_parts))
+            for mixer in (block.smixer, block.cmixer):
+                for part, (name, to_input) in PARTS.get(type(mixer), {}).items():
+                    key = stage_number, block_number, type(mixer).__name__.lower(), part
+                    listen(key, mixer.get_submodule(name), to_input)
     try:
         yield spectra
     finally:

@@ -27,7 +27,7 @@ class LevelGrid(NamedTuple):
 
     size: Tensor
     last: Tensor
-    row_step: Tensor
+    step: Tensor
     start: Tensor
 
 
@@ -49,8 +49,9 @@ def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ..
                           device=device)
     image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None, None, None]
     head = torch.arange(heads, dtype=torch.int32, device=device)[:, None, None]
-    start = (image * sum(areas) + starts[:, None]) * heads + head
-    return LevelGrid(sizes.float(), sizes - 1, sizes[..., 0] * heads, start)
+    start = ((image * sum(areas) + starts[:, None]) * heads + head)[:, :, :, None]
+    step = torch.cat([torch.full_like(sizes[..., :1], heads), sizes[..., :1] * heads], -1)
+    return LevelGrid(sizes.float(), sizes - 1, step, start)
 
 
 def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
@@ -85,28 +86,22 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     share = place - low  # of the cell to the right (below)
     low = low.int()
 
-    def cells(axis: int) -> list[tuple[Tensor, Tensor]]:
-        """Number and weight of the two cells on either side, (N, Q, M, levels, points) each."""
-        cell, upper, last = low[..., axis], share[..., axis], grid.last[..., axis]
-        # Clamped from below, both: the integer of a NaN is any.
-        after = (cell + 1).clamp(min=0)
-        return [(cell.clamp(min=0).minimum(last), (1 - upper) * ((cell >= 0) & (cell <= last))),
-                (after.minimum(last), upper * (after <= last))]
-
-    rows, shares = [], []
-    columns = [(column * heads, share) for column, share in cells(0)]
-    for line, vertical in cells(1):
-        start = line * grid.row_step + grid.start
-        vertical = vertical * weights.float()
-        for column, horizontal in columns:
-            rows.append(start + column)
-            shares.append(vertical * horizontal)
+    # Number and weight of the cells on either side, (N, Q, M, 2 sides, levels, points, 2 axes).
+    cells = torch.stack([low, low + 1], 3)
+    inside = (cells >= 0) & (cells <= grid.last)
+    shares = torch.stack([1 - share, share], 3) * inside
+    column, line = (cells.clamp(min=0).minimum(grid.last) * grid.step).unbind(-1)
+    horizontal, vertical = shares.unbind(-1)
+    # Each line with each column, (N, Q, M, 2, 2, levels, points).
+    rows = (line + grid.start)[:, :, :, :, None] + column[:, :, :, None]
+    vertical = vertical * weights.float()[:, :, :, None]
+    shares = vertical[:, :, :, :, None] * horizontal[:, :, :, None]
 
     # A bag is a query's head: (N * Q * M, 4 * levels * points).
     bags = batch * queries * heads
     mixed = F.embedding_bag(
-        torch.stack(rows, 3).view(bags, -1), value.float().reshape(-1, dims), mode='sum',
-        per_sample_weights=torch.stack(shares, 3).view(bags, -1))
+        rows.view(bags, -1), value.float().reshape(-1, dims), mode='sum',
+        per_sample_weights=shares.view(bags, -1))
     return mixed.view(batch, queries, heads * dims).to(value.dtype)
 
 

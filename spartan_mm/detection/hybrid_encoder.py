@@ -33,7 +33,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride,
                               padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
-        self.act = nn.SiLU(inplace=True) if act else nn.Identity()
+        self.act = nn.SiLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
@@ -74,7 +74,7 @@ class RepVGGBlock(nn.Module):
         super().__init__()
         self.dense = ConvNorm(channels, channels, 3)
         self.pointwise = ConvNorm(channels, channels, 1)
-        self.act = nn.SiLU(inplace=True)
+        self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -247,10 +247,11 @@ class SelfAttention(nn.MultiheadAttention):
         Returns:
             (N, L, C).
         """
-        compared = 2 * self.embed_dim
-        query, key = F.linear(placed, self.in_proj_weight[:compared],
-                              self.in_proj_bias[:compared]).chunk(2, -1)
-        value = F.linear(tokens, self.in_proj_weight[compared:], self.in_proj_bias[compared:])
+        sizes = 2 * self.embed_dim, self.embed_dim
+        (weight, value_weight), (bias, value_bias) = (
+            x.split(sizes) for x in (self.in_proj_weight, self.in_proj_bias))
+        query, key = F.linear(placed, weight, bias).chunk(2, -1)
+        value = F.linear(tokens, value_weight, value_bias)
         # (N, L, C) -> (N, M, L, D)
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                              for x in (query, key, value))

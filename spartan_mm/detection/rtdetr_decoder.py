@@ -76,7 +76,9 @@ class RTDETRDecoderLayer(nn.Module):
         mixed = self.linear2(self.dropout(F.relu(self.linear1(query))))
         query = query + self.dropout(mixed)
         # Long trainings have overflowed float16 here; no normal value reaches the bound.
-        return self.norm3(query.clamp(-65504, 65504))
+        if mixed.dtype is torch.float16:
+            query = query.clamp(-65504, 65504)
+        return self.norm3(query)
 
 
 class RTDETRDecoder(BaseModule):
@@ -113,7 +115,7 @@ class RTDETRDecoder(BaseModule):
         self.eval_idx = eval_idx % num_layers
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
         self.query_pos_head = nn.Sequential(
-            nn.Linear(4, 2 * embed_dims), nn.ReLU(inplace=True),
+            nn.Linear(4, 2 * embed_dims), nn.ReLU(),
             nn.Linear(2 * embed_dims, embed_dims))
         layer = RTDETRDecoderLayer(embed_dims, num_heads, len(in_channels), num_points, ffn_dims,
                                    dropout)

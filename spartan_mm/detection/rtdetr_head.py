@@ -64,8 +64,8 @@ class RTDETRHead(BaseModule):
         self.cls_branches = nn.ModuleList(
             nn.Linear(embed_dims, num_classes) for _ in range(num_pred_layer))
         self.reg_branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(embed_dims, embed_dims), nn.ReLU(inplace=True),
-                          nn.Linear(embed_dims, embed_dims), nn.ReLU(inplace=True),
+            nn.Sequential(nn.Linear(embed_dims, embed_dims), nn.ReLU(),
+                          nn.Linear(embed_dims, embed_dims), nn.ReLU(),
                           nn.Linear(embed_dims, 4))
             for _ in range(num_pred_layer))
 
@@ -148,6 +148,7 @@ class RTDETRHead(BaseModule):
         set_boxes = torch.cat([boxes[:, :, num_denoising:], enc_boxes[None]])
         terms = self.loss_by_set(set_logits, set_boxes, self.match(set_logits, set_boxes, targets),
                                  targets, num_objects)
+        terms = {name: term.unbind() for name, term in terms.items()}
         last = len(logits) - 1
         names = {last: '', **{layer: f'd{layer}.' for layer in range(last)}}
         losses = {f'{prefix}{name}': term[layer]
@@ -160,6 +161,7 @@ class RTDETRHead(BaseModule):
                 self.denoising_matches(targets, denoising, len(logits)), targets,
                 # NOTE: each rank counts its own groups, on top of the ranks' mean of objects.
                 num_objects * denoising.num_groups)
+            terms = {name: term.unbind() for name, term in terms.items()}
             losses |= {f'{prefix}dn_{name}': term[layer]
                        for layer, prefix in names.items() for name, term in terms.items()}
         return losses

@@ -1,5 +1,7 @@
 """torch.compile where it pays: on what makes tensors from tensors."""
 
+from typing import Any
+
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -9,7 +11,8 @@ from torch import nn
 PARTS = ('backbone', 'neck')
 
 
-def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | None = None) -> None:
+def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | None = None,
+                  **options: Any) -> None:
     """Compile a model of OpenMMLab's packages in place; names in its state dict stay.
 
     A model that knows its own parts, as RTDETR does, is asked to compile itself; of others backbone
@@ -25,6 +28,7 @@ def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | Non
         mode: As torch.compile's; 'reduce-overhead' for CUDA graphs, where sizes stay the same.
         dynamic: True compiles for all sizes at once, False for each size anew, None for the first
             size and, once another comes, for all.
+        options: Others of torch.compile.
 
     Raises:
         RuntimeError: torch.compile knows no such mode; the message lists them.
@@ -34,7 +38,7 @@ def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | Non
     if type(model).compile is nn.Module.compile:  # not its own
         parts = [part for name in PARTS if (part := getattr(model, name, None)) is not None]
     for part in parts or [model]:
-        part.compile(mode=mode, dynamic=dynamic)
+        part.compile(mode=mode, dynamic=dynamic, **options)
 
 
 @HOOKS.register_module()
@@ -44,12 +48,13 @@ class CompileHook(Hook):
     Args:
         mode: See :func:`compile_model`.
         dynamic: See :func:`compile_model`.
+        options: See :func:`compile_model`.
     """
 
-    def __init__(self, mode: str | None = None, dynamic: bool | None = None) -> None:
-        self.mode = mode
-        self.dynamic = dynamic
+    def __init__(self, mode: str | None = None, dynamic: bool | None = None,
+                 **options: Any) -> None:
+        self.options = dict(options, mode=mode, dynamic=dynamic)
 
     def before_run(self, runner: Runner) -> None:
         """Compile."""
-        compile_model(runner.model, self.mode, self.dynamic)
+        compile_model(runner.model, **self.options)

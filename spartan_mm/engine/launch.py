@@ -1,7 +1,6 @@
 """From command line flags to a runner: what ``tools/train.py`` and ``tools/test.py`` share."""
 
 import argparse
-import ctypes
 import logging
 import os
 import sys
@@ -36,13 +35,6 @@ VISUALIZATION_HOOKS = {
     'VisualizationHook': ('enable', 'out_dir'),
 }
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-# What they, or the like, are called in the environment.
-_MALLOC_VARIABLES = frozenset(['MALLOC_MMAP_MAX_', 'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TOP_PAD_',
-                               'MALLOC_TRIM_THRESHOLD_'])
-
 #: How long one process waits for another before it gives up, in seconds, unless the config's
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
@@ -69,6 +61,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none',
                         help='what started the processes (default: %(default)s); dist_train.sh and '
                              'dist_test.sh set it')
+    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
+                        help='compile the model, the way to go on a GPU; MODE is one of '
+                             "torch.compile's: default, reduce-overhead, max-autotune")
     # torch.distributed.launch passes the rank as a flag, torchrun as a variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -195,6 +190,26 @@ def use_channels_last(cfg: Config) -> None:
     """
     hooks = cfg.get('custom_hooks') or []
     cfg.custom_hooks = [*hooks, dict(type='ChannelsLastHook', priority='VERY_HIGH')]
+
+
+def use_compile(cfg: Config, mode: str | None = None) -> None:
+    """Compile the model's parts with ``torch.compile``, see :class:`CompileHook`.
+
+    A config asks for it with ``compile=True``, a mode, or a dict of torch.compile's options.
+
+    NOTE: mmengine would compile the whole training step, data samples, matching and optimizer
+    included, and break it up in a hundred pieces.
+
+    Args:
+        cfg: the config, changed in place.
+        mode: a mode of torch.compile; None for what the config says.
+    """
+    wanted = mode or cfg.get('compile')
+    if not wanted:
+        return
+    options = {} if wanted is True else dict(mode=wanted) if isinstance(wanted, str) else wanted
+    cfg.compile = False
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(options, type='CompileHook')]
 
 
 def scale_learning_rate(cfg: Config) -> None:
@@ -367,26 +382,6 @@ def build_runner(cfg: Config) -> Runner:
         # grid_sample on a GPU, which deformable attention needs.
         torch.use_deterministic_algorithms(True, warn_only=True)
     return runner
-
-
-def keep_freed_memory() -> None:
-    """Without a GPU, let glibc keep for the next step what one step freed, for good.
-
-    By default it returns such memory to the system, which has to clear every page that it hands out
-    again. The price: this process, and each worker that it forks, holds on to the most that it
-    needed so far, and somewhat more for lack of gaps of the right size. A threshold for this in the
-    environment, such as ``MALLOC_TRIM_THRESHOLD_=131072``, is left as it is, and so is the rest
-    then.
-    """
-    if (get_device() != 'cpu' or not _MALLOC_VARIABLES.isdisjoint(os.environ)
-            or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', '')):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # No glibc.
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 @contextmanager

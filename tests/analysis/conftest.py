@@ -1,9 +1,17 @@
-"""What tests of pages have in common."""
+"""What tests of pages have in common, and those that measure."""
 
 import re
 from html.parser import HTMLParser
 
 import pytest
+
+from spartan_mm.analysis import roofline
+
+
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+    """Products of matrices in bfloat16 take minutes on a CPU that doesn't know it."""
+    monkeypatch.setitem(roofline._SIDE, 'cpu', 256)
 
 
 class Reader(HTMLParser):

@@ -1,9 +1,7 @@
 """The benchmark measures what it says, on forms of a model that do the same."""
 
-import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +22,7 @@ from spartan_mm.analysis.benchmark import (
 )
 from spartan_mm.zoo import UnknownModelError
 
-ORACLE_FILE = Path(__file__).parents[1] / 'oracle' / 'spartan.py'
 SMALL = ((32, 32), )
-
-
-@pytest.fixture(scope='session')
-def make_oracle():
-    spec = importlib.util.spec_from_file_location('spartan_oracle', ORACLE_FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_oracle
 
 
 @pytest.fixture
@@ -46,15 +35,15 @@ def classifier(user_project):
     return str(user_project / 'user_classifier.py')
 
 
-def test_backbone_beside_the_oracle(make_oracle):
+def test_backbone_beside_the_authors_code():
     group = Group(Workload(True, batch=2, sizes=SMALL),
-                  (Form('xt'), Form('xt', channels_last=True), Form('xt', oracle=True)), rounds=3,
+                  (Form('xt'), Form('xt', channels_last=True), Form('xt', authors=True)), rounds=3,
                   warm_up=0)
     assert Group.from_dict(json.loads(json.dumps(asdict(group)))) == group
-    measured = json.loads(json.dumps(run_group(group, make_oracle)))
+    measured = json.loads(json.dumps(run_group(group)))
 
     assert [result['label'] for result in measured['results']] == [
-        'eager', 'channels last', 'oracle']
+        'eager', 'channels last', "authors' code"]
     for result in measured['results']:
         assert len(result['times']) == 3 and min(result['times']) > 0
         weights = 4 * sum(p.numel() for p in benchmark.SpaRTAN('xt').parameters())
@@ -67,23 +56,24 @@ def test_backbone_beside_the_oracle(make_oracle):
     assert measured['machine']['torch'] == torch.__version__
     text = table(measured)
     assert text.count('\n') == 5
-    assert '| xt | oracle |' in text and '| 1.00 (1.00–1.00) | 100 |' in text
+    assert "| xt | authors' code |" in text and '| 1.00 (1.00–1.00) | 100 |' in text
 
 
-def test_the_oracle_computes_the_same(make_oracle):
+@pytest.mark.parametrize('form', [dict(authors=True), dict(fused=True)])
+def test_forms_of_a_backbone_compute_the_same(form):
     workload = Workload(batch=2, sizes=SMALL)
-    ours, oracle = (Subject(Form('xt', oracle=flag), workload, make_oracle)
-                    for flag in (False, True))
-    images = ours.inputs[0][0]
-    torch.testing.assert_close(images, oracle.inputs[0][0])
+    plain, other = (Subject(Form('xt', **options), workload) for options in ({}, form))
+    images = plain.inputs[0][0]
+    torch.testing.assert_close(images, other.inputs[0][0])
     with torch.no_grad():
-        torch.testing.assert_close(oracle.model(images), ours.model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.model(images), plain.model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_oracle_in_a_detector(make_oracle, detector):
-    subject = Subject(Form(detector, oracle=True), Workload(True, batch=2, sizes=SMALL),
-                      make_oracle)
-    assert type(subject.model.backbone).__name__ == 'SpaRTANOracle'
+@pytest.mark.parametrize('form, block', [(dict(authors=True), 'AuthorsBlock'),
+                                         (dict(fused=True), 'FusedBlock')])
+def test_forms_of_the_backbone_in_a_detector(form, block, detector):
+    subject = Subject(Form(detector, **form), Workload(True, batch=2, sizes=SMALL))
+    assert type(subject.model.backbone.stages[0].blocks[0]).__name__ == block
     subject.step()
     assert all(parameter.grad is not None for parameter in subject.model.backbone.parameters())
 
@@ -189,7 +179,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize('workload, options, message', [
         (dict(train=True), dict(deploy=True), 'the deploy form cannot be trained'),
-        (dict(), dict(deploy=True, oracle=True), 'the oracle has no deploy form'),
+        (dict(), dict(deploy=True, authors=True), 'has neither a deploy form nor a fused one'),
+        (dict(device='cuda'), dict(fused=True), 'the fused form is for a CPU'),
     ])
     def test_group(self, workload, options, message):
         with pytest.raises(BenchmarkError, match=message):
@@ -226,18 +217,24 @@ class TestMistakes:
         with pytest.raises(BenchmarkError, match='does not train at several scales'):
             Subject(Form(detector), Workload(True, multi_scale=True))
 
-    def test_oracle(self, make_oracle, tmp_path, classifier):
-        with pytest.raises(BenchmarkError, match='run the benchmark from a checkout'):
-            Subject(Form('xt', oracle=True), Workload())
+    @pytest.mark.parametrize('form', [dict(authors=True), dict(fused=True)])
+    def test_no_spartan(self, form, tmp_path, classifier):
         path = tmp_path / 'resnet.py'
         path.write_text(f"_base_ = {classifier!r}\nmodel = dict(backbone=dict(\n    _delete_=True, "
                         "type='ResNet', depth=18), head=dict(in_channels=512))\n")
         with pytest.raises(BenchmarkError, match='has no SpaRTAN backbone'):
-            Subject(Form(str(path), oracle=True), Workload(), make_oracle)
+            Subject(Form(str(path), **form), Workload())
+
+    def test_authors_form_of_an_ablation(self, tmp_path, classifier):
+        path = tmp_path / 'conv.py'
         path.write_text(f"_base_ = {classifier!r}\n"
                         "model = dict(backbone=dict(spatial_mixer='conv'))\n")
-        with pytest.raises(BenchmarkError, match='has a SpaRTAN of the ablations'):
-            Subject(Form(str(path), oracle=True), Workload(), make_oracle)
+        with pytest.raises(BenchmarkError, match='smixer is ConvMixer instead of SMixer'):
+            Subject(Form(str(path), authors=True), Workload())
+
+    def test_nothing_to_time(self):
+        with pytest.raises(BenchmarkError, match='nothing is computed that could be timed'):
+            run_group(Group(Workload(device='meta'), (Form('xt'), )))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
     def test_no_gpu(self):

@@ -23,6 +23,7 @@ from spartan_mm.analysis.comparison import (
 )
 from spartan_mm.analysis.complexity import Complexity
 from spartan_mm.analysis.flops import Count
+from spartan_mm.analysis.kernels import KernelCount
 
 
 @pytest.mark.parametrize('name, value, metric, dataset, source', [
@@ -92,7 +93,7 @@ def test_model_that_fails_when_it_is_measured(monkeypatch):
 def make_row(name, size, accuracy, ours=False, latency=None, metric='top-1, %'):
     count = Count(name, 'config', 'training form', (224, 224),
                   {'': Complexity(int(size * 1e6), int(size * 3e8), int(size * 3e8), 1)},
-                  {'': 'SpaRTAN' if ours else 'ResNet'})
+                  {'': 'SpaRTAN' if ours else 'ResNet'}, KernelCount())
     return Row(name, count, Accuracy(accuracy, metric, 'data', 'paper'),
                latency and Summary(latency, latency, latency))
 

@@ -10,6 +10,7 @@ from spartan_mm.analysis.complexity import (
     measure_complexity,
     measure_modules,
 )
+from spartan_mm.backbones import SpaRTAN
 
 
 class Attention(nn.Module):
@@ -86,6 +87,22 @@ def test_counts_by_module():
         'caller': (0, 9, 9)}
     assert not any(module._forward_hooks or module._forward_pre_hooks
                    for module in model.modules())
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_counts_in_a_block(deploy):
+    """Each projection has its own, of a stage of 64 channels on 8x8 positions."""
+    backbone = SpaRTAN('t').requires_grad_(False)
+    if deploy:
+        backbone.switch_to_deploy()
+    sizes = measure_modules(backbone, 64, 64)
+    found = {name: sizes[f'stages.1.blocks.0.{name}'].multiply_adds / 64 for name in (
+        'smixer.proj_in', 'smixer.high_freq', 'smixer.low_freq', 'smixer.proj_out',
+        'cmixer.proj_in', 'cmixer.refine', 'cmixer.proj_out')}
+    assert found == {
+        'smixer.proj_in': 64 * 32, 'smixer.high_freq': 9 * 32**2, 'smixer.low_freq': 18 * 32**2,
+        'smixer.proj_out': 64**2, 'cmixer.proj_in': 64 * 512, 'cmixer.refine': 9 * 256,
+        'cmixer.proj_out': 256 * 64}
 
 
 @pytest.mark.parametrize('build', [

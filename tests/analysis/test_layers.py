@@ -117,5 +117,4 @@ def test_describe_layers(backbone):
              for line in describe_layers(backbone, (64, 96))}
     assert lines['stages.3'] == ['Stage', '(1, 32, 2, 3)']
     assert lines['stem'] == ['Sequential', '(1, 8, 16, 24)']
-    # Its weights are used, but it does not run.
-    assert 'stages.0.blocks.0.smixer.proj_in' not in lines
+    assert lines['stages.0.blocks.0.smixer.proj_in'] == ['Conv2d', '(1, 4, 16, 24)']

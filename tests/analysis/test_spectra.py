@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from spartan_mm.analysis.spectra import (
     Spectrum,
-    cmixer_parts,
     collect,
     describe,
     draw_spectra,
@@ -18,12 +17,11 @@ from spartan_mm.analysis.spectra import (
     power_spectrum,
     radial_average,
     share_above,
-    smixer_parts,
     watch,
     white_share,
 )
 from spartan_mm.backbones import SpaRTAN
-from spartan_mm.backbones.spartan import CMixer, SMixer
+from spartan_mm.backbones.spartan import modulate
 from spartan_mm.engine.launch import UsageError
 
 SMALL = dict(stem_channels=8, depths=(1, 2, 1, 1), channels=(8, 16, 24, 32),
@@ -93,43 +91,27 @@ def test_share():
     assert white_share(512, 512) == pytest.approx(1 - np.pi / 16, abs=1e-3)
 
 
-@pytest.mark.parametrize('conv_type', ['full', 'depthwise'])
-@pytest.mark.parametrize('kernel', [3, 5])
-def test_smixer_parts(conv_type, kernel):
-    mixer = SMixer(16, conv_type, kernel).eval()
-    nn.init.normal_(mixer.gamma)
-    x = torch.randn(2, 16, 12, 10)
+def test_which_maps_are_seen(backbone, monkeypatch):
+    monkeypatch.setattr(Spectrum, 'add', lambda self, maps, window: setattr(self, 'maps', maps))
+    smixer, cmixer = backbone.stages[0].blocks[0].smixer, backbone.stages[0].blocks[0].cmixer
+    with torch.no_grad(), watch(backbone) as spectra:
+        backbone(torch.rand(2, 3, 64, 96))
+    x, high, low = (spectra[1, 1, 'smixer', part].maps for part in (
+        'input', 'high-frequency branch', 'low-frequency branch'))
+    y, modulated, refined = (spectra[1, 1, 'cmixer', part].maps for part in (
+        'input', 'modulated wave', 'refined wave'))
     with torch.no_grad():
-        parts = smixer_parts(mixer, x)
-        branches = torch.cat([parts['high-frequency branch'], parts['low-frequency branch']], 1)
-        assert_close(mixer.proj_out(branches), mixer(x))
-    assert_close(parts['input'], x)
-
-
-@pytest.mark.parametrize('conv_type', ['full', 'depthwise'])
-def test_cmixer_parts(conv_type):
-    mixer = CMixer(8, 4, conv_type).eval()
-    nn.init.normal_(mixer.complex_weight)
-    x = torch.randn(2, 8, 12, 10)
-    with torch.no_grad():
-        parts = cmixer_parts(mixer, x)
-        assert_close(mixer.proj_out(parts['refined wave']), mixer(x))
-        # The wave itself, channel by channel as the paper has it.
-        phase, amplitude = mixer.proj_in(x).chunk(2, 1)
-        product = amplitude * nn.functional.gelu(phase)
-        expected = product + product.gather(1, x.argmax(1, keepdim=True))
-        assert_close(parts['wave'], expected)
+        assert_close(smixer.proj_out(torch.cat([high, low], 1)), smixer(x))
+        assert_close(cmixer.se(cmixer.refine(modulated)), refined)
+        assert_close(cmixer.proj_out(refined), cmixer(y))
 
 
 def test_modulation_moves_no_power():
     """At every frequency, a pair's power is multiplied by the weight's squared absolute value."""
-    mixer = CMixer(8, 4).eval()
-    nn.init.normal_(mixer.complex_weight)
-    with torch.no_grad():
-        parts = cmixer_parts(mixer, torch.randn(2, 8, 12, 10))
-    before, after = (power_spectrum(parts[name]).unflatten(1, (-1, 2)).sum(2)
-                     for name in ('wave', 'modulated wave'))
-    squared = mixer.complex_weight.detach().double().square().sum(1)
+    wave, weight = torch.randn(2, 8, 12, 10), torch.randn(4, 2)
+    before, after = (power_spectrum(maps).unflatten(1, (-1, 2)).sum(2)
+                     for maps in (wave, modulate(wave, weight)))
+    squared = weight.double().square().sum(1)
     assert_close(after, before * squared[:, None, None], rtol=1e-4, atol=1e-6)
 
 
@@ -156,14 +138,13 @@ def test_collect(backbone):
     assert stages[3]['white_noise_share'] is None
     assert stages[0]['white_noise_share'] == white_share(16, 24)
     assert list(stages[0]['smixer']) == ['input', 'high-frequency branch', 'low-frequency branch']
-    assert list(stages[0]['cmixer']) == ['input', 'wave', 'modulated wave', 'refined wave']
-    part = stages[1]['cmixer']['wave']
+    assert list(stages[0]['cmixer']) == ['input', 'modulated wave', 'refined wave']
+    part = stages[1]['cmixer']['modulated wave']
     assert len(part['share_by_block']) == 2
     assert part['share_above_half_nyquist'] == pytest.approx(np.mean(part['share_by_block']))
     assert part['relative_log_amplitude'][0] == 0
     assert part['frequencies'][:4] == [0.25, 0.5, 0.75, 1.]
-    for block in backbone.stages[0].blocks:
-        assert not block.smixer._forward_pre_hooks and not block.cmixer._forward_pre_hooks
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in backbone.modules())
 
 
 def test_low_pass_and_high_pass(backbone):

@@ -16,8 +16,6 @@ from torch import nn
 import spartan_mm.classification  # noqa: F401
 import spartan_mm.detection  # noqa: F401
 from spartan_mm.analysis import soak
-from spartan_mm.backbones import functional
-from spartan_mm.backbones.spartan import CMixer, SMixer
 from spartan_mm.engine.saving import Vote
 
 
@@ -141,42 +139,6 @@ def test_the_denoising_s_gradient_is_the_joint_batch_s(tmp_path, capsys):
 def test_the_classifier_s_gradient_is_the_joint_batch_s(tmp_path, capsys):
     check_equal(tmp_path, capsys, 'classifier', lambda: build('classification', train_cfg=None),
                 make_classification_batch(6), (2, 2, 2))
-
-
-@pytest.mark.parametrize('slice_bytes', [1, 2 ** 24], ids=['in parts', 'at once'])
-@pytest.mark.parametrize('make', [lambda: SMixer(16), lambda: CMixer(8, 4)],
-                         ids=['SMixer', 'CMixer'])
-def test_synchronized_norms_of_the_mixers_are_the_joint_batch_s(tmp_path, monkeypatch, make,
-                                                                slice_bytes):
-    """PyTorch's own synchronized norm runs on GPUs only, the hand-written steps anywhere."""
-    monkeypatch.setattr(functional, '_SLICE_BYTES', slice_bytes)
-    shares = (2, 3)
-
-    def step(synchronized, part):
-        torch.manual_seed(3)
-        mixer = make().double()
-        for parameter in mixer.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        if synchronized:
-            mixer = nn.SyncBatchNorm.convert_sync_batchnorm(mixer)
-        channels = mixer.proj_out.out_channels
-        images, grad = torch.randn(2, sum(shares), channels, 5, 7).double()
-        x = images[part].contiguous(memory_format=torch.channels_last).requires_grad_()
-        y = mixer(x)
-        y.backward(grad[part])
-        return dict(output=y.detach(), x=x.grad,
-                    parameters={name: value.grad for name, value in mixer.named_parameters()},
-                    buffers=dict(mixer.named_buffers()))
-
-    joint = step(False, slice(None))
-    ranks = run_ranks(tmp_path, len(shares), lambda rank: step(
-        True, slice(sum(shares[:rank]), sum(shares[:rank + 1]))))
-    for key in ('output', 'x'):
-        torch.testing.assert_close(torch.cat([rank[key] for rank in ranks]), joint[key])
-    for name, grad in joint['parameters'].items():
-        torch.testing.assert_close(sum(rank['parameters'][name] for rank in ranks), grad)
-    for rank in ranks:
-        torch.testing.assert_close(rank['buffers'], joint['buffers'])
 
 
 def test_a_vote_is_known_to_all_one_exchange_later(tmp_path):

@@ -1,9 +1,5 @@
 """What the flags of the commands do to a config."""
 
-import os
-import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -239,34 +235,3 @@ class TestDistributed:
         monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
         with pytest.raises(launch.UsageError, match='--launcher slurm needs GPUs'):
             launch.build_runner(launch.load_config(config_file, launcher='slurm'))
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc' or torch.cuda.is_available(),
-                    reason='needs glibc, and a machine without a GPU')
-@pytest.mark.parametrize('variables, kept', [
-    ({}, True), ({'MALLOC_ARENA_MAX': '2'}, True), ({'MALLOC_TRIM_THRESHOLD_': '131072'}, False),
-    ({'GLIBC_TUNABLES': 'glibc.malloc.trim_threshold=131072'}, False)], ids=str)
-def test_freed_memory_is_kept_unless_the_user_has_settings(variables, kept):
-    """Pages that a second array of the same size asks the system for."""
-    code = '''
-import resource
-import numpy as np
-from spartan_mm.engine import launch
-
-def count():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.empty(2 ** 26, np.uint8).fill(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-launch.keep_freed_memory()
-first, second = count(), count()
-print(first, second)
-'''
-    environment = {name: value for name, value in os.environ.items()
-                   if name != 'GLIBC_TUNABLES' and not name.startswith('MALLOC_')}
-    output = subprocess.run([sys.executable, '-c', code], check=True, text=True,
-                            stdout=subprocess.PIPE, env=environment | variables).stdout
-    first, second = map(int, output.split()[-2:])
-    # NumPy may ask for pages of 2 MiB.
-    assert first > 16
-    assert (second < first / 4) == kept

@@ -24,12 +24,12 @@ def run(user_project, monkeypatch, capfd):
     return run_tool
 
 
-def test_beside_the_oracle(run, tmp_path):
+def test_beside_the_authors_code(run, tmp_path):
     output = run('user_classifier.py', '--train', '--batch', 2, '--device', 'cpu', '--repeats', 2,
-                 '--against', 'oracle', '--channels-last', '--json', tmp_path / 'out.json')
+                 '--against', 'authors', '--channels-last', '--json', tmp_path / 'out.json')
     rows = [line for line in output.splitlines() if line.startswith('| user_classifier |')]
     assert ['channels last' in row for row in rows] == [True, False]
-    assert ['| oracle |' in row for row in rows] == [False, True]
+    assert ["| authors' code |" in row for row in rows] == [False, True]
     results = json.loads((tmp_path / 'out.json').read_text())['results']
     assert [len(result['times']) for result in results] == [2, 2]
 
@@ -39,6 +39,15 @@ def test_beside_another_model(run):
                  'user_classifier.py', '--size', 64, 64)
     assert '| user_detector | eager | inference | 1 | 64×64 |' in output
     assert '| user_classifier | eager | inference | 1 | 64×64 |' in output
+
+
+def test_count(run, tmp_path):
+    output = run('xt', '--train', '--batch', 2, '--size', 32, 32, '--count', '--against', 'authors',
+                 '--json', tmp_path / 'out.json')
+    assert "| operation | xt, eager: kernels | xt, eager: GB | xt, authors' code: ker" in output
+    assert '\n| total | ' in output and '\n| convolution | ' in output
+    counts = json.loads((tmp_path / 'out.json').read_text())
+    assert list(counts) == ['xt, eager', "xt, authors' code"]
 
 
 def test_pipeline(run, monkeypatch):
@@ -65,6 +74,7 @@ def test_standard_table(tmp_path):
     (['none.py'], 'error: config none.py does not exist'),
     (['xt', '--batch', '0'], 'error: batch 0 must be at least 1'),
     (['xt', '--train', '--deploy'], 'error: the deploy form cannot be trained'),
+    (['xt', '--count', '--amp', 'float16'], 'error: kernels are counted in float32'),
     (['xt', '--parts'], 'error: parts are those of a training step'),
     (['--standard', '--only', 'none'], 'error: --only none is none of backbone_xt_inference'),
     (['--docs', '--out-dir', 'nowhere'], 'error: nowhere holds no results; measure first'),

@@ -29,7 +29,7 @@ def test_spectra(run, tmp_path, model):
     assert (tmp_path / 'spectra.png').stat().st_size > 5000
     record = json.loads((tmp_path / 'spectra.json').read_text())
     assert record['random_weights'] is True and record['images'] == 3
-    assert 0 < record['stages'][0]['cmixer']['wave']['share_above_half_nyquist'] < 1
+    assert 0 < record['stages'][0]['cmixer']['modulated wave']['share_above_half_nyquist'] < 1
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

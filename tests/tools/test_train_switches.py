@@ -12,6 +12,8 @@ import torch
 from mmengine.hooks import Hook
 from torch.testing import assert_close
 
+from spartan_mm.backbones.fused import FusedBlock
+from spartan_mm.backbones.spartan import Block
 from spartan_mm.engine import launch
 
 TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'
@@ -70,9 +72,25 @@ def steps_taken(checkpoint):
     return steps
 
 
-def test_freed_memory_is_kept(train, memory_kept):
-    train()
-    assert len(memory_kept) == 1
+@pytest.mark.skipif(torch.cuda.is_available(), reason='of a machine without a GPU')
+@pytest.mark.parametrize('flags, fused', [([], True), (['--no-fuse'], False)])
+def test_blocks_are_fused_on_a_cpu(train, flags, fused):
+    blocks = [module for module in train(*flags).runner.model.modules()
+              if isinstance(module, Block)]
+    assert blocks and {isinstance(block, FusedBlock) for block in blocks} == {fused}
+
+
+@pytest.mark.parametrize('flags, options', [
+    (['--compile'], []), (['--compile', 'default'], []), ([], ['compile=True']),
+    ([], ['compile=default']), ([], ["compile.backend=aot_eager"])], ids=str)
+def test_the_backbone_is_compiled(train, monkeypatch, flags, options):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **kwargs: asked.append(
+        (type(self).__name__, kwargs)))
+    train(*flags, options=options)
+    assert [name for name, _ in asked] == ['SpaRTAN', 'GlobalAveragePooling']
+    backend = 'aot_eager' if 'backend' in str(options) else None
+    assert {kwargs.get('backend') for _, kwargs in asked} == {backend}
 
 
 def test_gradients_accumulate(train, tmp_path):

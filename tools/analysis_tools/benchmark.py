@@ -1,7 +1,8 @@
 """Measure time and memory of a model, alone or beside another one or another form of it.
 
     benchmark.py rtdetr_spartan_t --deploy --compile          latency of a detector
-    benchmark.py t --train --batch 16 --against oracle        a backbone beside the plain formulas
+    benchmark.py t --train --batch 16 --against authors       a backbone beside its authors' code
+    benchmark.py t --train --batch 256 --count                its kernels and their bytes, untimed
     benchmark.py rtdetr_spartan_t --data                      its training pipeline
     benchmark.py --standard                                   the standard table of this machine
 
@@ -11,12 +12,11 @@ take turns, so that ratios do not depend on what else is running.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,10 +29,9 @@ sys.path.append(str(ROOT))
 # What PyTorch's profiler, which measures memory on a CPU, says about itself.
 os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
-from spartan_mm.analysis import benchmark, performance  # noqa: E402
+from spartan_mm.analysis import benchmark, kernels, performance  # noqa: E402
 from spartan_mm.analysis.benchmark import (  # noqa: E402
     DTYPES,
-    ORACLE,
     BenchmarkError,
     Form,
     Group,
@@ -41,7 +40,7 @@ from spartan_mm.analysis.benchmark import (  # noqa: E402
 from spartan_mm.demo import Console, find_home, run_process, shorten  # noqa: E402
 from spartan_mm.zoo import UnknownModelError  # noqa: E402
 
-ORACLE_FILE = ROOT / 'tests' / 'oracle' / 'spartan.py'
+AUTHORS = 'authors'
 DOCUMENT = ROOT / 'docs' / 'performance.md'
 INPUT = 'input'
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -57,8 +56,8 @@ def parse_args() -> argparse.Namespace:
     form = parser.add_argument_group('form')
     against = parser.add_argument_group('beside it')
     against.add_argument('--against', metavar='CONFIG',
-                         help=f"another model, or the same one; '{ORACLE}' for this one with the "
-                              'plain formulas in the place of its backbone')
+                         help=f"another model, or the same one; '{AUTHORS}' for this one with its "
+                              "SpaRTAN computed as the authors' code does it")
     for group, prefix, what in ((form, '', 'the model'), (against, 'against-', 'the other one')):
         group.add_argument(f'--{prefix}deploy', action='store_true',
                            help=f'switch {what} to the inference form')
@@ -67,12 +66,17 @@ def parse_args() -> argparse.Namespace:
                            help=f"compile {what}, in a mode of torch.compile: {', '.join(MODES)}")
         group.add_argument(f'--{prefix}channels-last', action='store_true',
                            help=f'lay {what} out with the channels last')
+        group.add_argument(f'--{prefix}fused', action='store_true',
+                           help=f'give the SpaRTAN of {what} blocks that train faster on a CPU')
 
     work = parser.add_argument_group('work')
     work.add_argument('--train', action='store_true',
                       help='forward and backward pass instead of inference')
     work.add_argument('--parts', action='store_true',
                       help='share out the time of a training step to its parts, too')
+    work.add_argument('--count', action='store_true',
+                      help='count the kernels of a step and what they read and write, whatever the '
+                           'device, and time nothing')
     work.add_argument('--amp', choices=DTYPES, help='automatic mixed precision')
     work.add_argument('--device', help='cpu, cuda or such as cuda:1 (default: a GPU if there is '
                                        'one)')
@@ -115,22 +119,12 @@ def parse_args() -> argparse.Namespace:
     if sum(tasks) != 1:
         parser.error('give either CONFIG or --standard or, with results that are there, --docs')
     if not args.against and (args.against_deploy or args.against_compile
-                             or args.against_channels_last):
-        parser.error('--against-deploy, --against-compile and --against-channels-last say how '
-                     '--against CONFIG runs')
+                             or args.against_channels_last or args.against_fused):
+        parser.error('--against-deploy, --against-compile, --against-channels-last and '
+                     '--against-fused say how --against CONFIG runs')
     if args.threads is not None and args.threads < 1:
         parser.error(f'--threads {args.threads}: must be at least 1')
     return args
-
-
-def load_oracle() -> Callable | None:
-    """Load what makes the plain formulas' form of a backbone; None where it is not installed."""
-    if not ORACLE_FILE.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location('spartan_oracle', ORACLE_FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_oracle
 
 
 def make_group(args: argparse.Namespace) -> Group:
@@ -139,19 +133,26 @@ def make_group(args: argparse.Namespace) -> Group:
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     workload = Workload(args.train, device, args.amp, args.batch,
                         (tuple(args.size), ) if args.size else None, args.multi_scale)
-    forms = [Form(args.config, False, args.deploy, args.compile, args.channels_last)]
+    forms = [Form(args.config, False, args.deploy, args.compile, args.channels_last, args.fused)]
     if args.against:
-        oracle = args.against == ORACLE
-        forms.append(Form(args.config if oracle else args.against, oracle, args.against_deploy,
-                          args.against_compile, args.against_channels_last))
+        authors = args.against == AUTHORS
+        forms.append(Form(args.config if authors else args.against, authors, args.against_deploy,
+                          args.against_compile, args.against_channels_last, args.against_fused))
     return Group(workload, tuple(forms), rounds=args.repeats, parts=args.parts)
 
 
 def measure(args: argparse.Namespace, console: Console) -> None:
     """Measure one model, or two beside each other."""
-    result = benchmark.run_group(make_group(args), load_oracle(), console.status)
+    result = benchmark.run_group(make_group(args), console.status)
     console.line(f"{benchmark.machine_line(result['machine'])}\n\n{benchmark.table(result)}")
     write_json(args.json, result)
+
+
+def count(args: argparse.Namespace, console: Console) -> None:
+    """Count the kernels of one model, or of two."""
+    counts = kernels.count_group(make_group(args))
+    console.line(kernels.kernels_table(counts))
+    write_json(args.json, {label: asdict(found) for label, found in counts.items()})
 
 
 def measure_groups(args: argparse.Namespace, console: Console) -> None:
@@ -161,7 +162,7 @@ def measure_groups(args: argparse.Namespace, console: Console) -> None:
     for index, group in enumerate(groups):
         def report(text: str, index: int = index) -> None:
             print(f'{index + 1} of {len(groups)}: {text}', flush=True)
-        results.append(benchmark.run_group(group, load_oracle(), report))
+        results.append(benchmark.run_group(group, report))
     write_json(args.json, results)
 
 
@@ -246,7 +247,7 @@ def main() -> None:
         elif args.data:
             measure_data(args, console)
         elif args.config is not None:
-            measure(args, console)
+            (count if args.count else measure)(args, console)
         else:
             if args.docs and not DOCUMENT.is_file():
                 raise BenchmarkError(f'{DOCUMENT} is not there: --docs is for a checkout')

@@ -1,7 +1,7 @@
 """Show what the mixers of a SpaRTAN do to the low and the high frequencies of its feature maps.
 
 Of each stage, the radial power spectrum of the SMixer's input and its two branches, and of the
-CMixer's input and its wave before and after modulation and after refinement; see
+CMixer's input and its wave after modulation and after refinement; see
 spartan_mm/analysis/spectra.py. DIR gets spectra.png and spectra.json.
 """
 

@@ -1,0 +1,180 @@
+"""What a step asks of a device, whichever it is: kernels, and the bytes that they read and write.
+
+A kernel is a call of one of PyTorch's own operators that is neither a view nor a mere allocation.
+Its bytes are those of all tensors that it reads or writes; each counts once, also one that is
+changed in place, and an expanded one by all of its elements.
+"""
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .benchmark import BenchmarkError, Group, Subject, markdown
+
+# These only set memory aside, or look at it in another way.
+NO_KERNELS = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided',
+              '_unsafe_view', 'alias', 'detach', 'lift_fresh'}
+
+
+@dataclass
+class KernelCount:
+    """What was counted.
+
+    Attributes:
+        kernels: Number of kernels.
+        bytes: What they read and write.
+        by_operation: Kernels and bytes of each operator by its name.
+    """
+
+    kernels: int = 0
+    bytes: int = 0
+    by_operation: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, name: str, size: int) -> None:
+        """Count a kernel."""
+        kernels, total = self.by_operation.get(name, (0, 0))
+        self.by_operation[name] = kernels + 1, total + size
+        self.kernels += 1
+        self.bytes += size
+
+
+def count_kernels(model: nn.Module, shape: tuple[int, int], batch: int = 1, train: bool = False,
+                  device: str = 'meta') -> KernelCount:
+    """Count the kernels of a backbone or a classifier; of a step of anything else, `count_step`.
+
+    Args:
+        model: Takes images. It stays as it is; a copy runs.
+        shape: (H, W) of the images.
+        batch: Their number.
+        train: A forward pass in training mode and the backward pass of its last output's sum,
+            instead of inference.
+        device: 'meta', where nothing is computed, or another for a model that does not run there.
+    """
+    model = deepcopy(model).to(device).train(train)
+    images = torch.zeros(batch, 3, *shape, device=device)
+
+    def step() -> None:
+        with torch.set_grad_enabled(train):
+            outputs = model(images)
+            if train:
+                (outputs if isinstance(outputs, Tensor) else outputs[-1]).sum().backward()
+    return count_step(step, device)
+
+
+def count_step(step: Callable[[], object], device: str = 'meta') -> KernelCount:
+    """Count the kernels of whatever runs.
+
+    NOTE: On the meta device there are no numbers. Where a step reads some, as the matching of a
+    detector does, it reads zeros: every object is matched, whichever query it is matched with.
+
+    NOTE: Attention that a model asks PyTorch for by ``scaled_dot_product_attention`` is a kernel,
+    and another one in the backward pass, as CPUs and GPUs have it.
+
+    Args:
+        step: Is called once.
+        device: Where the tensors lie whose kernels count; what else is computed does not.
+    """
+    counter = _KernelCounter(device)
+    with counter, _OneKernelAttention():
+        step()
+    return counter.count
+
+
+def count_group(group: Group) -> dict[str, KernelCount]:
+    """Count the kernels of a step of each form that a benchmark would time.
+
+    A training step is that of a detector's or classifier's loss, with seven objects in an image, or
+    of the sum of a backbone's outputs; without the optimiser's.
+
+    Args:
+        group: Of its work, the device does not matter.
+
+    Returns:
+        By model and form, in words.
+
+    Raises:
+        BenchmarkError: A form is compiled or the work in mixed precision, or as by ``Subject``.
+    """
+    if group.workload.amp or any(form.compile for form in group.forms):
+        raise BenchmarkError('kernels are counted in float32, as PyTorch runs them without '
+                             'compiling')
+    counts = {}
+    for form in group.forms:
+        subject = Subject(form, replace(group.workload, device='meta'))
+        count_step(subject.step)  # what it makes and keeps does not count
+        counts[f'{Path(form.model).stem}, {form.label}'] = count_step(subject.step)
+    return counts
+
+
+def kernels_table(counts: Mapping[str, KernelCount], most: int = 20) -> str:
+    """Lay out counts side by side in Markdown.
+
+    Args:
+        counts: By what stands above their columns.
+        most: Number of operations to list, those with the most bytes.
+    """
+    columns = [{'total': (count.kernels, count.bytes), **count.by_operation}
+               for count in counts.values()]
+    names = sorted({name: None for column in columns for name in column}, reverse=True,
+                   key=lambda name: sum(column.get(name, (0, 0))[1] for column in columns))
+    rows = [['operation', *(f'{label}: {what}' for label in counts for what in ('kernels', 'GB'))]]
+    for name in names[:1 + most]:
+        found = [column.get(name, (0, 0)) for column in columns]
+        rows.append([name, *(cell for kernels, size in found
+                             for cell in (str(kernels), f'{size / 1e9:.2f}'))])
+    return markdown(rows)
+
+
+class _KernelCounter(TorchDispatchMode):
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.count = KernelCount()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        out = self.read(name, *args, **kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+        # Sets know tensors by identity.
+        tensors = {leaf for leaf in tree_leaves((args, kwargs, out))
+                   if isinstance(leaf, Tensor) and leaf.device.type == self.device}
+        if tensors and not func.is_view and name not in NO_KERNELS:
+            self.count.add(name, sum(x.numel() * x.element_size() for x in tensors))
+        return out
+
+    @staticmethod
+    def read(name: str, x: Any = None, *args: Any, **kwargs: Any) -> Tensor | float | None:
+        """What leaves the meta device; None for other operations."""
+        if name == '_local_scalar_dense' and x.is_meta:
+            return torch.zeros((), dtype=x.dtype).item()
+        if name == '_to_copy' and x.is_meta and kwargs.get('device', x.device).type != 'meta':
+            return torch.zeros(x.shape, dtype=kwargs.get('dtype', x.dtype))
+        return None
+
+
+class _OneKernelAttention(TorchFunctionMode):
+    """The meta device itself knows no attention but the products and the softmax in it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            func = self.attend
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0., is_causal: bool = False, **kwargs: Any) -> Tensor:
+        """What a CPU has, which takes any mask."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
+            scale=kwargs.get('scale'))[0]

@@ -1,0 +1,122 @@
+"""What SpaRTAN is given, checked: architecture, options, images, and the weights it loads."""
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONV_TYPES = ('full', 'depthwise')
+
+
+def check_choice(name: str, value: Any, choices: Iterable, alternative: str = '') -> None:
+    """Raise a ValueError that lists the choices if `value` is none of them."""
+    choices = list(choices)  # a value that cannot be hashed can be looked up in a list
+    if value not in choices:
+        allowed = f'{", ".join(map(repr, choices))} {alternative}'.rstrip()
+        raise ValueError(f'{name}={value!r} is not available, choose from: {allowed}')
+
+
+def check_arch(arch: str | Mapping, conv_types: str | Sequence[str] | None,
+               known: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Return an architecture, a key of `known` or a dict like its values, as a dict of tuples.
+
+    `conv_types`, for all stages or one for each, stand in place of its own unless they are None. A
+    ValueError says what is allowed.
+    """
+    keys = next(iter(known.values())).keys()
+    if not isinstance(arch, Mapping):
+        check_choice('arch', arch, known, f'or a dict with {", ".join(keys)}')
+        arch = known[arch]
+    elif arch.keys() != keys:
+        raise ValueError(
+            f'the arch dict must have the keys {", ".join(keys)}: '
+            f'missing {sorted(keys - arch.keys())}, unknown {sorted(arch.keys() - keys)}')
+
+    arch = {key: arch[key] if key == 'stem_channels' else tuple(arch[key]) for key in keys}
+    if isinstance(conv_types, str):
+        arch['conv_types'] = (conv_types, ) * len(arch['depths'])
+    elif conv_types is not None:
+        arch['conv_types'] = tuple(conv_types)
+
+    lengths = {key: len(arch[key]) for key in keys if key != 'stem_channels'}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError('arch: each stage needs one entry in every list, '
+                         f'their lengths are {lengths}')
+    for key in ('depths', 'channels', 'expand_ratios', 'stem_channels'):
+        values = (arch[key], ) if key == 'stem_channels' else arch[key]
+        if not all(isinstance(value, int) and value > 0 for value in values):
+            raise ValueError(f'arch: {key}={arch[key]} must be positive integers')
+    for stage, width in enumerate(arch['channels'], start=1):
+        if width % 8:
+            below = width // 8 * 8
+            nearest = f'{below} or {below + 8}' if below else '8'
+            raise ValueError(f'arch: stage {stage} has {width} channels, which is not '
+                             f'divisible by 8; take {nearest}')
+    for stage, conv_type in enumerate(arch['conv_types'], start=1):
+        check_choice(f'conv_types of stage {stage}', conv_type, CONV_TYPES)
+    return arch
+
+
+def check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Return indices of stages as ascending numbers from 0; raise a ValueError for others."""
+    given = (out_indices, ) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = tuple(i + num_stages if i < 0 else i for i in given)
+    if (not indices or list(indices) != sorted(set(indices))
+            or not set(indices) <= set(range(num_stages))):
+        raise ValueError(f'out_indices={out_indices} must be different stages in ascending '
+                         f'order, each from {-num_stages} to {num_stages - 1}')
+    return indices
+
+
+def check_images(x: Tensor, min_size: int) -> Tensor:
+    """Refuse images (N, C, H, W) that are too small, and lay them out as the device likes it."""
+    if min(x.shape[-2:]) < min_size:
+        raise ValueError(
+            f'the input is {x.shape[-2]} x {x.shape[-1]} pixels (height x width), SpaRTAN needs at '
+            f'least {min_size} x {min_size}: enlarge or pad it')
+    if x.device.type != 'cpu' or torch._C._are_functorch_transforms_active():
+        return x  # as the caller has decided; vmap knows one layout alone
+    return x.contiguous(memory_format=torch.channels_last)  # twice as fast there
+
+
+def check_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse weights of another architecture or form than the backbone's: a RuntimeError.
+
+    mmengine loads pretrained weights leniently and only logs what did not fit: such weights would
+    leave most of the backbone random without stopping anybody. `prefix` is what its names begin
+    with in `state_dict`.
+    """
+    given = {name[len(prefix):]: tuple(getattr(value, 'shape', ()))
+             for name, value in state_dict.items() if name.startswith(prefix)}
+    expected = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+    if not prefix and given and not given.keys() & expected.keys():
+        raise RuntimeError(
+            f'no tensor of the state dict belongs to SpaRTAN, it begins with '
+            f'{next(iter(given))!r}. Convert a checkpoint of the authors with '
+            'tools/model_converters/spartan_to_mm.py; for the checkpoint of a classifier or '
+            "detector give init_cfg the prefix 'backbone.'")
+
+    # A folded convolution has a bias, which no other form has.
+    deploy = 'stem.0.conv.bias' in given
+    if given and 'stem.0.conv.weight' in given and deploy != backbone.deploy and (
+            'stem.0.norm.running_mean' in expected or backbone.deploy):
+        forms = ['training form', 'deploy form']
+        raise RuntimeError(
+            f'the state dict is that of SpaRTAN in {forms[deploy]}, the model is in '
+            f'{forms[backbone.deploy]}: '
+            + ('call switch_to_deploy() before loading it' if deploy
+               else 'load it before switch_to_deploy() is called'))
+
+    differences = [
+        f'stage {i + 1} has {found} blocks instead of {depth}'
+        for i, depth in enumerate(backbone.arch['depths'])
+        if (found := len({name.split('.')[3] for name in given
+                          if name.startswith(f'stages.{i}.blocks.')})) not in (0, depth)
+    ]
+    differences += [f'{prefix}{name} is {given[name]} instead of {shape}'
+                    for name, shape in expected.items() if given.get(name, shape) != shape]
+    if differences:
+        more = f' (and {len(differences) - 5} more)' if len(differences) > 5 else ''
+        raise RuntimeError(
+            f'the state dict is of another SpaRTAN than this one: {"; ".join(differences[:5])}'
+            f'{more}. Give `arch` and the other options that the weights were trained with')
