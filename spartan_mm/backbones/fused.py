@@ -110,7 +110,8 @@ def find_obstacle(block: Block) -> str:
         if not (type(smixer) is SMixer and type(cmixer) is CMixer):
             return 'its mixers are not SMixer and CMixer'
         channels, hidden = smixer.proj_in.in_channels, cmixer.proj_out.in_channels
-        conv_type = 'full' if smixer.high_freq.conv.groups == 1 else 'depthwise'
+        conv = getattr(smixer.high_freq, 'conv', smixer.proj_in)
+        conv_type = 'full' if conv.groups == 1 else 'depthwise'
         options = dict(conv_type=conv_type, act=type(cmixer.act).__name__)
         stacked = type(smixer.low_freq) is nn.Sequential
         with torch.device('meta'):

@@ -76,9 +76,7 @@ class RTDETRDecoderLayer(nn.Module):
         mixed = self.linear2(self.dropout(F.relu(self.linear1(query))))
         query = query + self.dropout(mixed)
         # Long trainings have overflowed float16 here; no normal value reaches the bound.
-        if mixed.dtype is torch.float16:
-            query = query.clamp(-65504, 65504)
-        return self.norm3(query)
+        return self.norm3(query.clamp(-65504, 65504))
 
 
 class RTDETRDecoder(BaseModule):

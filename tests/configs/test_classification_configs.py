@@ -17,14 +17,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import spartan_mm.classification  # noqa: F401
-from spartan_mm.backbones.spartan import (
-    Block,
-    CMixer,
-    ConvMixer,
-    LayerNorm,
-    LayerNorm2d,
-    SMixer,
-)
+from spartan_mm.backbones.baselines import ConvMixer
+from spartan_mm.backbones.layers import GroupNorm1, LayerNorm2d
+from spartan_mm.backbones.spartan import Block, CMixer, SMixer
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'classification'
 MAIN = {  # size of the images, parameters
@@ -111,11 +106,11 @@ def test_table_6(patch, block):
 @pytest.mark.parametrize('before', ['bn', 'ln'])
 @pytest.mark.parametrize('after', ['bn', 'ln'])
 def test_table_7(after, before):
-    norms = dict(bn=nn.BatchNorm2d, ln=LayerNorm)
+    norms = dict(bn=nn.BatchNorm2d, ln=GroupNorm1)
     backbone = MODELS.build(load(f'ablations/table7_{after}_{before}').model).backbone
     found = {True: set(), False: set()}
     for name, module in backbone.named_modules():
-        if isinstance(module, (nn.BatchNorm2d, LayerNorm, LayerNorm2d)):
+        if isinstance(module, (nn.BatchNorm2d, GroupNorm1, LayerNorm2d)):
             found[bool(re.search(r'\.norm[12]$', name))].add(type(module))
     assert found == {True: {norms[before]}, False: {norms[after]}}
 
@@ -151,7 +146,7 @@ def test_parameter_groups(name):
     """One-dimensional parameters, biases, norms and gamma do not decay, all others do."""
     config = load(name)
     model = MODELS.build(config.model)
-    norms = (nn.modules.batchnorm._BatchNorm, LayerNorm, nn.LayerNorm)
+    norms = (nn.modules.batchnorm._BatchNorm, GroupNorm1, nn.LayerNorm)
     expected = {}
     for module_name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
