@@ -125,10 +125,11 @@ def modulate(wave: Tensor, weight: Tensor) -> Tensor:
         return modulate(wave.float(), weight.float()).to(wave.dtype)
     if torch.compiler.is_compiling():
         # Compilers and exporters know no complex numbers, but fuse real ones.
-        real, imag = wave.unflatten(1, (-1, 2)).unbind(2)  # (N, R / 2, H, W) each
-        on_real, on_imag = weight[..., None, None].unbind(1)
-        return torch.stack([torch.addcmul(real * on_real, imag, on_imag, value=-1),
-                            torch.addcmul(real * on_imag, imag, on_real)], 2).flatten(1, 2)
+        real, imag = weight.unbind(1)
+        direct = torch.stack([real, real], 1).view(-1, 1, 1)  # (R, 1, 1)
+        cross = torch.stack([-imag, imag], 1).view(-1, 1, 1)
+        partner = wave.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)  # 2j and 2j + 1 exchanged
+        return torch.addcmul(wave * direct, partner, cross)
     pairs = wave.permute(0, 2, 3, 1).contiguous().unflatten(-1, (-1, 2))  # (N, H, W, R / 2, 2)
     pairs = torch.view_as_complex(pairs) * torch.view_as_complex(weight)
     return torch.view_as_real(pairs).flatten(-2).permute(0, 3, 1, 2)
@@ -243,8 +244,8 @@ class Block(nn.Module):
     def switch_to_deploy(self) -> None:
         """Fold layer scales into the mixers, and norms where the mixer's input is used linearly."""
         for mixer, scale in ((self.smixer, self.layer_scale1), (self.cmixer, self.layer_scale2)):
-            mixer.proj_out.weight.mul_(scale.view(-1, 1, 1, 1))
-            mixer.proj_out.bias.mul_(scale.flatten())
+            for parameter in mixer.proj_out.parameters():
+                parameter.mul_(scale.view(-1, *[1] * (parameter.dim() - 1)))
         self.layer_scale1 = self.layer_scale2 = None
         self.norm1 = fold_norm(self.norm1, self.smixer.proj_in)
         if not isinstance(self.cmixer, CMixer):  # its argmax looks at what the norm gives
