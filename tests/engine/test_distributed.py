@@ -1,8 +1,9 @@
 """What several processes compute together is what one computes alone."""
 
-import os
-import traceback
+import subprocess
+import sys
 
+import cloudpickle
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -20,25 +21,28 @@ from spartan_mm.engine.saving import Vote
 
 
 def run_ranks(tmp_path, count, function):
-    """Call a function in so many processes; return what each returned."""
-    pids = []
-    for rank in range(count):
-        pids.append(os.fork())
-        if pids[-1]:
-            continue
-        status = 1
-        try:
-            # OpenMP's other threads don't live on in a fork, and would be waited for.
-            torch.set_num_threads(1)
-            torch.distributed.init_process_group(
-                'gloo', f'file://{tmp_path}/meeting_{count}', rank=rank, world_size=count)
-            torch.save(function(rank), tmp_path / f'rank{rank}.pth')
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * count
+    """Call a function in so many processes; return what each returned.
+
+    They are new ones: after a compiled model autograd refuses to work in a fork.
+    """
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    (tmp_path / 'function.pkl').write_bytes(cloudpickle.dumps(function))
+    code = '''
+import pickle, sys
+import torch
+from pathlib import Path
+import spartan_mm.classification, spartan_mm.detection
+folder, rank, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.distributed.init_process_group(
+    'gloo', f'file://{folder}/meeting_{count}', rank=rank, world_size=count)
+function = pickle.loads((folder / 'function.pkl').read_bytes())
+torch.save(function(rank), folder / f'rank{rank}.pth')
+torch.distributed.destroy_process_group()
+'''
+    arguments = [sys.executable, '-c', code, str(tmp_path)]
+    processes = [subprocess.Popen([*arguments, str(rank), str(count)])
+                 for rank in range(count)]
+    assert [process.wait() for process in processes] == [0] * count
     return [torch.load(tmp_path / f'rank{rank}.pth') for rank in range(count)]
 
 
