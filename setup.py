@@ -30,8 +30,8 @@ EXTRAS = {
     'analysis': ['matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60', 'jinja2>=3.0',
                  'grad-cam>=1.5'],
     'demo': ['scikit-learn>=1.2'],
-    'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100', 'ruff>=0.6',
-              'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6', 'tqdm>=4.60'],
+    'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
+              'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6', 'tqdm>=4.60'],
 }
 EXTRAS['all'] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -276,8 +276,7 @@ class SpaRTAN(BaseModule):
 
     The defaults are those of the released models; the paper's ablations are options.
 
-    NOTE: the drop rate of block i of n, counted from 0 over the whole network, is drop_path_rate *
-    i / n as in the released model, so the last block stays below `drop_path_rate`.
+    NOTE: block i of n, from 0, drops at drop_path_rate * i / n as released, the last below the rate.
 
     Args:
         arch: 'xt', 't', or a dict with stem_channels (width of the stem's first convolution) and,
