@@ -276,7 +276,7 @@ class SpaRTAN(BaseModule):
 
     The defaults are those of the released models; the paper's ablations are options.
 
-    NOTE: block i of n, from 0, drops at drop_path_rate * i / n as released, the last below the rate.
+    NOTE: block i of n, from 0, drops at drop_path_rate * i / n as released: the last below it.
 
     Args:
         arch: 'xt', 't', or a dict with stem_channels (width of the stem's first convolution) and,
