@@ -427,7 +427,8 @@ class Waves(NamedTuple):
         added = act.apply(self.picked_phase) * self.picked_amplitude
         return torch.addcmul(added, self.factor, self.amplitude, out=out)
 
-    def superpose_backward(self, grad: Tensor, act: Activation, out: Tensor) -> tuple[Tensor, Tensor]:
+    def superpose_backward(self, grad: Tensor, act: Activation, out: Tensor
+                           ) -> tuple[Tensor, Tensor]:
         """The gradient of the phase, in the memory of `grad` in the end, and of the amplitude."""
         # The strongest wave stands in all channels: it gets the sum of their gradients.
         total = grad.sum(1, keepdim=True)
