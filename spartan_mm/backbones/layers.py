@@ -47,17 +47,13 @@ ACTIVATIONS = {'GELU': nn.GELU, 'SiLU': nn.SiLU}
 
 
 def fold_norm(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Fold the affine of a norm into the 1x1 convolution after it; what stays is returned."""
-    slope, offset = norm.weight, norm.bias
-    if isinstance(norm, _BatchNorm):
-        slope = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        offset = norm.bias - norm.running_mean * slope
-        norm = nn.Identity()
-    else:
-        norm.weight = norm.bias = None
-    conv.bias.add_(conv.weight.flatten(1) @ offset)
+    """Fold a batch norm into the 1x1 convolution after it; what stays of a norm is returned."""
+    if not isinstance(norm, _BatchNorm):
+        return norm  # It looks at the map, and its weights cost nothing beside that.
+    slope = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    conv.bias.add_(conv.weight.flatten(1) @ (norm.bias - norm.running_mean * slope))
     conv.weight.mul_(slope.view(-1, 1, 1))
-    return norm
+    return nn.Identity()
 
 
 class DropPath(nn.Module):

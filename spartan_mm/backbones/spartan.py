@@ -242,7 +242,7 @@ class Block(nn.Module):
         return torch.addcmul(x, self.drop_path(layer_scale), branch)
 
     def switch_to_deploy(self) -> None:
-        """Fold layer scales into the mixers, and norms where the mixer's input is used linearly."""
+        """Fold layer scales into the mixers, and batch norms where the mixer is linear in them."""
         for mixer, scale in ((self.smixer, self.layer_scale1), (self.cmixer, self.layer_scale2)):
             for parameter in mixer.proj_out.parameters():
                 parameter.mul_(scale.view(-1, *[1] * (parameter.dim() - 1)))
@@ -413,8 +413,8 @@ class SpaRTAN(BaseModule):
     def switch_to_deploy(self) -> None:
         """Take the form for inference: the same function with less to compute, for good.
 
-        Batch norms, layer scales, modulations and the affines of the norms before spatial mixers
-        are folded into convolutions. A second call changes nothing.
+        Batch norms, layer scales and modulations are folded into convolutions. A second call
+        changes nothing.
         """
         if not self.deploy:
             self.eval().requires_grad_(False)

@@ -73,12 +73,6 @@ def test_layer_scales_are_gone(options):
     assert not any('layer_scale' in name for name in deployed.state_dict())
 
 
-def test_norms_before_spatial_mixers_have_no_affine():
-    block = deploy(make()).stages[0].blocks[0]
-    assert block.norm1.weight is None and block.norm1.bias is None
-    assert block.norm2.weight is not None
-
-
 def test_has_fewer_tensors_and_parameters():
     model = make()
     deployed = deploy(model)
