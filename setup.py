@@ -74,4 +74,5 @@ setup(
     cmdclass={'build_py': BuildWithConfigsAndTools},
     install_requires=['torch>=2.4', 'numpy>=1.24', 'packaging>=21', 'safetensors>=0.4'],
     extras_require=EXTRAS,
+    entry_points={'console_scripts': ['spartan-mm = spartan_mm.cli:main']},
 )

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from .errors import ExplainedError
+
 #: What the names of files end in that are not whole yet.
 UNFINISHED = '.unfinished'
 
 
-class UnwritableError(OSError):
+class UnwritableError(ExplainedError, OSError):
     """A file cannot be written; made of errno, the reason and the file, as any ``OSError``."""
 
     def __str__(self) -> str:

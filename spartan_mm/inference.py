@@ -24,6 +24,7 @@ from .datasets.findings import UndecodableError
 from .datasets.images import decode_image
 from .engine.checkpoint import find_meta, load_for_inference
 from .engine.publish import config_from
+from .errors import ExplainedError
 from .zoo import find_config, find_test_dataset, is_checkpoint
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -38,7 +39,7 @@ _MIN_SIDE, _MIN_ROW, _MAX_TEXT = 240, 36, 40
 Processed = tuple[np.ndarray, dict[str, Any]]
 
 
-class InputError(ValueError):
+class InputError(ExplainedError, ValueError):
     """An image, a folder, a video or a config that nothing can be found in or with."""
 
 

@@ -19,13 +19,14 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .engine.checkpoint import find_meta, load_for_inference
+from .errors import UsageError
 
 TASKS = ('classification', 'detection')
 CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
 _PACKAGE = Path(__file__).parent
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(UsageError):
     """A name that no model has."""
 
 

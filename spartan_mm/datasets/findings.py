@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ExplainedError
+
 MAX_NAMED = 5
 _MAX_LISTED = 20
 
 
-class DataError(ValueError):
+class DataError(ExplainedError, ValueError):
     """Data is not what it should be; the message is one line that names the culprit.
 
     NOTE: torch passes an error of a data loader's worker on with the worker's traceback in the

@@ -19,13 +19,10 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..datasets.findings import DataError
-from ..files import UnwritableError
+from ..errors import ExplainedError, UsageError
 from ..zoo import find_config, without_pretrained
-from .checkpoint import CheckpointError
-from .numbers import NonFiniteError
 from .resume import find_resumable, read_resumable
-from .saving import Interrupted, SavingError
+from .saving import Interrupted
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -39,15 +36,6 @@ VISUALIZATION_HOOKS = {
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
 TIMEOUT = 1800
-
-
-class UsageError(ValueError):
-    """Flags that do not go with the config or the machine."""
-
-
-#: Errors that say all there is to say: what is wrong and what to do.
-EXPLAINED = (FileNotFoundError, UnwritableError, UsageError, DataError, CheckpointError,
-             NonFiniteError, SavingError)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -388,16 +376,16 @@ def build_runner(cfg: Config) -> Runner:
 def reporting(*explained: type[Exception]) -> Iterator[None]:
     """Be the frame of a command: an error ends it with one line and status 1.
 
-    A traceback goes before that line unless the error explains itself, as those in ``EXPLAINED``
-    and `explained` do. A process that is one of
-    several ends at once, whatever it is doing, so that torchrun or Slurm end the others. A training
-    that saved and left on a signal ends with status 128 + the signal's number.
+    A traceback goes before that line unless the error explains itself, as `explained` ones do, too.
+    A process that is one of several ends at once, whatever it is doing, so that torchrun or Slurm
+    end the others. A training that saved and left on a signal ends with status 128 + the signal's
+    number.
     """
     try:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
-    except (*EXPLAINED, *explained) as error:
+    except (FileNotFoundError, ExplainedError, *explained) as error:
         _leave(f'error: {error}', 1)
     except Exception as error:
         if dist.get_world_size() == 1:

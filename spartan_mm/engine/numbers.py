@@ -21,13 +21,14 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..errors import ExplainedError
 from ..files import write_whole
 
 _FORMAT = 1
 _MAX_NAMED = 8
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ExplainedError, RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 

@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..errors import ExplainedError
 from ..files import write_whole
 from ..version import __version__
 from ..zoo import find_config, find_test_dataset, without_pretrained
@@ -39,7 +40,7 @@ _NO_TEXT = ('the config holds what cannot be written as plain text, such as a fu
             'name in its place')
 
 
-class PublishError(ValueError):
+class PublishError(ExplainedError, ValueError):
     """A model cannot be published; the message says what is missing."""
 
 

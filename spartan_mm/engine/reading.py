@@ -27,10 +27,11 @@ from mmengine import dist
 from mmengine.config import Config
 from safetensors import safe_open
 
+from ..errors import ExplainedError
 from .config_text import find_code
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExplainedError, RuntimeError):
     """A checkpoint cannot be read, or belongs to another model."""
 
 

@@ -16,11 +16,12 @@ from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from ..errors import ExplainedError
 from ..files import remove_unfinished, write_whole
 from .resume import ResumableTrainLoop
 
 
-class SavingError(RuntimeError):
+class SavingError(ExplainedError, RuntimeError):
     """Checkpoints could not be written, several times in a row."""
 
 

@@ -1,0 +1,87 @@
+"""``spartan-mm COMMAND``: all that the package does, a word for each."""
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .version import __version__
+
+#: What each command does. It lives in ``commands/``, with an underscore for the hyphen.
+COMMANDS = {
+    'train': 'train a model as its config describes',
+    'test': 'evaluate a checkpoint as its config describes',
+    'infer': 'detect or classify in pictures, folders and videos',
+    'check-data': 'check the datasets of a config before a long run',
+    'report': 'write the report of a training, one HTML page',
+    'compare': 'compare models: sizes, speed, accuracy',
+    'flops': 'count parameters and operations, module by module',
+    'benchmark': 'measure time and memory of models and their forms',
+    'cam': 'show where in a picture a model finds what it says',
+    'browse': 'show what a training sees, after its augmentations',
+    'curves': 'draw the curves of trainings side by side',
+    'errors': 'show the worst errors of a test',
+    'confusion': 'draw the confusion matrix of a test',
+    'convert': "convert the originals' checkpoints to ours, and back",
+    'publish': 'make a checkpoint fit to be given away',
+    'deploy': 'write a checkpoint in the form for inference',
+    'list': 'list the models by name',
+}
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one command; its module alone is imported."""
+    module = import_module(f'.commands.{command.replace("-", "_")}', __package__)
+    parser = argparse.ArgumentParser(
+        prog=f'spartan-mm {command}', description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run, parser=parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The command's name and its flags; None for those of the process.
+
+    Returns:
+        The status: 0, 1 if the command found faults, 2 if flags do not go together or with the
+        config. Other errors, those of argparse included, leave by SystemExit.
+    """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    parser = argparse.ArgumentParser(
+        prog='spartan-mm', usage='%(prog)s COMMAND ...', add_help=False,
+        description=make_overview(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-h', '--help', action='help', help=argparse.SUPPRESS)
+    parser.add_argument('--version', action='version', version=__version__,
+                        help=argparse.SUPPRESS)
+    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1] or ['--help']).command
+    args = make_parser(command).parse_args(argv[1:])
+    from mmengine.dist import get_world_size
+
+    from .engine.launch import UsageError, reporting
+    with reporting():
+        try:
+            return args.run(args) or 0
+        except UsageError as error:
+            if get_world_size() > 1:
+                raise  # The other processes have to end, too.
+            print(f'error: {error}', file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print('stopped by Ctrl-C', file=sys.stderr)
+            return 130
+
+
+def make_overview() -> str:
+    """Every command in a line."""
+    width = max(map(len, COMMANDS))
+    lines = [f'  {name:{width}}  {text}' for name, text in COMMANDS.items()]
+    return '\n'.join(['SpaRTAN and RT-DETR for OpenMMLab.', '', *lines, '',
+                      'spartan-mm COMMAND --help shows an example and the flags.'])
+
+
+if __name__ == '__main__':
+    sys.exit(main())

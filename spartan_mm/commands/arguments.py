@@ -1,0 +1,98 @@
+"""The flags that several commands have, each in one place: same name, same meaning, same words."""
+import argparse
+from argparse import ArgumentParser
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 on, as the ``type`` of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} must be a whole number, at least 1')
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Read a number from 0 to 1, as the ``type`` of a flag."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
+
+
+def add_config(parser: ArgumentParser) -> None:
+    """Add CONFIG, and ``--cfg-options`` to change it."""
+    parser.add_argument('config', metavar='CONFIG', help='config file, or the name of a model')
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: ArgumentParser) -> None:
+    """Add ``--cfg-options``."""
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, such as '
+                             'train_dataloader.batch_size=2 "model.backbone.out_indices=(1,2,3)"')
+
+
+def add_out_dir(parser: ArgumentParser, default: str, *older: str) -> None:
+    """Add ``--out-dir``; `older` names of the flag go on to work."""
+    parser.add_argument('--out-dir', *older, type=Path, default=Path(default), metavar='DIR',
+                        help='where to write (default: %(default)s)')
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """Add ``--device``."""
+    parser.add_argument('--device', metavar='DEVICE',
+                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
+
+
+def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
+    """Add ``--seed``."""
+    parser.add_argument('--seed', type=int, default=default, metavar='N',
+                        help=f'seed of all random numbers (default: {default or "random"})'
+                        if default is None else
+                        'seed of all random numbers (default: %(default)s)')
+
+
+def add_images(parser: ArgumentParser, default: int, help: str, *older: str) -> None:
+    """Add ``--images``, how many of them; `older` names of the flag go on to work."""
+    parser.add_argument('--images', *older, type=positive, default=default, metavar='N',
+                        help=f'{help} (default: %(default)s)')
+
+
+def add_size(parser: ArgumentParser, default: tuple[int, ...] | None, help: str,
+             *older: str) -> None:
+    """Add ``--size``, a side or height and width; `older` names of the flag go on to work."""
+    parser.add_argument('--size', *older, type=positive, nargs='+', action=_Size, default=default,
+                        metavar=('H', 'W'), help=help)
+
+
+def add_batch_size(parser: ArgumentParser, default: int | None, help: str, *older: str) -> None:
+    """Add ``--batch-size``; `older` names of the flag go on to work."""
+    parser.add_argument('--batch-size', *older, type=positive, default=default, metavar='N',
+                        help=help)
+
+
+def add_rounds(parser: ArgumentParser, default: int, *older: str) -> None:
+    """Add ``--rounds``; `older` names of the flag go on to work."""
+    parser.add_argument('--rounds', *older, type=positive, default=default, metavar='N',
+                        help='how often each is timed (default: %(default)s)')
+
+
+def add_score_thr(parser: ArgumentParser, help: str = 'least score of a detection that counts'
+                  ) -> None:
+    """Add ``--score-thr``."""
+    parser.add_argument('--score-thr', type=share, default=0.3, metavar='SCORE',
+                        help=f'{help} (default: %(default)s)')
+
+
+class _Size(argparse.Action):
+    """Height and width, of one number or two."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if len(values) > 2:
+            parser.error(f'{option_string} takes a side, or a height and a width, not '
+                         f'{len(values)} numbers')
+        setattr(namespace, self.dest, (values[0], values[-1]))

@@ -1,0 +1,47 @@
+"""Detect objects in an image, a folder of images or a video, or classify them.
+
+    spartan-mm infer photos/ rtdetr_spartan_t.pth --out-dir outputs
+
+A detector writes pictures (or a video) with boxes, and results.json with boxes, classes and scores;
+a classifier writes pictures with a bar for each of the likeliest classes, and results.json with
+these and their scores. The config says which of the two it is.
+"""
+import sys
+from argparse import ArgumentParser, Namespace
+
+from ..inference import find_source, infer, load_model
+from .arguments import add_batch_size, add_device, add_out_dir, add_score_thr, positive
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument('input', metavar='INPUT',
+                        help='an image, a video, or a folder; it is searched with its subfolders')
+    parser.add_argument('config', metavar='CONFIG',
+                        help='config file, or the name of a model; or a checkpoint that holds its '
+                             'config, as published ones do')
+    parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
+                        help='checkpoint file or URL, if it is not in the place of the config')
+    add_out_dir(parser, 'outputs')
+    add_device(parser)
+    add_score_thr(parser)
+    parser.add_argument('--top', type=positive, default=5, metavar='N',
+                        help='number of classes that a classifier names (default: %(default)s)')
+    add_batch_size(parser, 1, 'images or frames in one pass (default: %(default)s)')
+
+
+def run(args: Namespace) -> int:
+    """Infer, and say what was found."""
+    source = find_source(args.input, args.out_dir)
+    model = load_model(args.config, args.checkpoint, args.device)
+    report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
+
+    pictures = f'{len(report.results)} pictures'
+    if model.kind == 'detector':
+        detections = sum(len(result['detections']) for result in report.results)
+        print(f'{detections} detections in {pictures}; see {args.out_dir}')
+    else:
+        print(f'{pictures} classified; see {args.out_dir}')
+    for failure in report.failures.values():
+        print(f'error: {failure}', file=sys.stderr)
+    return int(bool(report.failures))
