@@ -13,8 +13,8 @@ exec((ROOT / 'spartan_mm' / 'version.py').read_text(), VERSION)
 # The OpenMMLab packages stand in extras, not in install_requires: two families of distributions
 # (the original mmengine, mmcv, mmdet, mmpretrain and the maintained onedl-*) provide the same
 # modules, and requiring one would overwrite the other where that is installed.
-# spartan_mm/compat.py checks what can be imported. The extras name the family whose wheels install
-# without a compiler.
+# spartan_mm/requirements.py checks what can be imported. The extras name the family whose wheels
+# install without a compiler.
 MMENGINE = ['onedl-mmengine>=0.10.8', 'opencv-python-headless>=4.5']
 MMCV = [*MMENGINE, 'onedl-mmcv>=2.3', 'torchvision>=0.16']
 EXTRAS = {
@@ -72,7 +72,7 @@ setup(
     packages=find_packages(include=['spartan_mm', 'spartan_mm.*']),
     package_data={'spartan_mm.analysis': ['*.html']},
     cmdclass={'build_py': BuildWithConfigsAndTools},
-    install_requires=['torch>=2.4', 'numpy>=1.24', 'packaging>=21', 'safetensors>=0.4'],
+    install_requires=['torch>=2.6', 'numpy>=1.24', 'packaging>=21', 'safetensors>=0.4'],
     extras_require=EXTRAS,
     entry_points={'console_scripts': ['spartan-mm = spartan_mm.cli:main']},
 )

@@ -4,17 +4,20 @@ Importing this package registers the backbone with mmengine; it loads neither mm
 The detector parts register themselves on ``import spartan_mm.detection``.
 """
 
-from . import compat
+from .compat import stand_in_for_mmcv_ext
+from .requirements import require
 from .version import __version__
 
-compat.require('mmengine', '0.10.0', 'backbone')
-compat.stand_in_for_mmcv_ext()
-compat.read_checkpoints_safely()
+require('mmengine', '0.10.0', 'backbone')
+stand_in_for_mmcv_ext()
 
 # ruff: noqa: E402 - mmengine is checked before anything of it is touched
 from .backbones import SpaRTAN
-from .engine.publish import config_from
+from .weights.mmengine_loaders import read_checkpoints_safely
+from .weights.stored_config import config_from
 from .zoo import config_path, get_config, get_model, list_models
+
+read_checkpoints_safely()
 
 __all__ = [
     'SpaRTAN', '__version__', 'config_from', 'config_path', 'get_config', 'get_model', 'list_models'

@@ -1,4 +1,4 @@
-"""The one place that makes up for missing or changed dependencies, each with its reason.
+"""The one place that makes up for what dependencies lack or do wrong, each with its reason.
 
 Nothing here replaces what is installed and works: every function first looks whether it is needed.
 """
@@ -12,63 +12,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 import torch
-from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from .requirements import require  # noqa: F401 - where analysis/ looks for it yet
+
 MMCV_EXT = 'mmcv._ext'
-
-
-def require(import_name: str, minimum: str, extra: str) -> ModuleType:
-    """Import a package this one builds on, or say in one sentence what is missing or too old.
-
-    The check goes by import name, because two families of distributions provide the same modules:
-    the original ``mmengine``, ``mmcv``, ``mmdet`` and ``mmpretrain``, and the maintained
-    ``onedl-*`` builds.
-
-    Args:
-        import_name: the module to import, such as ``'mmdet'``.
-        minimum: the oldest version that works.
-        extra: the extra of this package that installs it.
-
-    Returns:
-        The imported module.
-
-    Raises:
-        ImportError: if the package is missing, too old, or refuses another package's version.
-
-    Example:
-        >>> require('mmengine', '0.10.0', 'backbone').__name__
-        'mmengine'
-        >>> require('mmengine', '99.0', 'backbone')
-        Traceback (most recent call last):
-            ...
-        ImportError: spartan_mm needs mmengine >= 99.0, but ... is installed; update it with ...
-    """
-    remedy = f"`pip install 'spartan_mm[{extra}]'` or your own choice of {import_name} >= {minimum}"
-    try:
-        module = importlib.import_module(import_name)
-    except ModuleNotFoundError as error:
-        if error.name != import_name:
-            raise ImportError(
-                f'spartan_mm needs {import_name}, which is installed but cannot be imported '
-                f'because it needs {error.name}; install that, too') from error
-        raise ImportError(f'spartan_mm needs {import_name} >= {minimum}, which is not installed; '
-                          f'install it with {remedy}') from error
-    except AssertionError as error:
-        # mmdet 3.3 and mmpretrain 1.2 assert the range of mmcv and mmengine versions on import.
-        raise ImportError(f'spartan_mm needs {import_name}, which is installed but refuses another '
-                          f'package: {error}') from error
-
-    found = getattr(module, '__version__', None)
-    try:
-        too_old = Version(found) < Version(minimum)
-    except (InvalidVersion, TypeError):
-        # A source checkout may carry a version nobody can compare: let it try.
-        too_old = False
-    if too_old:
-        raise ImportError(f'spartan_mm needs {import_name} >= {minimum}, but {found} is installed; '
-                          f'update it with {remedy}')
-    return module
 
 
 def _raise_missing_op(op: str, /, *args, **kwargs) -> None:
@@ -161,25 +109,3 @@ def stand_in_for_mmcv_ext() -> bool:
         return False
     sys.modules[MMCV_EXT] = MMCVExtStandIn()
     return True
-
-
-def read_checkpoints_safely() -> None:
-    """Have mmengine, and all that loads through it, read checkpoints without running code in them.
-
-    The onedl builds of mmengine unpickle whatever torch refuses to read as weights; the original
-    does so before torch 2.6, and from then on cannot resume from its own checkpoints; both unpickle
-    what they download. Here :mod:`spartan_mm.engine.reading` reads for both, safetensors files,
-    too.
-    """
-    from mmengine.runner import checkpoint as module
-
-    from .engine import reading
-    loader = module.CheckpointLoader
-    loader.register_scheme('', reading.load_from_local, force=True)
-    loader.register_scheme(['http://', 'https://'], reading.load_from_http, force=True)
-    # Loaders of other schemes call it by name: open-mmlab://, torchvision://, mmcls://.
-    module.load_from_http = reading.load_from_http
-    # Two stores in which no public model lies.
-    others = [scheme for scheme in loader._schemes
-              if any(store in scheme for store in ('s3://', 'petrel://', 'pavi://'))]
-    loader.register_scheme(others, reading.refuse_scheme, force=True)

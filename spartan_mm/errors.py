@@ -7,3 +7,7 @@ class ExplainedError(Exception):
 
 class UsageError(ExplainedError, ValueError):
     """Arguments that do not go together, or not with the config or the machine."""
+
+
+class CheckpointError(ExplainedError, RuntimeError):
+    """A checkpoint that cannot be read, loaded, converted, published or written."""

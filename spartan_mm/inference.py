@@ -22,10 +22,10 @@ from rich.progress import track
 
 from .datasets.findings import UndecodableError
 from .datasets.images import decode_image
-from .engine.checkpoint import find_meta, load_for_inference
-from .engine.publish import config_from
 from .errors import ExplainedError
-from .zoo import find_config, find_test_dataset, is_checkpoint
+from .weights.loading import find_meta, load_for_inference
+from .weights.stored_config import config_from, find_test_dataset
+from .zoo import find_config, is_checkpoint
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')

@@ -8,7 +8,6 @@ import fnmatch
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .engine.checkpoint import find_meta, load_for_inference
 from .errors import UsageError
+from .weights.initialize import without_pretrained
+from .weights.loading import find_meta, load_for_inference
 
 TASKS = ('classification', 'detection')
 CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
@@ -122,14 +122,6 @@ def is_checkpoint(name: str | Path) -> bool:
                                   and Path(name).suffix not in CONFIG_SUFFIXES)
 
 
-def find_test_dataset(config: Config) -> Mapping[str, Any]:
-    """Find the settings of a config's test dataset, inside of all that wraps it; {} if none."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset
-
-
 def find_config(name_or_path: str | Path) -> Path:
     """Find a config by its path, or by the name of a model.
 
@@ -204,25 +196,6 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
     else:
         model.cfg, model.dataset_meta = config, meta
     return model.eval()
-
-
-def without_pretrained(settings: Any) -> Any:
-    """Copy a config of a model, without the pretrained weights that its parts would load.
-
-    Args:
-        settings: the config, or any part of one.
-    """
-    if isinstance(settings, dict):
-        return type(settings)({
-            key: without_pretrained(value) for key, value in settings.items()
-            if key != 'pretrained' and not (key == 'init_cfg' and _loads(value))})
-    if isinstance(settings, list | tuple):
-        return type(settings)(without_pretrained(value) for value in settings)
-    return settings
-
-
-def _loads(init_cfg: Any) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get('checkpoint') is not None
 
 
 def _initialize(model: nn.Module) -> None:

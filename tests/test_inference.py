@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
-from spartan_mm.engine.checkpoint import CheckpointError
+from spartan_mm.errors import CheckpointError
 from spartan_mm.inference import (
     Classification,
     Classifier,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
-from spartan_mm.deploy import switch_to_deploy
+from spartan_mm.weights.forms import switch_to_deploy
 from spartan_mm.zoo import get_config, get_model, list_models, task_of
 
 SIZE = 64  # of the images: two positions on the coarsest map of all models

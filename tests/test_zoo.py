@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import spartan_mm
 from spartan_mm import zoo
 from spartan_mm.engine import launch
-from spartan_mm.engine.checkpoint import CheckpointError
+from spartan_mm.errors import CheckpointError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 

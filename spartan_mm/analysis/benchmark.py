@@ -283,7 +283,7 @@ class Subject:
                 raise BenchmarkError(f'{self.form.model}: {error}') from error
         model.train(self.train).to(self.device)
         if self.form.deploy:
-            from ..deploy import switch_to_deploy
+            from ..weights.forms import switch_to_deploy
             model = switch_to_deploy(model)
         if self.form.fused:
             from ..backbones.fused import fuse

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import compat
-from ..deploy import DeployError
+from ..errors import CheckpointError
 from .benchmark import (
     BenchmarkError,
     Form,
@@ -431,7 +431,7 @@ def _count(name: str, shape: tuple[int, int] | None, deploy: bool) -> Count:
     if deploy:
         try:
             return count_model(name, shape, deploy=True)
-        except DeployError:
+        except CheckpointError:
             pass  # the only form it has
     return count_model(name, shape)
 

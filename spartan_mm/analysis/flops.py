@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..deploy import DeployError, switch_to_deploy
-from ..engine.checkpoint import is_deployed
+from ..errors import CheckpointError
+from ..weights.forms import is_deployed, switch_to_deploy
 from .benchmark import first_line, markdown
 from .complexity import Complexity, measure_modules
 from .kernels import KernelCount, count_kernels
@@ -75,7 +75,7 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
     Raises:
         CountError: If the size of the images is neither given nor known, or the model cannot be
             run on them.
-        DeployError: If the model has no deploy form.
+        CheckpointError: If the model has no deploy form.
         UnknownModelError: And what else :func:`load_named_model` raises.
     """
     for device in ('meta', 'cpu'):
@@ -91,7 +91,7 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
                 switch_to_deploy(named.model)
             modules = measure_modules(named.model, *size)
             kernels = count_kernels(named.model, size, device=device)
-        except DeployError:
+        except CheckpointError:
             raise
         # Whatever a model's code says to shapes without numbers, or to images of this size.
         except Exception as error:

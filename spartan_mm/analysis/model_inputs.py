@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import zoo
 from ..datasets.images import load_image
 from ..engine.launch import UsageError, choose_device
+from ..weights.stored_config import find_test_dataset
 from .named_models import NAMES, NamedModel, load_named_model, read_config
 
 #: The config whose test pipeline a backbone alone gets.
@@ -45,7 +46,7 @@ class ImageReader:
             return
         self._transform = None
         config = named.config or zoo.get_config(_BACKBONE_CONFIG)
-        dataset = zoo.find_test_dataset(config)
+        dataset = find_test_dataset(config)
         if not dataset.get('pipeline'):
             raise UsageError(f'the config of {named.name} has no test_dataloader with a pipeline, '
                              'which says how the model sees an image')

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import compat, zoo
 from ..backbones import SpaRTAN
-from ..engine.checkpoint import load_for_inference
 from ..engine.launch import load_config
-from ..engine.publish import config_from
+from ..weights.loading import load_for_inference
+from ..weights.stored_config import config_from, find_test_dataset
 from ..zoo import UnknownModelError
 from .complexity import build_without_numbers, build_without_weights
 
@@ -155,7 +155,7 @@ def task_of(config: Config, name: str) -> str:
 
 def find_test_shape(config: Config) -> tuple[int, int] | None:
     """Find the (H, W) of the images that a config's test pipeline makes; None if it has none."""
-    return _find_shape(zoo.find_test_dataset(config).get('pipeline') or ())
+    return _find_shape(find_test_dataset(config).get('pipeline') or ())
 
 
 def describe_images(images: Tensor) -> list:

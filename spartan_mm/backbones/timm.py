@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .. import compat
+from ..requirements import require
 
 
 @MODELS.register_module()
@@ -47,7 +47,7 @@ class TIMMFeatures(BaseModule):
             raise ValueError('TIMMFeatures takes no init_cfg: pretrained=True loads weights, from '
                              'a local file by pretrained_cfg_overlay=dict(file=...)')
         super().__init__()
-        timm = compat.require('timm', '1.0.4', 'timm')
+        timm = require('timm', '1.0.4', 'timm')
         if not timm.is_model(model_name):
             known = difflib.get_close_matches(model_name, timm.list_models(), 3, 0.)
             raise ValueError(f'timm {timm.__version__} has no model {model_name!r}; the closest '

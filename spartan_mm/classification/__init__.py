@@ -2,10 +2,10 @@
 
 Put ``custom_imports = dict(imports=['spartan_mm.classification'])`` into a config to use it.
 """
-from .. import compat
+from ..requirements import require
 
-compat.require('mmcv', '2.0.0', 'classification')
-compat.require('mmpretrain', '1.2.0', 'classification')
+require('mmcv', '2.0.0', 'classification')
+require('mmpretrain', '1.2.0', 'classification')
 
 # ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
 from mmpretrain.apis import ModelHub

@@ -2,10 +2,10 @@
 
 Put ``custom_imports = dict(imports=['spartan_mm.detection'])`` into a config to use it.
 """
-from .. import compat
+from ..requirements import require
 
-compat.require('mmcv', '2.0.0', 'detection')
-compat.require('mmdet', '3.3.0', 'detection')
+require('mmcv', '2.0.0', 'detection')
+require('mmdet', '3.3.0', 'detection')
 
 # ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
 from .. import engine  # noqa: F401

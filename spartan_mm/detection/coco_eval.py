@@ -7,7 +7,7 @@ from typing import Any
 
 from mmdet.evaluation.metrics import coco_metric
 
-from .. import compat
+from ..requirements import require
 
 BACKENDS = ('pycocotools', 'faster_coco_eval')
 
@@ -53,7 +53,7 @@ class ChoiceOfBackend:
 
 
 def _require_faster():
-    return compat.require('faster_coco_eval', '1.6', 'faster-coco-eval')
+    return require('faster_coco_eval', '1.6', 'faster-coco-eval')
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from mmdet.apis import DetInferencer as MMDetInferencer
 from mmengine.config import Config
 from torch import nn
 
-from ..engine.checkpoint import fill_for_inference, find_meta
+from ..weights.loading import fill_for_inference, find_meta
 from ..zoo import UnknownModelError, get_config
 
 

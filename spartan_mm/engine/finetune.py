@@ -12,7 +12,9 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, StrictCheckpointHook, find_classes, find_meta
+from ..errors import CheckpointError
+from ..weights.loading import find_classes, find_meta
+from .checkpoint import StrictCheckpointHook
 
 Names = Sequence[str] | None
 StateDict = Mapping[str, Tensor]

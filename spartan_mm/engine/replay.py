@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from .checkpoint import load_all_weights
+from ..weights.loading import load_all_weights
 from .numbers import read_dump, set_random_states
 
 

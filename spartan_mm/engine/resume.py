@@ -18,7 +18,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from torch import nn
 
-from .checkpoint import CheckpointError
+from ..errors import CheckpointError
 from .loading import PlacedBatches, keep_apart, place_batches
 
 #: What checkpoints to resume from are called; the best ones have no optimizer and do not count.

@@ -26,9 +26,9 @@ from spartan_mm.analysis.class_activation import (
     overlay,
 )
 from spartan_mm.analysis.layers import LayerError, UnknownLayerError
-from spartan_mm.deploy import switch_to_deploy
 from spartan_mm.engine.launch import UsageError
 from spartan_mm.inference import Classification, Classifier, Detections
+from spartan_mm.weights.forms import switch_to_deploy
 from spartan_mm.zoo import UnknownModelError
 
 pytest.importorskip('pytorch_grad_cam', reason='grad-cam is not installed')

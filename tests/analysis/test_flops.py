@@ -6,7 +6,7 @@ from torch import nn
 from spartan_mm.analysis import flops
 from spartan_mm.analysis.flops import CountError, count_model, forms_table, tree
 from spartan_mm.analysis.named_models import NamedModel
-from spartan_mm.deploy import DeployError
+from spartan_mm.errors import CheckpointError
 
 
 @pytest.mark.parametrize('name', ['timm:resnet18', 'mmpretrain:resnet18_8xb32_in1k'])
@@ -64,7 +64,7 @@ def test_model_that_reads_numbers(monkeypatch):
 def test_mistakes(user_project, tmp_path):
     with pytest.raises(CountError, match='cannot be run on images of 100x100: Input height'):
         count_model('timm:vit_tiny_patch16_224', (100, 100))
-    with pytest.raises(DeployError, match='has no deploy form'):
+    with pytest.raises(CheckpointError, match='has no deploy form'):
         count_model('timm:resnet18', deploy=True)
     path = tmp_path / 'config.py'
     base = str(user_project / 'user_classifier.py')

@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spartan_mm.converters.rtdetr import convert_rtdetr
 from spartan_mm.detection.rtdetr import make_anchors
 from spartan_mm.detection.rtdetr_decoder import RTDETRDecoder, inverse_sigmoid
 from spartan_mm.detection.targets import gather_targets
+from spartan_mm.weights.converters.rtdetr import convert_rtdetr
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
@@ -588,7 +588,7 @@ def test_published_weights(name, logits, boxes):
 
     from PIL import Image
 
-    from spartan_mm.converters.common import load_checkpoint, pick_state_dict
+    from spartan_mm.weights.converters.common import load_checkpoint, pick_state_dict
     weights, picture = os.environ.get(f'RTDETR_{name}'), os.environ.get('COCO_39769')
     if not (weights and picture):
         pytest.skip(f'needs the official weights (RTDETR_{name}=FILE) and the picture '

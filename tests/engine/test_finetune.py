@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch.testing import assert_close
 
-from spartan_mm.engine.checkpoint import CheckpointError
 from spartan_mm.engine.finetune import (
     Change,
     FineTuneHook,
@@ -22,8 +21,9 @@ from spartan_mm.engine.finetune import (
     fit_classes,
     match_classes,
 )
-from spartan_mm.engine.publish import publish
-from spartan_mm.engine.reading import read_checkpoint
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.publish import publish
+from spartan_mm.weights.safe_load import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / 'tests' / 'data'

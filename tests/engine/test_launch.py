@@ -6,8 +6,8 @@ import torch
 from mmengine.config import Config
 
 from spartan_mm.engine import launch
-from spartan_mm.engine.checkpoint import CheckpointError
 from spartan_mm.engine.saving import Interrupted
+from spartan_mm.errors import CheckpointError
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from spartan_mm.engine.checkpoint import CheckpointError
 from spartan_mm.engine.resume import find_resumable, read_resumable
+from spartan_mm.errors import CheckpointError
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import spartan_mm.detection  # noqa: F401 - registers what the settings name
-from spartan_mm.converters.commands import convert_rtdetr_file, export_rtdetr_file
-from spartan_mm.converters.common import load_checkpoint
-from spartan_mm.converters.huggingface import convert_huggingface, export_huggingface
+from spartan_mm.weights.converters.common import load_checkpoint
+from spartan_mm.weights.converters.convert import convert, read_source
+from spartan_mm.weights.converters.huggingface import convert_huggingface, export_huggingface
 
 transformers = pytest.importorskip(
     'transformers', reason='transformers is not installed; run make test-parity')
@@ -34,6 +34,10 @@ SETTINGS = dict(
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     init_default_scope('mmdet')
+
+
+def convert_file(src, dst, to='mm'):
+    convert(read_source(src), dst, to)
 
 
 @torch.no_grad()
@@ -118,12 +122,12 @@ def assert_same_outputs(theirs, ours, height, width):
 def test_there_and_back(tmp_path, name, changes):
     theirs = make(name, **changes)
     theirs.save_pretrained(tmp_path / 'theirs')
-    convert_rtdetr_file(str(tmp_path / 'theirs'), str(tmp_path / 'ours.pth'))
+    convert_file(tmp_path / 'theirs', tmp_path / 'ours.pth')
     assert load_checkpoint(tmp_path / 'ours.pth')['meta']['dataset_meta'] == dict(
         classes=('cat', 'dog', 'remote'))
     assert_same_outputs(theirs, make_ours(tmp_path / 'ours.pth'), 160, 160)
 
-    export_rtdetr_file(str(tmp_path / 'ours.pth'), str(tmp_path / 'back'), 'huggingface')
+    convert_file(tmp_path / 'ours.pth', tmp_path / 'back', 'huggingface')
     assert_close(load_file(tmp_path / 'back' / 'model.safetensors'),
                  load_file(tmp_path / 'theirs' / 'model.safetensors'), rtol=0, atol=0)
     saved, written = (json.loads((tmp_path / folder / 'config.json').read_text())
@@ -164,7 +168,7 @@ def test_images_that_are_not_square(tmp_path):
     """With the numbering of positions that transformers shares with the official code."""
     theirs = make('r18')
     theirs.save_pretrained(tmp_path / 'theirs')
-    convert_rtdetr_file(str(tmp_path / 'theirs'), str(tmp_path / 'ours.pth'))
+    convert_file(tmp_path / 'theirs', tmp_path / 'ours.pth')
     ours = make_ours(tmp_path / 'ours.pth', legacy_position=True)
     assert_same_outputs(theirs, ours, 128, 192)
 
@@ -173,7 +177,7 @@ def test_version_2(tmp_path):
     theirs = make('r18', 'RTDetrV2')
     theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='20MB')
     assert (tmp_path / 'theirs' / 'model.safetensors.index.json').is_file()
-    convert_rtdetr_file(str(tmp_path / 'theirs'), str(tmp_path / 'ours.safetensors'))
+    convert_file(tmp_path / 'theirs', tmp_path / 'ours.safetensors')
     assert_same_outputs(theirs, make_ours(tmp_path / 'ours.safetensors'), 160, 160)
 
 
@@ -182,8 +186,8 @@ def test_image_processor(tmp_path):
     import numpy as np
     from mmdet.registry import TRANSFORMS
     make('r18').save_pretrained(tmp_path / 'theirs')
-    convert_rtdetr_file(str(tmp_path / 'theirs'), str(tmp_path / 'ours.pth'))
-    export_rtdetr_file(str(tmp_path / 'ours.pth'), str(tmp_path / 'back'), 'huggingface')
+    convert_file(tmp_path / 'theirs', tmp_path / 'ours.pth')
+    convert_file(tmp_path / 'ours.pth', tmp_path / 'back', 'huggingface')
     processor = transformers.RTDetrImageProcessor.from_pretrained(tmp_path / 'back')
     image = np.random.default_rng(0).integers(0, 256, (120, 200, 3), np.uint8)
     found = processor(image, return_tensors='pt')['pixel_values'][0]

@@ -12,8 +12,8 @@ import sys
 # A checkout that is not installed; what is installed comes first.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from spartan_mm.engine.checkpoint import CheckpointError  # noqa: E402
 from spartan_mm.engine.replay import replay  # noqa: E402
+from spartan_mm.errors import CheckpointError  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,6 +1,10 @@
 """A module starts from a part of a checkpoint, says so, and takes nothing that does not fit."""
-
+import json
 import logging
+import runpy
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from spartan_mm import SpaRTAN
-from spartan_mm.engine import CheckedPretrained
-from spartan_mm.engine.checkpoint import CheckpointError
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights import CheckedPretrained, ConvertedPretrained
+from spartan_mm.weights.converters.spartan import convert_spartan
 
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 ARCH = dict(stem_channels=8, depths=(1, 1, 1, 1), channels=(8, 16, 24, 32),
             expand_ratios=(2, 2, 2, 2), conv_types=('full', ) * 4)
 
@@ -158,3 +164,54 @@ def test_no_file(tmp_path):
 def test_the_prefix_ends_in_a_dot():
     assert CheckedPretrained('a.pth', 'backbone').prefix == 'backbone.'
     assert CheckedPretrained('a.pth').prefix == ''
+
+
+# ---- ConvertedPretrained -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A file as the authors write it, their config object included, and the converted backbone."""
+    manifest = json.loads((GOLDEN / 'spartan_small.json').read_text())
+    fill = runpy.run_path(str(GOLDEN / 'fill.py'))['fill_state_dict']
+    weights = {name: torch.from_numpy(value) for name, value in fill(manifest['shapes']).items()}
+    module = types.ModuleType('their_config')
+    module.Settings = type('Settings', (), dict(__module__='their_config'))
+    sys.modules['their_config'] = module
+    torch.save(dict(model=weights, config=module.Settings()), tmp_path / 'released.pth')
+    del sys.modules['their_config']
+    converted, arch = convert_spartan(weights)
+    return tmp_path / 'released.pth', arch, {
+        name.removeprefix('backbone.'): value for name, value in converted.items()
+        if name.startswith('backbone.')}
+
+
+def test_released_classifier_loads_without_the_packages_it_was_written_with(released):
+    path, arch, expected = released
+    backbone = SpaRTAN(arch, init_cfg=dict(
+        type='ConvertedPretrained', converter='spartan', checkpoint=str(path)))
+    backbone.init_weights()
+    assert_close(dict(backbone.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_other_architecture_names_the_file(released):
+    path, *_ = released
+    with pytest.raises(CheckpointError, match=r'released\.pth does not fit SpaRTAN'):
+        ConvertedPretrained(str(path), 'spartan')(SpaRTAN('xt'))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth, which init_cfg names, does not exist; '
+                                                'point to yours'):
+        ConvertedPretrained(str(tmp_path / 'none.pth'), 'spartan')(SpaRTAN('xt'))
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / 'text.pth').write_text('no weights')
+    with pytest.raises(CheckpointError, match=r'text\.pth cannot be read as a checkpoint'):
+        ConvertedPretrained(str(tmp_path / 'text.pth'), 'spartan')(SpaRTAN('xt'))
+
+
+def test_unknown_converter():
+    with pytest.raises(ValueError, match="converter='timm' is unknown; choose one of"):
+        ConvertedPretrained('a.pth', 'timm')

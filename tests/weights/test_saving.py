@@ -1,4 +1,4 @@
-"""The deploy form of whole models, and its checkpoints."""
+"""The deploy form of whole models and its checkpoints; checkpoints are written whole."""
 
 import copy
 
@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import spartan_mm
-from spartan_mm.deploy import DeployError, deploy_checkpoint, switch_to_deploy
-from spartan_mm.engine.checkpoint import is_deployed, load_for_inference
-from spartan_mm.engine.reading import read_checkpoint
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.forms import is_deployed, switch_to_deploy
+from spartan_mm.weights.loading import load_for_inference
+from spartan_mm.weights.safe_load import read_checkpoint
+from spartan_mm.weights.saving import deploy_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +63,7 @@ def test_checkpoint_says_what_it_is_and_is_loaded_as_that(classifier, files):
 
 
 def test_deploying_twice_is_refused(classifier, files):
-    with pytest.raises(DeployError, match='deploy form already'):
+    with pytest.raises(CheckpointError, match='deploy form already'):
         deploy_checkpoint(copy.deepcopy(classifier), files / 'deploy.pth', files / 'again.pth')
     assert not (files / 'again.pth').exists()
 
@@ -72,7 +74,7 @@ def test_deploying_twice_is_refused(classifier, files):
 def test_what_cannot_be_written(classifier, files, tmp_path, name, message):
     checkpoint = read_checkpoint(files / 'trained.pth')
     torch.save(dict(checkpoint, meta=dict(made={1, 2})), tmp_path / 'trained.pth')
-    with pytest.raises(DeployError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         deploy_checkpoint(copy.deepcopy(classifier), tmp_path / 'trained.pth', tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ['trained.pth']
 
@@ -87,5 +89,48 @@ def test_a_palette_of_numpy(classifier, files, tmp_path):
 
 
 def test_a_model_without_deploy_form():
-    with pytest.raises(DeployError, match='Linear has no deploy form'):
+    with pytest.raises(CheckpointError, match='Linear has no deploy form'):
         switch_to_deploy(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_written_checkpoints_are_read_again(tmp_path, suffix):
+    path = tmp_path / 'folder' / f'weights{suffix}'
+    # A tensor that is no whole block of memory.
+    state_dict = dict(weight=torch.randn(4, 3).T, counter=torch.tensor(3))
+    meta = dict(arch=dict(depth=18, expansion=0.5), dataset_meta=dict(classes=('café', 'tea')))
+    save_checkpoint(dict(state_dict=state_dict, meta=meta), path)
+    found = read_checkpoint(path)
+    torch.testing.assert_close(found['state_dict'], state_dict, rtol=0, atol=0)
+    assert found['meta'] == meta
+
+
+def test_numpy_in_meta_becomes_plain(tmp_path):
+    meta = dict(dataset_meta=dict(palette=np.array([[1, 2, 3]], np.uint8)), score=np.float32(0.5))
+    path = tmp_path / 'a.safetensors'
+    save_checkpoint(dict(state_dict=dict(a=torch.ones(1)), meta=meta), path)
+    assert read_checkpoint(path)['meta'] == dict(
+        dataset_meta=dict(palette=[(1, 2, 3)]), score=0.5)
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
+def test_what_a_file_cannot_hold(tmp_path, name):
+    checkpoint = dict(state_dict=dict(a=torch.ones(1)), meta=dict(made_by=lambda: None))
+    with pytest.raises(CheckpointError, match=f'{name} cannot be written, it cannot hold'):
+        save_checkpoint(checkpoint, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'weights.pth'
+    path.write_text('old')
+
+    def fail(checkpoint, file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(CheckpointError, match=r'weights\.pth cannot be written: No space left'):
+        save_checkpoint({}, path)
+    assert path.read_text() == 'old'
+    assert list(tmp_path.iterdir()) == [path]

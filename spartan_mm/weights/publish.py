@@ -15,20 +15,22 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import ExplainedError
+from ..errors import CheckpointError
 from ..files import write_whole
 from ..version import __version__
-from ..zoo import find_config, find_test_dataset, without_pretrained
-from .checkpoint import (
-    CheckpointError,
-    fill_for_inference,
-    find_classes,
-    find_meta,
-    find_state_dict,
-    is_deployed,
-)
 from .config_text import find_code
-from .reading import local_file, read_checkpoint, read_config, with_tuples
+from .forms import is_deployed
+from .initialize import without_pretrained
+from .loading import fill_for_inference, find_classes, find_meta, find_state_dict
+from .safe_load import local_file, read_checkpoint, with_tuples
+from .stored_config import (
+    as_text,
+    find_test_dataset,
+    from_plain,
+    make_config,
+    read_config,
+    to_plain,
+)
 
 # What a config imports to know the parts of this package, by its default scope.
 _IMPORTS = {'mmdet': 'spartan_mm.detection', 'mmpretrain': 'spartan_mm.classification'}
@@ -40,16 +42,12 @@ _NO_TEXT = ('the config holds what cannot be written as plain text, such as a fu
             'name in its place')
 
 
-class PublishError(ExplainedError, ValueError):
-    """A model cannot be published; the message says what is missing."""
-
-
 class Published(NamedTuple):
     """The files that were written; they say the same.
 
     Attributes:
-        safetensors: holds no code whatever reads it.
-        pth: for programs that read ``torch.save`` alone.
+        safetensors: Holds no code whatever reads it.
+        pth: For programs that read ``torch.save`` alone; it has the config as text, too.
     """
 
     safetensors: Path
@@ -57,7 +55,7 @@ class Published(NamedTuple):
 
 
 def publish(source: nn.Module | str | Path, stem: str | Path,
-            cfg: Config | str | Path | None = None,
+            cfg: Config | None = None,
             classes: Sequence[str] | str | None = None) -> Published:
     """Write a model to files that inference needs nothing besides.
 
@@ -66,22 +64,22 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     this machine and without pretrained files. The same model gives the same bytes.
 
     Args:
-        source: a model, or a checkpoint: a path or a URL.
-        stem: what the files are called before ``-<hash>.safetensors`` and ``-<hash>.pth``; the hash
+        source: A model, or a checkpoint: a path or a URL.
+        stem: What the files are called before ``-<hash>.safetensors`` and ``-<hash>.pth``; the hash
             is the first 8 digits of the file's SHA-256.
-        cfg: the config, its file or the name of a model; None for the one that a checkpoint of a
-            training holds, or that ``get_model`` left in the model.
-        classes: names of the classes, or 'coco'; None for those in the checkpoint, else in the
+        cfg: The config; None for the one that a checkpoint of a training holds, or that
+            ``get_model`` left in the model.
+        classes: Names of the classes, or 'coco'; None for those in the checkpoint, else in the
             config.
 
     Returns:
         The files.
 
     Raises:
-        FileNotFoundError: if the checkpoint or the config does not exist.
-        CheckpointError: if the checkpoint cannot be read, or does not fit the config.
-        PublishError: if config or class names are missing.
-        OSError: if the files cannot be written.
+        FileNotFoundError: The checkpoint does not exist.
+        CheckpointError: It cannot be read or does not fit the config, or the config or the names of
+            the classes are missing.
+        OSError: The files cannot be written.
     """
     if isinstance(source, nn.Module):
         checkpoint = _checkpoint_of(source)
@@ -89,18 +87,15 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
         source = type(source).__name__
     else:
         checkpoint = read_checkpoint(local_file(source))
-    if cfg is None:
-        config = read_config(checkpoint, str(source))
-        if config is None:
-            raise PublishError('the checkpoint holds no config: name the one it was trained with')
-    else:
-        config = cfg if isinstance(cfg, Config) else Config.fromfile(find_config(cfg))
-    text, portable = _make_portable(config)
+    config = read_config(checkpoint, str(source)) if cfg is None else cfg
+    if config is None:
+        raise CheckpointError('the checkpoint holds no config: name the one it was trained with')
+    plain, portable = _make_portable(config)
 
     found = find_state_dict(checkpoint, str(source))
     weights = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)}
     meta = find_meta(checkpoint)
-    kept = dict(dataset_meta=_dataset_meta(checkpoint, config, classes), cfg=text,
+    kept = dict(dataset_meta=_dataset_meta(checkpoint, config, classes), config=plain,
                 spartan_mm_version=meta.get('spartan_mm_version', __version__),
                 mmengine_version=meta.get('mmengine_version', mmengine.__version__))
     kept |= {key: meta[key] for key in ('epoch', 'iter', 'deploy') if key in meta}
@@ -117,23 +112,6 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     return files
 
 
-def config_from(path: str | Path) -> Config:
-    """Read the config inside of a checkpoint, and import the modules that it names.
-
-    Args:
-        path: a file that :func:`publish` or a training wrote, or its URL.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if it cannot be read, or has no config that can be used.
-    """
-    config = read_config(read_checkpoint(local_file(path)), path)
-    if config is None:
-        raise CheckpointError(f'{path} holds no config; name the config that it was trained with, '
-                              'too')
-    return config
-
-
 def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
     """Put a model into the terms of a checkpoint."""
     dataset_meta = getattr(model, 'dataset_meta', None) or getattr(model, '_dataset_meta', None)
@@ -143,8 +121,8 @@ def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
     return dict(meta=meta, state_dict=model.state_dict())
 
 
-def _make_portable(config: Config) -> tuple[str, Config]:
-    """Make a config that works elsewhere: as text, and read back from that."""
+def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
+    """Make a config that works elsewhere: as JSON has it, and read back from that."""
     content = {key: _without_places(value) for key, value in config.to_dict().items()
                if key not in _OF_THE_RUN}
     content['model'] = without_pretrained(content['model'])
@@ -156,17 +134,15 @@ def _make_portable(config: Config) -> tuple[str, Config]:
                                      else [*names, needed])
 
     try:
-        text = Config(content).pretty_text
-        portable = Config.fromstring(text, '.py')
-    except (SyntaxError, NameError) as error:
-        raise PublishError(f'{_NO_TEXT}: {str(error).splitlines()[0]}') from error
-    code = find_code(text)
+        plain = to_plain(content)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'{_NO_TEXT}: {error}') from error
+    portable = make_config(from_plain(plain))
+    code = find_code(as_text(content))
     if code:
-        raise PublishError(f'the config holds what is refused in a file of somebody else ({code}): '
-                           'use registered names and plain values')
-    if portable.to_dict() != content:
-        raise PublishError(_NO_TEXT)
-    return text, portable
+        raise CheckpointError(f'the config holds what is refused in a file of somebody else '
+                              f'({code}): use registered names and plain values')
+    return plain, portable
 
 
 def _without_places(value: Any) -> Any:
@@ -203,8 +179,8 @@ def _dataset_meta(checkpoint: Any, config: Config,
         if not found.get('classes'):
             found = dict(found, **described)
     if not found.get('classes'):
-        raise PublishError('neither the checkpoint nor the config names the classes: name them, or '
-                           "give 'coco'")
+        raise CheckpointError('neither the checkpoint nor the config names the classes: name them, '
+                              "or give 'coco'")
     names = [str(name) for name in found['classes']]
     palette = found.get('palette')
     if palette is None:
@@ -218,7 +194,7 @@ def _check_class_count(model: nn.Module, names: Sequence[str]) -> None:
     head = getattr(model, 'bbox_head', None) or getattr(model, 'head', None)
     count = getattr(head, 'num_classes', len(names))
     if count != len(names):
-        raise PublishError(f'{len(names)} classes are named, but the model has {count}')
+        raise CheckpointError(f'{len(names)} classes are named, but the model has {count}')
 
 
 def _contents(weights: dict[str, Tensor], meta: dict[str, Any]) -> list[tuple[str, bytes]]:
@@ -228,8 +204,14 @@ def _contents(weights: dict[str, Tensor], meta: dict[str, Any]) -> list[tuple[st
     content = save(weights, dict(meta=text))
     # Into memory: in a file torch notes down the file's name.
     buffer = io.BytesIO()
-    torch.save(dict(meta=with_tuples(json.loads(text)), state_dict=weights), buffer)
+    torch.save(dict(meta=_pickled_meta(meta), state_dict=weights), buffer)
     return [('.safetensors', content), ('.pth', buffer.getvalue())]
+
+
+def _pickled_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """Make the ``meta`` of the .pth file: mmdet's own inferencer knows configs of text alone."""
+    meta = with_tuples(json.loads(json.dumps(meta, sort_keys=True)))
+    return dict(meta, cfg=as_text(from_plain(meta['config'])))
 
 
 def _write(stem: str | Path, suffix: str, content: bytes) -> Path:
@@ -243,7 +225,10 @@ def _write(stem: str | Path, suffix: str, content: bytes) -> Path:
 def _verify(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Read a file and insist on every bit."""
     found = read_checkpoint(path)
-    same = found['meta'] == with_tuples(json.loads(json.dumps(meta))) \
+    expected = _pickled_meta(meta)
+    if path.suffix == '.safetensors':
+        del expected['cfg']
+    same = found['meta'] == expected \
         and found['state_dict'].keys() == weights.keys() \
         and all(_bits(found['state_dict'][name]) == _bits(value)
                 for name, value in weights.items())

@@ -9,8 +9,9 @@ import torch
 from mmengine.registry import init_default_scope
 from torch.testing import assert_close
 
-from spartan_mm.converters.common import ConversionError
-from spartan_mm.converters.huggingface import (
+import spartan_mm.detection  # noqa: F401 - registers what conversions build
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.converters.huggingface import (
     convert_huggingface,
     export_huggingface,
     image_processor,
@@ -129,7 +130,7 @@ def test_heads_may_stand_in_two_places(ours, theirs, decoder, model):
 def test_heads_that_differ(theirs):
     state_dict, config = theirs
     state_dict['class_embed.1.bias'] = torch.zeros(5)
-    with pytest.raises(ConversionError, match=r'differ:\n  class_embed\.1\.bias, model\.decoder'):
+    with pytest.raises(CheckpointError, match=r'differ:\n  class_embed\.1\.bias, model\.decoder'):
         convert_huggingface(state_dict, config)
 
 
@@ -140,10 +141,10 @@ def test_version_2_has_constants(ours, theirs):
             torch.full((9, ), 1 / 3)
     config |= dict(model_type='rt_detr_v2', decoder_method='default')
     assert_identical(convert_huggingface(state_dict, config)[0], ours[0])
-    with pytest.raises(ConversionError, match="decoder_method='discrete'"):
+    with pytest.raises(CheckpointError, match="decoder_method='discrete'"):
         convert_huggingface(state_dict, config | dict(decoder_method='discrete'))
     state_dict['model.decoder.layers.1.encoder_attn.n_points_scale'][0] = 1
-    with pytest.raises(ConversionError, match=r'layers\.1\..*n_points_scale .* other numbers'):
+    with pytest.raises(CheckpointError, match=r'layers\.1\..*n_points_scale .* other numbers'):
         convert_huggingface(state_dict, config)
 
 
@@ -169,7 +170,7 @@ def test_version_2_has_constants(ours, theirs):
 ])
 def test_config_of_another_model(theirs, change, message):
     state_dict, config = theirs
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_huggingface(state_dict, config | change)
 
 
@@ -185,14 +186,14 @@ def test_config_of_another_model(theirs, change, message):
 def test_weights_that_do_not_fit(theirs, change, message):
     state_dict, config = theirs
     change(state_dict)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_huggingface(state_dict, config)
 
 
 def test_what_transformers_cannot_hold_is_listed(ours):
     state_dict, settings = ours
     settings = settings | dict(decoder=dict(settings['decoder'], eval_idx=0))
-    with pytest.raises(ConversionError, match=r'decoder\.eval_idx=0: .* last layer, 1\n'
+    with pytest.raises(CheckpointError, match=r'decoder\.eval_idx=0: .* last layer, 1\n'
                                               r'  3 names of classes for 5 classes$'):
         export_huggingface(state_dict, settings, ['a', 'b', 'c'])
 
@@ -208,7 +209,7 @@ def test_spartan_has_no_place_in_transformers():
                   num_blocks=1),
         decoder=dict(in_channels=[32] * 3, embed_dims=32, num_layers=1, ffn_dims=32),
         bbox_head=dict(type='RTDETRHead', num_classes=2, embed_dims=32))
-    with pytest.raises(ConversionError, match='backbone SpaRTAN: only ResNetVd has a place there\n'
+    with pytest.raises(CheckpointError, match='backbone SpaRTAN: only ResNetVd has a place there\n'
                                               '  neck.num_blocks=1: it has 3'):
         export_huggingface(model.state_dict())
 
@@ -239,7 +240,7 @@ def test_folder_is_read_again(tmp_path, theirs):
 def test_folder_without_what_it_needs(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         read_huggingface(tmp_path)
 
 
@@ -250,5 +251,5 @@ def test_image_processor_follows_the_preprocessor():
     assert found['do_normalize']
     assert found['image_mean'] == pytest.approx([0.485, 0.456, 0.406])
     assert found['image_std'] == pytest.approx([0.229, 0.224, 0.225])
-    with pytest.raises(ConversionError, match='bgr_to_rgb is not set'):
+    with pytest.raises(CheckpointError, match='bgr_to_rgb is not set'):
         image_processor(data_preprocessor=dict(mean=[0] * 3, std=[255] * 3))

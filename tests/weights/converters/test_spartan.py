@@ -10,15 +10,15 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from spartan_mm.backbones import SpaRTAN
-from spartan_mm.converters import common
-from spartan_mm.converters.common import ConversionError
-from spartan_mm.converters.spartan import (
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.converters import common
+from spartan_mm.weights.converters.spartan import (
     convert_spartan,
     convert_spartan_backbone,
     export_spartan,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / 'tests' / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
 
@@ -158,14 +158,14 @@ def test_conversion_leaves_its_input_alone_and_keeps_counters(small):
     'layers.1.conv.weight', 'layers.2.scale_2', 'layers.8.cmixer.proj_out.weight', 'linear.bias'])
 def test_missing_key(small, name):
     del small[name]
-    with pytest.raises(ConversionError, match=rf'missing keys:\n  {name}$'):
+    with pytest.raises(CheckpointError, match=rf'missing keys:\n  {name}$'):
         convert_spartan(small)
 
 
 def test_missing_layers(small):
     small = {name: value for name, value in small.items()
              if not name.startswith(('layers.5.', 'layers.6.'))}
-    with pytest.raises(ConversionError, match=r'missing keys:\n  layers\.5\.\*\n  layers\.6\.\*$'):
+    with pytest.raises(CheckpointError, match=r'missing keys:\n  layers\.5\.\*\n  layers\.6\.\*$'):
         convert_spartan(small)
 
 
@@ -173,13 +173,13 @@ def test_missing_layers(small):
     'layers.2.smixer.gain', 'layers.4.conv.bias', 'linear.scale', 'position', 'conv.2.conv.bias'])
 def test_leftover_key(small, name):
     small[name] = torch.zeros(1)
-    with pytest.raises(ConversionError, match=rf'keys left over:\n  {name}$'):
+    with pytest.raises(CheckpointError, match=rf'keys left over:\n  {name}$'):
         convert_spartan(small)
 
 
 def test_missing_and_leftover_keys_are_listed_together(small):
     small['layers.0.norm_3.weight'] = small.pop('layers.0.norm_1.weight')
-    with pytest.raises(ConversionError, match='missing keys:\n  layers.0.norm_1.weight\n'
+    with pytest.raises(CheckpointError, match='missing keys:\n  layers.0.norm_1.weight\n'
                                               'keys left over:\n  layers.0.norm_3.weight$'):
         convert_spartan(small)
 
@@ -187,7 +187,7 @@ def test_missing_and_leftover_keys_are_listed_together(small):
 def test_key_errors_inside_a_detector_carry_the_prefix(small):
     small.pop('linear.weight'), small.pop('linear.bias'), small.pop('layers.0.scale_1')
     small = {f'net.{name}': value for name, value in small.items()}
-    with pytest.raises(ConversionError, match=r'missing keys:\n  net\.layers\.0\.scale_1$'):
+    with pytest.raises(CheckpointError, match=r'missing keys:\n  net\.layers\.0\.scale_1$'):
         convert_spartan_backbone(small, prefix='net.')
 
 
@@ -200,12 +200,12 @@ def test_key_errors_inside_a_detector_carry_the_prefix(small):
 ])
 def test_shapes_that_do_not_fit(small, name, shape, message):
     small[name] = torch.zeros(shape)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_spartan(small)
 
 
 def test_another_model():
-    with pytest.raises(ConversionError, match='not a whole SpaRTAN checkpoint'):
+    with pytest.raises(CheckpointError, match='not a whole SpaRTAN checkpoint'):
         convert_spartan(nn.Linear(2, 2).state_dict())
 
 
@@ -261,10 +261,10 @@ def test_back_and_there(arch):
 def test_ours_that_do_not_fit(small, change, message):
     ours = convert_spartan(small)[0]
     change(ours)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         export_spartan(ours)
 
 
 def test_ours_without_a_spartan():
-    with pytest.raises(ConversionError, match='not a whole SpaRTAN checkpoint'):
+    with pytest.raises(CheckpointError, match='not a whole SpaRTAN checkpoint'):
         export_spartan(dict(weight=torch.zeros(1)))

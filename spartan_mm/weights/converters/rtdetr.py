@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError
 from . import rtdetr_layout as table
-from .common import ConversionError, StateDict, strip_prefix
+from .common import StateDict, strip_prefix
 from .spartan import convert_spartan_backbone, export_spartan_backbone
 
 BACKBONE = 'backbone.'
@@ -29,7 +30,7 @@ def convert_resnet_vd(state_dict: Mapping[str, Tensor]) -> StateDict:
         The same tensors under this package's names.
 
     Raises:
-        ConversionError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over; lists them.
     """
     layout = table.read_layout([BACKBONE + name for name in state_dict], table.OFFICIAL)
     return table.to_ours(
@@ -54,7 +55,7 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         that they fit.
 
     Raises:
-        ConversionError: Keys are missing or left over, shapes differ, or the model is none of those
+        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
             above.
     """
     state_dict = _without_v2(state_dict)
@@ -68,7 +69,7 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         converted |= {BACKBONE + name: tensor for name, tensor in backbone.items()}
         backbone = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
     elif not any(layout.depths):
-        raise ConversionError('the backbone is neither a ResNet-vd nor a SpaRTAN')
+        raise CheckpointError('the backbone is neither a ResNet-vd nor a SpaRTAN')
     else:
         frozen = not any(name.startswith(BACKBONE) and name.endswith('.num_batches_tracked')
                          for name in state_dict)
@@ -96,7 +97,7 @@ def export_rtdetr(state_dict: Mapping[str, Tensor],
         The same tensors under their official names, and the settings that they fit.
 
     Raises:
-        ConversionError: Keys are missing or left over, shapes differ, or the model is none of those
+        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
             above; it lists what the official code cannot hold.
     """
     settings, layout = read_own_settings(state_dict, settings)
@@ -124,12 +125,12 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
         The settings, and the counts.
 
     Raises:
-        ConversionError: The backbone is neither ResNet-vd nor SpaRTAN, or keys are missing or left
+        CheckpointError: The backbone is neither ResNet-vd nor SpaRTAN, or keys are missing or left
             over, or shapes differ.
     """
     known = known or {}
     if any('.fused.' in name for name in state_dict):
-        raise ConversionError('the model is fused for inference; convert the checkpoint that it '
+        raise CheckpointError('the model is fused for inference; convert the checkpoint that it '
                               'was made from')
     layout = table.read_layout(state_dict, table.OURS)
     names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
@@ -147,7 +148,7 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
                   else layout.bottleneck and not any(counters))
         found = table.resnet_settings(layout, frozen)
     else:
-        raise ConversionError('the backbone is neither a ResNetVd nor a SpaRTAN, and no other has '
+        raise CheckpointError('the backbone is neither a ResNetVd nor a SpaRTAN, and no other has '
                               'a place in the official code or in transformers')
 
     heads = [known.get(part, {}).get('num_heads', 8) for part in ('neck', 'decoder')]
@@ -184,15 +185,15 @@ def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
     for name, scale in constants.items():
         # One over the number of points of its map, for each point.
         if scale.ndim != 1 or not len(scale) or not torch.all(scale == scale[0]):
-            raise ConversionError(f'{name} says that the maps get different numbers of sampling '
+            raise CheckpointError(f'{name} says that the maps get different numbers of sampling '
                                   f'points ({_points(scale)}), which RTDETR does not have')
     if 'decoder.tgt_embed.weight' in renamed:
-        raise ConversionError('the queries start from learnt contents (decoder.tgt_embed), which '
+        raise CheckpointError('the queries start from learnt contents (decoder.tgt_embed), which '
                               'RTDETR does not have')
     score, others = (renamed.get(f'decoder.{name}.bias') for name in
                      ('enc_score_head', 'dec_score_head.0'))
     if score is not None and others is not None and len(score) == 1 < len(others):
-        raise ConversionError('the queries are selected without regard to classes (decoder.'
+        raise CheckpointError('the queries are selected without regard to classes (decoder.'
                               'enc_score_head has one output), which RTDETR does not do')
     return renamed
 

@@ -8,6 +8,7 @@ import pickle
 import runpy
 import sys
 import tarfile
+import zipfile
 from email.message import Message
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spartan_mm import SpaRTAN, config_from
-from spartan_mm.converters.commands import read_ours
-from spartan_mm.converters.common import ConversionError
-from spartan_mm.engine import CheckedPretrained, ConvertedPretrained
-from spartan_mm.engine.checkpoint import CheckpointError, load_for_inference
-from spartan_mm.engine.publish import publish
-from spartan_mm.engine.reading import _Unpickler, local_file, read_checkpoint
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights import CheckedPretrained, ConvertedPretrained
+from spartan_mm.weights.converters.convert import read_ours, read_source
+from spartan_mm.weights.loading import load_for_inference
+from spartan_mm.weights.publish import publish
+from spartan_mm.weights.safe_load import local_file, read_checkpoint
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 WEIGHTS = dict(weight=torch.ones(3, 2), bias=torch.zeros(3))
@@ -189,6 +190,30 @@ class TestDownload:
         downloads(saved(tmp_path, WEIGHTS))
         assert local_file(f'{self.URL}run-20260131.pth').name.endswith('-run-20260131.pth')
 
+    def test_url_is_downloaded_once(self, tmp_path, monkeypatch):
+        calls = []
+
+        def download(url, target, hash_prefix, progress):
+            calls.append(url)
+            Path(target).write_bytes(b'weights')
+
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+        monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+        url = 'https://example.org/some/vd.pth'
+        path = local_file(url)
+        assert local_file(url) == path and path.name.endswith('-vd.pth')
+        assert path.parent == tmp_path / 'checkpoints'
+        assert calls == [url]
+
+    def test_a_download_that_fails(self, tmp_path, monkeypatch):
+        def download(*_, **__):
+            raise OSError('no network')
+
+        monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+        monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+        with pytest.raises(CheckpointError, match='org/vd.pth cannot be downloaded: no network'):
+            local_file('https://example.org/vd.pth')
+
 
 def test_a_checkpoint_of_the_authors(tmp_path):
     path = saved(tmp_path, dict(model=WEIGHTS, cfg=Attack(Part, 1)))
@@ -196,31 +221,87 @@ def test_a_checkpoint_of_the_authors(tmp_path):
         read_checkpoint(path)
 
 
-class TestUnpickler:
+def pickled(tmp_path, content):
+    """A checkpoint that holds just these bytes of pickle."""
+    empty, path = saved(tmp_path, {}), tmp_path / 'pickled.pth'
+    with zipfile.ZipFile(empty) as source, zipfile.ZipFile(path, 'w') as target:
+        for name in source.namelist():
+            target.writestr(name, content if name.endswith('data.pkl') else source.read(name))
+    return path
 
-    def unpickle(self, content):
-        return _Unpickler(io.BytesIO(content)).load()
 
-    def test_a_known_class_is_not_changed(self):
+def named(name):
+    """Asks for a function or class by its name, and pushes it."""
+    return f'c{name.rpartition(".")[0]}\n{name.rpartition(".")[2]}\n'.encode()
+
+
+class TestWhatIsNotWritten:
+    """Nothing that Python's pickle could write, but that its machine understands."""
+
+    def test_a_known_class_is_not_changed(self, tmp_path):
         # Gives the class HistoryBuffer a state: a dict of what is set on it.
-        content = (b'\x80\x02cmmengine.logging.history_buffer\nHistoryBuffer\n'
-                   b'N}X\x04\x00\x00\x00meanctorch\nfloat32\ns\x86b.')
-        with pytest.raises(Exception, match='a change of type'):
-            self.unpickle(content)
+        content = (b'\x80\x02' + named('mmengine.logging.history_buffer.HistoryBuffer')
+                   + b'N}X\x04\x00\x00\x00mean' + named('torch.float32') + b's\x86b.')
+        with pytest.raises(CheckpointError, match='refused: .* run a change of type, .*Nothing'):
+            read_checkpoint(pickled(tmp_path, content))
 
-    @pytest.mark.parametrize('value', [np.array([{}]), np.dtype('f4,f8'), np.array(['text'])],
-                             ids=['objects', 'record', 'text'])
-    def test_arrays_of_numbers_alone(self, value):
-        with pytest.raises(Exception, match=r'numpy\.dtype|a change of'):
-            self.unpickle(pickle.dumps(value, 2))
+    def test_an_array_of_objects_over_bytes(self, tmp_path):
+        # NumPy would take the bytes for the address of an object.
+        bytes_of = b'c_codecs\nencode\nX\x08\x00\x00\x0012345678X\x06\x00\x00\x00latin1\x86R'
+        content = (b'\x80\x02' + named('numpy.ndarray') + b'(K\x01\x85X\x01\x00\x00\x00O'
+                   + bytes_of + b'tR.')
+        with pytest.raises(CheckpointError, match=r'refused: .* run numpy\.ndarray'):
+            read_checkpoint(pickled(tmp_path, content))
 
-    @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='torch < 2.5')
-    def test_a_class_of_ones_own_can_be_allowed(self, tmp_path):
-        path = saved(tmp_path, dict(a=Part(3)))
-        with pytest.raises(CheckpointError, match=r'Part, .*add_safe_globals'):
-            read_checkpoint(path)
-        with torch.serialization.safe_globals([Part]):
-            assert read_checkpoint(path)['a'].number == 3
+    def test_a_type_of_numbers_that_claims_to_hold_objects(self, tmp_path):
+        state = (3, '|', None, ('a', ), {'a': ('object', 0)}, 8, 8, 63)
+        # Without the head and the end of a pickle.
+        content = (b'\x80\x02' + named('numpy.dtype') + b'X\x02\x00\x00\x00f8\x89\x88\x87R'
+                   + pickle.dumps(state, 2)[2:-1] + b'b.')
+        found = read_checkpoint(pickled(tmp_path, content))
+        assert (found, found.names, found.hasobject) == (np.dtype('f8'), None, False)
+
+    @pytest.mark.parametrize('function', ['torch.load', 'torch.hub.load', 'numpy.load'])
+    def test_functions_of_known_packages(self, tmp_path, function):
+        content = b'\x80\x02' + named(function) + b'X\x01\x00\x00\x00a\x85R.'
+        with pytest.raises(CheckpointError, match=f'refused: .* run {function}'):
+            read_checkpoint(pickled(tmp_path, content))
+
+    @pytest.mark.parametrize('name', ['numpy array', 'numpy dtype d'])
+    def test_types_that_are_for_states_alone(self, tmp_path, name):
+        content = b'\x80\x02c\n' + name.encode() + b'\n)R.'
+        with pytest.raises(CheckpointError, match='refused'):
+            read_checkpoint(pickled(tmp_path, content))
+
+
+@pytest.mark.parametrize('value', [np.array([{}]), np.dtype('f4,f8'), np.array(['text'])],
+                         ids=['objects', 'record', 'text'])
+def test_arrays_of_numbers_alone(tmp_path, value):
+    with pytest.raises(CheckpointError, match=r'refused: .* run numpy\.dtype'):
+        read_checkpoint(saved(tmp_path, dict(a=value)))
+
+
+def test_a_class_of_ones_own_can_be_allowed(tmp_path):
+    path = saved(tmp_path, dict(a=Part(3)))
+    with pytest.raises(CheckpointError, match=r'Part, .*add_safe_globals'):
+        read_checkpoint(path)
+    with torch.serialization.safe_globals([Part]):
+        assert read_checkpoint(path)['a'].number == 3
+
+
+def test_torch_is_not_left_with_other_safe_classes(tmp_path):
+    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
+        before = set(torch.serialization.get_safe_globals())
+        read_checkpoint(saved(tmp_path, {}))
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_no_advice_to_be_careless(tmp_path):
+    path = tmp_path / 'protocol.pth'
+    torch.save(dict(a=b'1'), path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match='cannot be read as a checkpoint: .') as caught:
+        read_checkpoint(path)
+    assert 'weights_only' not in str(caught.value) and '\n' not in str(caught.value)
 
 
 class Part:
@@ -255,11 +336,14 @@ def test_all_that_a_training_writes(tmp_path, zipped):
     optimizer.load_state_dict(found['optimizer'])
 
 
-def test_torch_told_to_read_weights_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize('variable', ['TORCH_FORCE_WEIGHTS_ONLY_LOAD',
+                                      'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'])
+def test_what_torch_is_told_elsewhere(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, '1')
     path = saved(tmp_path, dict(log=HistoryBuffer([0.5], [1])))
-    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
     assert read_checkpoint(path)['log'].mean() == 0.5
-    assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
+    with pytest.raises(CheckpointError, match='refused'):
+        read_checkpoint(saved(tmp_path, dict(a=Attack(exec, ''))))
 
 
 PLACES = [
@@ -276,8 +360,8 @@ def test_a_config_that_runs_code(tmp_path, place, text):
     message = r'checkpoint\.pth is refused: the config in it would run code \(line 1: .*os'
     with pytest.raises(CheckpointError, match=message):
         config_from(path)
-    with pytest.raises(ConversionError, match=message):
-        read_ours(path)
+    with pytest.raises(CheckpointError, match=message):
+        read_ours(read_source(path, 'mm'))
 
 
 class TestConfigs:

@@ -5,16 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..backbones import SpaRTAN
-from .common import (
-    ConversionError,
-    Names,
-    StateDict,
-    check_shapes,
-    rename,
-    rename_back,
-    strip_prefix,
-)
+from ...backbones import SpaRTAN
+from ...errors import CheckpointError
+from .common import Names, StateDict, check_shapes, rename, rename_back, strip_prefix
 
 # What the parts of a block are called here and there, where the two differ.
 _BLOCK_NAMES = (
@@ -45,7 +38,7 @@ def convert_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         has none), and the backbone's `arch`.
 
     Raises:
-        ConversionError: If keys are missing or left over, or shapes do not fit together.
+        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     head_names = [name for names in _HEAD_NAMES.values() for name in names]
     head = {name: value for name, value in state_dict.items() if name in head_names}
@@ -69,7 +62,7 @@ def export_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         The weights, as the authors name them, and the backbone's `arch`.
 
     Raises:
-        ConversionError: If keys are missing or left over, or shapes do not fit together.
+        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     head = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
     exported, arch = export_spartan_backbone(strip_prefix(state_dict, 'backbone.'))
@@ -97,7 +90,7 @@ def convert_spartan_backbone(state_dict: Mapping[str, Tensor],
         The weights as ``SpaRTAN`` names them, and its `arch`.
 
     Raises:
-        ConversionError: If keys are missing or left over, or shapes do not fit together.
+        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     state_dict = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     arch, layers = _read_arch(state_dict, prefix)
@@ -124,7 +117,7 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
         The weights, as the authors name them, and the backbone's `arch`.
 
     Raises:
-        ConversionError: If keys are missing or left over, or shapes do not fit together.
+        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     arch, layers = _read_own_arch(state_dict)
     expected = _expected(arch, _shape(state_dict, 'stem.0.conv.weight')[1])
@@ -143,7 +136,7 @@ def _expected(arch: dict, in_channels: int) -> dict[str, torch.Size]:
         try:
             state_dict = SpaRTAN(arch, in_channels, out_indices=-1).state_dict()
         except ValueError as error:
-            raise ConversionError(f'the shapes are not those of a SpaRTAN: {error}') from error
+            raise CheckpointError(f'the shapes are not those of a SpaRTAN: {error}') from error
     return {name: value.shape for name, value in state_dict.items()}
 
 
@@ -168,7 +161,7 @@ def _read_arch(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[dict, lis
     gaps = set(range(max(numbers, default=0) + 1)) - numbers
     if gaps:
         missing = '\n  '.join(f'{prefix}layers.{number}.*' for number in sorted(gaps))
-        raise ConversionError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {missing}')
+        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {missing}')
 
     layers, channels = [[]], [_shape(state_dict, f'{prefix}conv.1.conv.weight')[0]]
     for number in sorted(numbers):
@@ -215,7 +208,7 @@ def _read_own_arch(state_dict: Mapping[str, Tensor]) -> tuple[dict, list[list[in
 def _check_depths(depths: Sequence[int]) -> None:
     for stage, depth in enumerate(depths, start=1):
         if depth < 1:
-            raise ConversionError(f'not a whole SpaRTAN checkpoint: stage {stage} has no block')
+            raise CheckpointError(f'not a whole SpaRTAN checkpoint: stage {stage} has no block')
 
 
 def _make_arch(stem_channels: int, depths: Sequence[int], channels: Sequence[int],
@@ -231,9 +224,9 @@ def _make_arch(stem_channels: int, depths: Sequence[int], channels: Sequence[int
 def _shape(state_dict: Mapping[str, Tensor], name: str) -> torch.Size:
     """The shape of a convolution's weight."""
     if name not in state_dict:
-        raise ConversionError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {name}')
+        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {name}')
     if state_dict[name].ndim != 4:
-        raise ConversionError(f'{name} of shape {tuple(state_dict[name].shape)} is not the weight '
+        raise CheckpointError(f'{name} of shape {tuple(state_dict[name].shape)} is not the weight '
                               'of a two-dimensional convolution')
     return state_dict[name].shape
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
-from .common import ConversionError, Names, StateDict, check_keys, check_shapes, rename, rename_back
+from ...errors import CheckpointError
+from .common import Names, StateDict, check_keys, check_shapes, rename, rename_back
 
 OURS, OFFICIAL, HUGGINGFACE = range(3)
 
@@ -234,7 +235,7 @@ def to_ours(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
         Tensors by our name.
 
     Raises:
-        ConversionError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over; lists them.
     """
     absent = [ours for ours, (theirs, *_) in names.items()
               if ours.endswith('.num_batches_tracked') and theirs not in state_dict]
@@ -255,7 +256,7 @@ def from_ours(state_dict: Mapping[str, Tensor], names: Names, frozen: bool = Fal
         Tensors by foreign name.
 
     Raises:
-        ConversionError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over; lists them.
     """
     check_keys(state_dict, names)
     kept = [name for name in names if not (frozen and name.endswith('.num_batches_tracked'))]
@@ -278,7 +279,7 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
         Settings of the `model` in a config.
 
     Raises:
-        ConversionError: The shapes are not those of an RT-DETR.
+        CheckpointError: The shapes are not those of an RT-DETR.
     """
     try:
         embed_dims, ffn_dims = state_dict['neck.aifi.linear2.weight'].shape
@@ -289,10 +290,10 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
                        for level in range(layout.levels)]
         num_classes = len(state_dict['bbox_head.cls_branches.0.bias'])
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise ConversionError(f'the shapes are not those of an RT-DETR: {error}') from error
+        raise CheckpointError(f'the shapes are not those of an RT-DETR: {error}') from error
     num_points, remainder = divmod(samples, decoder_heads * layout.levels)
     if remainder:
-        raise ConversionError(f'the {samples} attention weights of a decoder layer are not equally '
+        raise CheckpointError(f'the {samples} attention weights of a decoder layer are not equally '
                               f'many for each of {decoder_heads} heads and {layout.levels} maps')
     return dict(
         neck=dict(in_channels=in_channels, embed_dims=embed_dims, num_heads=neck_heads,
@@ -314,12 +315,12 @@ def resnet_settings(layout: Layout, frozen: bool) -> dict:
         The config's `backbone`.
 
     Raises:
-        ConversionError: It is none of the known depths.
+        CheckpointError: It is none of the known depths.
     """
     depths = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34,
               ((3, 4, 6, 3), True): 50, ((3, 4, 23, 3), True): 101}
     if (layout.depths, layout.bottleneck) not in depths:
-        raise ConversionError(f'no ResNet-vd 18, 34, 50 or 101: its stages have {layout.depths} '
+        raise CheckpointError(f'no ResNet-vd 18, 34, 50 or 101: its stages have {layout.depths} '
                               f'{"bottleneck" if layout.bottleneck else "basic"} blocks')
     return dict(type='ResNetVd', depth=depths[layout.depths, layout.bottleneck],
                 out_indices=(1, 2, 3), norm_cfg=dict(type='BN', requires_grad=not frozen),
@@ -329,22 +330,25 @@ def resnet_settings(layout: Layout, frozen: bool) -> dict:
 def check_detector(state_dict: Mapping[str, Tensor], settings: Mapping) -> None:
     """Insist that a state dict is just that of the detector with these settings.
 
+    The detector is built from mmengine's registry: whoever converts one has to import
+    ``spartan_mm.detection`` first, which takes seconds and is not needed for classifiers.
+
     Args:
         state_dict: Tensors by our name.
         settings: The settings, as :func:`read_settings` gives them, and `backbone`.
 
     Raises:
-        ConversionError: Keys are missing or left over, or shapes differ; lists them.
+        CheckpointError: Keys are missing or left over, or shapes differ; lists them.
+        KeyError: Nobody has imported ``spartan_mm.detection``.
     """
-    # mmdet takes seconds to import, and not every conversion needs it.
-    from ..detection import RTDETR
     known = {name: settings[name] for name in ('backbone', 'decoder')}
+    model = dict(known, type='RTDETR', neck=dict(type='HybridEncoder', **settings['neck']),
+                 bbox_head=dict(type='RTDETRHead', **settings['bbox_head']))
     try:
         with torch.device('meta'), DefaultScope.overwrite_default_scope('mmdet'):
-            model = RTDETR(**known, neck=dict(type='HybridEncoder', **settings['neck']),
-                           bbox_head=dict(type='RTDETRHead', **settings['bbox_head']))
+            expected = {name: tensor.shape
+                        for name, tensor in MODELS.build(model).state_dict().items()}
     except ValueError as error:
-        raise ConversionError(f'no RT-DETR has these shapes: {error}') from error
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        raise CheckpointError(f'no RT-DETR has these shapes: {error}') from error
     check_keys(state_dict, expected)
     check_shapes(state_dict, expected)

@@ -8,11 +8,11 @@ import torch
 from mmengine.registry import init_default_scope
 from torch.testing import assert_close
 
-from spartan_mm.converters.common import ConversionError
-from spartan_mm.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
-from spartan_mm.engine.checkpoint import CheckpointError
+import spartan_mm.detection  # noqa: F401 - registers what conversions build
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
 
-GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
+GOLDEN = Path(__file__).parents[2] / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
 
 
@@ -87,14 +87,14 @@ def test_no_other_depth(official):
                 if not name.startswith('backbone.')}
     official |= {f'backbone.{name}': tensor
                  for name, tensor in resnet((2, 2, 2, 3), False).items()}
-    with pytest.raises(ConversionError, match=r'\(2, 2, 2, 3\) basic'):
+    with pytest.raises(CheckpointError, match=r'\(2, 2, 2, 3\) basic'):
         convert_rtdetr(official)
 
 
 def test_no_other_backbone(official):
     official = {name.replace('backbone.res_layers.', 'backbone.stages.'): tensor
                 for name, tensor in official.items()}
-    with pytest.raises(ConversionError, match='neither a ResNet-vd nor a SpaRTAN'):
+    with pytest.raises(CheckpointError, match='neither a ResNet-vd nor a SpaRTAN'):
         convert_rtdetr(official)
 
 
@@ -105,14 +105,14 @@ def test_no_other_backbone(official):
     'decoder.enc_score_head.weight', 'decoder.denoising_class_embed.weight'])
 def test_missing_key_is_listed(official, name):
     del official[name]
-    with pytest.raises(ConversionError, match='missing keys:\n  ' + name.replace('.', r'\.') + '$'):
+    with pytest.raises(CheckpointError, match='missing keys:\n  ' + name.replace('.', r'\.') + '$'):
         convert_rtdetr(official)
 
 
 @pytest.mark.parametrize('name', ['decoder.anchors', 'backbone.extra', 'something'])
 def test_leftover_key_is_listed(official, name):
     official[name] = torch.zeros(1)
-    with pytest.raises(ConversionError,
+    with pytest.raises(CheckpointError,
                        match='keys left over:\n  ' + name.replace('.', r'\.') + '$'):
         convert_rtdetr(official)
 
@@ -130,7 +130,7 @@ def test_leftover_key_is_listed(official, name):
 ])
 def test_shapes_that_do_not_fit(official, name, shape, message):
     official[name] = torch.zeros(shape)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_rtdetr(official)
 
 
@@ -147,7 +147,6 @@ def test_frozen_norms_get_a_counter(official):
 def test_pretrained_backbone_loads_by_init_cfg(official, tmp_path):
     from mmdet.registry import MODELS
 
-    import spartan_mm.detection  # noqa: F401
     init_default_scope('mmdet')
     weights = {name.removeprefix('backbone.'): tensor for name, tensor in official.items()
                if name.startswith('backbone.')}
@@ -208,7 +207,7 @@ def test_version_2_is_the_same_model(official, version_2):
      r'missing keys:\n  decoder\.enc_output\.1\.weight$')])
 def test_version_2_with_what_is_not_here(version_2, change, message):
     change(version_2)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_rtdetr(version_2)
 
 
@@ -271,5 +270,5 @@ def test_r50_there_and_back(case, counters):
 def test_ours_that_do_not_fit(official, change, message):
     ours = convert_rtdetr(official)[0]
     change(ours)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         export_rtdetr(ours)

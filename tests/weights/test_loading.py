@@ -1,14 +1,12 @@
 """Checkpoints that fit, and those that do not."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from spartan_mm import SpaRTAN
-from spartan_mm.engine.checkpoint import CheckpointError, load_all_weights, load_for_inference
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.loading import load_all_weights, load_for_inference
 
 
 def make_model(width=4, extra=False):
@@ -95,11 +93,6 @@ class Mergeable(nn.Module):
 
 
 class TestDeployedForm:
-
-    @pytest.fixture(autouse=True)
-    def switch(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, 'spartan_mm.deploy',
-                            SimpleNamespace(switch_to_deploy=Mergeable.switch_to_deploy))
 
     @pytest.mark.parametrize('target', [Mergeable(), Mergeable().switch_to_deploy()],
                              ids=['trained form', 'deploy form'])

@@ -12,12 +12,12 @@ from mmengine.config import Config
 from safetensors.torch import load_file, save_file
 
 from spartan_mm.backbones import SpaRTAN
-from spartan_mm.converters import common
-from spartan_mm.converters.commands import read_ours
-from spartan_mm.converters.rtdetr import convert_rtdetr
-from spartan_mm.converters.spartan import convert_spartan
+from spartan_mm.weights.converters import common
+from spartan_mm.weights.converters.convert import read_ours, read_source
+from spartan_mm.weights.converters.rtdetr import convert_rtdetr
+from spartan_mm.weights.converters.spartan import convert_spartan
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOLS = ROOT / 'tools' / 'model_converters'
 GOLDEN = ROOT / 'tests' / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
@@ -44,7 +44,10 @@ def run_tool(monkeypatch, capsys):
     """Runs a command in this process and returns what it prints."""
     def run(name, *arguments):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+        if end.value.code:
+            raise end.value
         return capsys.readouterr().out
     return run
 
@@ -137,7 +140,8 @@ def test_averaged_weights_there_and_back(tmp_path, run_tool, r18):
                tmp_path / 'official.pth')
     output = run_tool('rtdetr_to_mm', tmp_path / 'official.pth', tmp_path / 'out' / 'ours.pth')
     assert "'depth': 18" in output
-    state_dict, meta, _ = read_ours(tmp_path / 'out' / 'ours.pth')
+    source = read_source(tmp_path / 'out' / 'ours.pth')
+    state_dict, (meta, _) = source.weights, read_ours(source)
     expected, settings = convert_rtdetr(r18)
     assert_identical(state_dict, expected)
     assert meta['arch'] == settings
@@ -177,7 +181,8 @@ def test_transformers_there_and_back(tmp_path, run_tool, r18, source):
     assert config['id2label']['6'] == ('thing 6' if known else 'LABEL_6')
 
     run_tool('rtdetr_to_mm', tmp_path / 'folder', tmp_path / 'back.safetensors')
-    state_dict, meta, _ = read_ours(tmp_path / 'back.safetensors')
+    source = read_source(tmp_path / 'back.safetensors')
+    state_dict, (meta, _) = source.weights, read_ours(source)
     assert_identical(state_dict, convert_rtdetr(r18)[0])
     assert meta['arch']['num_queries'] == config['num_queries']
     assert ('dataset_meta' in meta) == known

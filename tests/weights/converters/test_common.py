@@ -4,13 +4,12 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from spartan_mm.converters import common
-from spartan_mm.converters.common import ConversionError
+from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.converters import common
 
 
 @pytest.mark.parametrize('wrap', [
@@ -32,7 +31,7 @@ def test_state_dict_is_found_in_a_checkpoint(wrap):
     (dict(model=dict(weight='no')), 'not tensors: weight'),
 ])
 def test_checkpoint_without_weights(checkpoint, message):
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         common.pick_state_dict(checkpoint)
 
 
@@ -81,7 +80,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch,
                                                           name):
     monkeypatch.chdir(tmp_path)
     torch.save(dict(attack=_Attack(call, *arguments), model={}), 'checkpoint.pth')
-    with pytest.raises(ConversionError, match=rf'checkpoint\.pth is refused.*{name}'):
+    with pytest.raises(CheckpointError, match=rf'checkpoint\.pth is refused.*{name}'):
         common.load_checkpoint('checkpoint.pth')
     assert os.listdir() == ['checkpoint.pth']
 
@@ -91,55 +90,12 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch,
 def test_file_that_is_no_checkpoint(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ConversionError, match=rf'{name} cannot be read as a checkpoint: '):
+    with pytest.raises(CheckpointError, match=rf'{name} cannot be read as a checkpoint: '):
         common.load_checkpoint(path)
 
 
 @pytest.mark.parametrize('name, message', [
     ('absent.pth', 'absent.pth does not exist'), ('.', 'is a folder, not a checkpoint')])
 def test_no_file(tmp_path, name, message):
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         common.load_checkpoint(tmp_path / name)
-
-
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_written_checkpoints_are_read_again(tmp_path, suffix):
-    path = tmp_path / 'folder' / f'weights{suffix}'
-    # A tensor that is no whole block of memory.
-    state_dict = dict(weight=torch.randn(4, 3).T, counter=torch.tensor(3))
-    meta = dict(arch=dict(depth=18, expansion=0.5), dataset_meta=dict(classes=('café', 'tea')))
-    common.save_checkpoint(dict(state_dict=state_dict, meta=meta), path)
-    found = common.load_checkpoint(path)
-    torch.testing.assert_close(found['state_dict'], state_dict, rtol=0, atol=0)
-    assert found['meta'] == meta
-
-
-def test_numpy_in_meta_becomes_plain(tmp_path):
-    meta = dict(dataset_meta=dict(palette=np.array([[1, 2, 3]], np.uint8)), score=np.float32(0.5))
-    path = tmp_path / 'a.safetensors'
-    common.save_checkpoint(dict(state_dict=dict(a=torch.ones(1)), meta=meta), path)
-    assert common.load_checkpoint(path)['meta'] == dict(
-        dataset_meta=dict(palette=[(1, 2, 3)]), score=0.5)
-
-
-@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors'])
-def test_what_a_file_cannot_hold(tmp_path, name):
-    checkpoint = dict(state_dict=dict(a=torch.ones(1)), meta=dict(made_by=lambda: None))
-    with pytest.raises(ConversionError, match=f'{name} cannot be written, it cannot hold'):
-        common.save_checkpoint(checkpoint, tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / 'weights.pth'
-    path.write_text('old')
-
-    def fail(checkpoint, file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(ConversionError, match=r'weights\.pth cannot be written: No space left'):
-        common.save_checkpoint({}, path)
-    assert path.read_text() == 'old'
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,7 +1,10 @@
-"""Configs as text inside checkpoints: they are run as Python, so they have to be plain data."""
+"""What passes as a config inside of a checkpoint: plain data of what is registered.
+
+As text a config is run as Python, and whatever its form, objects are built of what it names.
+"""
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -35,7 +38,7 @@ def find_code(text: str) -> str | None:
     them; those of Python's own library are refused.
 
     Args:
-        text: a config, as ``Config.pretty_text`` gives it.
+        text: A config, as ``Config.pretty_text`` gives it.
 
     Returns:
         The first suspect part; None if there is none, or if the text is no Python at all.
@@ -59,6 +62,50 @@ def find_code(text: str) -> str | None:
     except (RecursionError, MemoryError):
         return 'too deep a nesting to be looked through'
     return None
+
+
+def find_code_in_data(content: Mapping[str, Any]) -> str | None:
+    """Look for what a config that is no text would run, or build of what is not registered.
+
+    What passes as a ``type``, and what as a module, is said of :func:`find_code`.
+
+    Args:
+        content: What the config holds, of Python's plain types.
+
+    Returns:
+        The first suspect part; None if there is none.
+
+    Example:
+        >>> find_code_in_data(dict(model=dict(type='os.system', command='ls')))
+        "type='os.system'"
+    """
+    try:
+        for name in ('custom_imports', 'default_scope'):
+            if any(map(_is_unwanted_module, _walk(content.get(name)))):
+                return f'{name}={content[name]!r}'[:80]
+        for key, value in _walk_items(content):
+            if key == 'type' and (isinstance(value, (list, tuple, set, Mapping))
+                                  or not _is_harmless_type(value)) \
+                    or key == '_scope_' and _is_unwanted_module(value):
+                return f'{key}={value!r}'[:80]
+    except RecursionError:
+        return 'too deep a nesting to be looked through'
+    return None
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Go through a value and all that is in it."""
+    yield value
+    parts = value if isinstance(value, (list, tuple, set)) else ()
+    for part in [*value, *value.values()] if isinstance(value, Mapping) else parts:
+        yield from _walk(part)
+
+
+def _walk_items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Go through the entries of all dicts in a value."""
+    for part in _walk(value):
+        if isinstance(part, Mapping):
+            yield from part.items()
 
 
 def _suspects(statement: ast.stmt) -> Iterator[ast.AST]:

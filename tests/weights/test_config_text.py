@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from spartan_mm.engine.config_text import find_code
+from spartan_mm.weights.config_text import find_code
 from spartan_mm.zoo import config_path
 
 

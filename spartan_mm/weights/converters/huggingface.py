@@ -9,16 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import write_whole
+from ...errors import CheckpointError
+from ...files import write_whole
+from ..saving import save_checkpoint
 from . import rtdetr_layout as table
-from .common import (
-    ConversionError,
-    StateDict,
-    check_keys,
-    load_checkpoint,
-    pick_state_dict,
-    save_checkpoint,
-)
+from .common import StateDict, check_keys, load_checkpoint, pick_state_dict
 from .rtdetr import BACKBONE, is_frozen, read_own_settings
 
 _BACKBONE = 'model.backbone.model.'
@@ -57,7 +52,7 @@ def convert_huggingface(state_dict: Mapping[str, Tensor],
         they fit, and the names of the classes, None if it has none.
 
     Raises:
-        ConversionError: The model is another one, or has options that RTDETR has not (it lists
+        CheckpointError: The model is another one, or has options that RTDETR has not (it lists
             them); keys are missing or left over, or shapes differ.
     """
     _check_config(config)
@@ -90,7 +85,7 @@ def convert_huggingface(state_dict: Mapping[str, Tensor],
         if name in ('depths', 'hidden_sizes', 'layer_type') and name in backbone_config
         and backbone_config[name] != found]
     if contradictions:
-        raise ConversionError('config.json does not belong to these weights:\n  '
+        raise CheckpointError('config.json does not belong to these weights:\n  '
                               + '\n  '.join(contradictions))
     return converted, settings, _read_classes(config, settings['bbox_head']['num_classes'])
 
@@ -109,7 +104,7 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
         The tensors that transformers itself would save, and what its config.json says.
 
     Raises:
-        ConversionError: The model has what transformers' has not (it lists this), keys are missing
+        CheckpointError: The model has what transformers' has not (it lists this), keys are missing
             or left over, or shapes differ.
     """
     settings, layout = read_own_settings(state_dict, settings)
@@ -130,7 +125,7 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
     if classes is not None and len(classes) != num_classes:
         problems.append(f'{len(classes)} names of classes for {num_classes} classes')
     if problems:
-        raise ConversionError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
+        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
                               + '\n  '.join(problems))
 
     names = _names(layout)
@@ -159,7 +154,7 @@ def read_huggingface(folder: str | Path) -> tuple[StateDict, dict]:
         The tensors and what config.json says.
 
     Raises:
-        ConversionError: Files are missing or cannot be read.
+        CheckpointError: Files are missing or cannot be read.
     """
     folder = Path(folder)
     config = _read_json(folder / 'config.json')
@@ -168,10 +163,10 @@ def read_huggingface(folder: str | Path) -> tuple[StateDict, dict]:
     if not (folder / files[0]).is_file() and index.is_file():
         weight_map = _read_json(index).get('weight_map')
         if not isinstance(weight_map, Mapping):
-            raise ConversionError(f'{index} has no weight_map')
+            raise CheckpointError(f'{index} has no weight_map')
         files = sorted(set(map(str, weight_map.values())))
     if any(Path(file).name != file for file in files):
-        raise ConversionError(f'{index} names files outside of its folder')
+        raise CheckpointError(f'{index} names files outside of its folder')
     state_dict = {}
     for file in files:
         state_dict |= pick_state_dict(load_checkpoint(folder / file), ('state_dict', ))
@@ -189,7 +184,7 @@ def write_huggingface(folder: str | Path, state_dict: Mapping[str, Tensor], conf
         preprocessor: What preprocessor_config.json is to say, see :func:`image_processor`.
 
     Raises:
-        ConversionError: A file cannot be written.
+        CheckpointError: A file cannot be written.
     """
     folder = Path(folder)
     save_checkpoint(state_dict, folder / 'model.safetensors')
@@ -198,7 +193,7 @@ def write_huggingface(folder: str | Path, state_dict: Mapping[str, Tensor], conf
             with write_whole(folder / name) as file:
                 file.write((json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
         except OSError as error:
-            raise ConversionError(f'{folder / name} cannot be written: '
+            raise CheckpointError(f'{folder / name} cannot be written: '
                                   f'{error.strerror or error}') from error
 
 
@@ -215,11 +210,11 @@ def image_processor(height: int = 640, width: int = 640,
         The processor's settings.
 
     Raises:
-        ConversionError: The model takes its colours as BGR.
+        CheckpointError: The model takes its colours as BGR.
     """
     given = data_preprocessor or {}
     if data_preprocessor and not given.get('bgr_to_rgb', False):
-        raise ConversionError('the model takes images as BGR (data_preprocessor.bgr_to_rgb is not '
+        raise CheckpointError('the model takes images as BGR (data_preprocessor.bgr_to_rgb is not '
                               "set), which transformers' image processor cannot give")
     mean, std = given.get('mean') or [0] * 3, given.get('std') or [255] * 3
     plain = list(mean) == [0] * 3 and list(std) == [255] * 3
@@ -235,12 +230,12 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
-        raise ConversionError(f'{path} does not exist; a saved model of transformers is a folder '
+        raise CheckpointError(f'{path} does not exist; a saved model of transformers is a folder '
                               'with config.json and model.safetensors') from None
     except (OSError, ValueError) as error:
-        raise ConversionError(f'{path} cannot be read: {error}') from error
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
     if not isinstance(content, dict):
-        raise ConversionError(f'{path} holds no JSON object')
+        raise CheckpointError(f'{path} holds no JSON object')
     return content
 
 
@@ -262,7 +257,7 @@ def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:
                 different.append(f'{name}, {inner}')
             untied[inner] = untied.pop(name)
     if different:
-        raise ConversionError('these heads, one of which repeats the other, differ:\n  '
+        raise CheckpointError('these heads, one of which repeats the other, differ:\n  '
                               + '\n  '.join(different))
     return untied
 
@@ -273,7 +268,7 @@ def _without_points_scale(state_dict: StateDict, points: int) -> StateDict:
               if name.endswith('.encoder_attn.n_points_scale')}
     for name, scale in scales.items():
         if not torch.allclose(scale.float(), torch.tensor(1 / points)):
-            raise ConversionError(f'{name} says that the maps get other numbers of sampling points '
+            raise CheckpointError(f'{name} says that the maps get other numbers of sampling points '
                                   f'than decoder_n_points={points}, which RTDETR does not have')
     return {name: tensor for name, tensor in state_dict.items() if name not in scales}
 
@@ -281,7 +276,7 @@ def _without_points_scale(state_dict: StateDict, points: int) -> StateDict:
 def _check_config(config: Mapping) -> None:
     kinds = dict(rt_detr=_FIXED, rt_detr_v2=_FIXED | _FIXED_V2)
     if config.get('model_type') not in kinds:
-        raise ConversionError(f'config.json says model_type={config.get("model_type")!r}; this '
+        raise CheckpointError(f'config.json says model_type={config.get("model_type")!r}; this '
                               f'converts {" and ".join(kinds)}')
     backbone = config.get('backbone_config') or {}
     problems = [f'{name}={config[name]!r} (only {value!r})'
@@ -294,7 +289,7 @@ def _check_config(config: Mapping) -> None:
     if list(maps) != _MAPS:
         problems.append(f'backbone_config.out_features={maps!r} (only {_MAPS!r})')
     if problems:
-        raise ConversionError('RTDETR has no equal of this model, for its config says\n  '
+        raise CheckpointError('RTDETR has no equal of this model, for its config says\n  '
                               + '\n  '.join(problems))
 
 
@@ -305,9 +300,9 @@ def _read_classes(config: Mapping, num_classes: int) -> list[str] | None:
     try:
         labels = {int(index): str(label) for index, label in labels.items()}
     except (AttributeError, ValueError) as error:
-        raise ConversionError(f'config.json has an id2label that is none: {error}') from error
+        raise CheckpointError(f'config.json has an id2label that is none: {error}') from error
     if sorted(labels) != list(range(num_classes)):
-        raise ConversionError(f'config.json names {len(labels)} classes in id2label, but the '
+        raise CheckpointError(f'config.json names {len(labels)} classes in id2label, but the '
                               f'weights have {num_classes} (numbered from 0)')
     classes = [labels[index] for index in range(num_classes)]
     return None if classes == [f'LABEL_{index}' for index in range(num_classes)] else classes

@@ -1,0 +1,153 @@
+"""Checkpoints for testing and inference: every weight finds its place, or an error says why."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .forms import is_deployed, switch_to_deploy
+from .safe_load import local_file, read_checkpoint
+
+# What other programs call the weights in their checkpoints, and the command that converts these.
+FOREIGN_CHECKPOINTS = {
+    'ema': 'tools/model_converters/rtdetr_to_mm.py',
+    'model': 'tools/model_converters/spartan_to_mm.py or tools/model_converters/rtdetr_to_mm.py',
+}
+
+#: What to do if a checkpoint does not fit, unless the caller knows better.
+REMEDY = 'Use the config it was trained with, which lies next to it'
+
+
+def load_for_inference(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load the weights that a model is tested with, all of them.
+
+    Of a training with a moving average, mmengine keeps the averaged weights in ``state_dict``:
+    these are loaded. A model takes its deploy form first if the weights are of that form.
+
+    Args:
+        model: The model, changed in place.
+        path: The checkpoint, safetensors or written by torch, a local path or a URL.
+
+    Returns:
+        The whole checkpoint, with ``meta`` beside the weights.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is no checkpoint, would run code, or is of another architecture.
+    """
+    checkpoint = read_checkpoint(local_file(path))
+    fill_for_inference(model, checkpoint, str(path))
+    return checkpoint
+
+
+def fill_for_inference(model: nn.Module, checkpoint: Any, name: str) -> None:
+    """Do what :func:`load_for_inference` does, with a checkpoint that was read already.
+
+    Args:
+        model: The model, changed in place.
+        checkpoint: The checkpoint.
+        name: What to call it in an error message.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or of another architecture.
+    """
+    if find_meta(checkpoint).get('deploy'):
+        switch_to_deploy(model)
+    elif is_deployed(model):
+        raise CheckpointError(f'checkpoint {name} does not fit the {type(model).__name__}, which '
+                              'is in its deploy form already: load it into a model as the config '
+                              'builds it, and deploy that')
+    load_all_weights(model, checkpoint, name)
+
+
+def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str,
+                     remedy: str = REMEDY) -> None:
+    """Load a checkpoint's ``state_dict``, allowing nothing missing, left over or of another shape.
+
+    A counter of batches that a batch norm layer has seen (``num_batches_tracked``) may be missing:
+    old checkpoints and conversions have none, and inference does not read it.
+
+    Args:
+        model: The model, changed in place.
+        checkpoint: The checkpoint, as mmengine writes it, or the bare state dict.
+        name: What to call the checkpoint in an error message.
+        remedy: What to do if it does not fit.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another architecture.
+    """
+    does_not_fit = f"checkpoint {name} does not fit the config's {type(model).__name__}"
+    state_dict = find_state_dict(checkpoint, name)
+    own = model.state_dict()
+    reshaped = {key: (tuple(value.shape), tuple(own[key].shape))
+                for key, value in state_dict.items()
+                if key in own and value.shape != own[key].shape}
+    fitting = {key: value for key, value in state_dict.items() if key not in reshaped}
+    try:
+        result = model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:
+        # A part of the model that checks what it is given, as SpaRTAN does.
+        raise CheckpointError(f'{does_not_fit}: {error}. {remedy}') from error
+    missing = [key for key in result.missing_keys
+               if key not in reshaped and not key.endswith('num_batches_tracked')]
+    unexpected = result.unexpected_keys
+
+    problems = []
+    if missing:
+        problems.append(f'{_count(missing)} missing in it ({_first(missing)})')
+    if unexpected:
+        problems.append(f'{_count(unexpected)} unknown to the model ({_first(unexpected)})')
+    if reshaped:
+        shapes = [f'{key}: {theirs} instead of {ours}' for key, (theirs, ours) in reshaped.items()]
+        problems.append(f'{_count(shapes)} of another shape ({_first(shapes)})')
+    if problems:
+        raise CheckpointError(f'{does_not_fit}: {"; ".join(problems)}. {remedy}')
+
+
+def find_meta(checkpoint: Any) -> dict[str, Any]:
+    """Find what a checkpoint says about itself; nothing in one of bare weights."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
+    """Find the names of the classes in a checkpoint; None if it does not tell."""
+    meta = find_meta(checkpoint)
+    # 'CLASSES' is what OpenMMLab's versions before 3.0 wrote.
+    classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    if not classes:
+        return None
+    return (classes, ) if isinstance(classes, str) else tuple(classes)
+
+
+def find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint, as mmengine writes it, or the bare state dict.
+        name: What to call it in an error message.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
+        # The prefix that a model in a distributed wrapper leaves.
+        return {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
+    keys = list(checkpoint) if isinstance(checkpoint, dict) else []
+    found = ', '.join(map(str, keys[:5])) or type(checkpoint).__name__
+    message = f"checkpoint {name} has no 'state_dict' with weights (it has: {found})"
+    converter = next((FOREIGN_CHECKPOINTS[key] for key in keys if key in FOREIGN_CHECKPOINTS), None)
+    if converter:
+        message += f'; if it comes from the original authors, convert it with {converter}'
+    raise CheckpointError(message)
+
+
+def _count(items: list[str]) -> str:
+    return f'{len(items)} key{" is" if len(items) == 1 else "s are"}'
+
+
+def _first(items: list[str], limit: int = 3) -> str:
+    return ' | '.join(items[:limit]) + (' | ...' if len(items) > limit else '')

@@ -1,0 +1,234 @@
+"""Reading checkpoints as data: tensors, numbers and text, and nothing that a file asks to run."""
+import hashlib
+import importlib
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine import dist
+from mmengine.logging.history_buffer import HistoryBuffer
+from safetensors import safe_open
+
+from ..errors import CheckpointError
+
+# What publishing appends to a name: the first digits of the content's SHA-256. Eight digits may be
+# a date, too.
+_HASH = re.compile(r'-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.')
+
+# What torch says of a file that asks for more than it may, and what that is.
+_REFUSALS = {
+    r'GLOBAL (.+?) (?:whose|was not)': '{}',
+    r'Can only create new object .* but got (.+)': 'the class {}',
+    r'Trying to call reduce for unrecognized function (.+)': 'the function {}',
+    r"Can only build .* but got <class '(.+)'>": 'a change of {}',
+}
+
+
+class _Refused(Exception):
+    """The name of something that reading a file would have to run."""
+
+
+def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
+    """Read a checkpoint without running anything that is in it.
+
+    It is ``torch.load(weights_only=True)``, which is also told of the few classes that mmengine
+    writes beside the weights, and of what ``torch.serialization.add_safe_globals`` declared.
+
+    Args:
+        path: A file written by ``torch.save`` or a safetensors file. Of the latter, the entry
+            ``meta`` of the header, JSON, becomes the ``meta`` beside ``state_dict``.
+        map_location: Where the tensors go, see ``torch.load``.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be read, or asks for anything to be run.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    read = _read_safetensors if _is_safetensors(path) else _read_pickle
+    try:
+        return read(path, map_location)
+    except _Refused as error:
+        raise CheckpointError(
+            f'{path} is refused: reading it would run {error}, which can do anything on this '
+            'machine and has no place among weights. Nothing was run. Ask for the weights as '
+            'safetensors; if the file is your own and the name a class of yours, allow it with '
+            'torch.serialization.add_safe_globals; a checkpoint of the original authors is '
+            'converted by tools/model_converters/spartan_to_mm.py or rtdetr_to_mm.py') from error
+    # A damaged file is reported by a dozen exception types.
+    except Exception as error:
+        raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
+
+
+def list_unknown_names(path: str | Path) -> list[str]:
+    """List the functions and classes that a file names and :func:`read_checkpoint` refuses.
+
+    Args:
+        path: A file written by ``torch.save``; of one from before torch 1.6 they cannot be told.
+    """
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    # What is no checkpoint can raise anything.
+    except Exception:
+        return []
+
+
+def local_file(checkpoint: str | Path) -> Path:
+    """Where a checkpoint lies; one behind a URL is downloaded to torch's cache first.
+
+    If its name ends with a hash, as that of published files does, the content is checked by it.
+
+    Args:
+        checkpoint: Path or URL.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: It cannot be downloaded, or is not what its name says.
+    """
+    if '://' not in str(checkpoint):
+        return Path(checkpoint)
+    name = Path(urlparse(str(checkpoint)).path).name
+    stated = _HASH.search(name)
+    if not stated:
+        # Any two files may have this name.
+        name = f'{hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]}-{name}'
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    # One process of each node; the others wait for it.
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(str(checkpoint), str(path), stated and stated[1],
+                                           progress=dist.is_main_process())
+        except OSError as error:
+            raise CheckpointError(f'{checkpoint} cannot be downloaded: {error}') from error
+        except RuntimeError as error:
+            raise CheckpointError(
+                f'{checkpoint} is refused: what was downloaded is not the file that its name '
+                f'states the hash of ({error}). Try again; if you trust it nonetheless, download '
+                'it by other means and give the path'
+            ) from error
+    dist.barrier()
+    return path
+
+
+def with_tuples(meta: dict[str, Any]) -> dict[str, Any]:
+    """Make tuples of the lists in ``meta`` that are tuples in OpenMMLab; JSON has none."""
+    dataset_meta = dict(meta.get('dataset_meta') or {})
+    if isinstance(dataset_meta.get('classes'), list):
+        dataset_meta['classes'] = tuple(dataset_meta['classes'])
+    if isinstance(dataset_meta.get('palette'), list):
+        dataset_meta['palette'] = [tuple(colour) for colour in dataset_meta['palette']]
+    return dict(meta, dataset_meta=dataset_meta) if dataset_meta else meta
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open('rb') as file:
+        head = file.read(9)
+    fits = int.from_bytes(head[:8], 'little') + 8 <= path.stat().st_size
+    return path.suffix == '.safetensors' or (head[8:] == b'{' and fits)
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
+    device = str(map_location) if isinstance(map_location, (str, torch.device)) else 'cpu'
+    with safe_open(path, framework='pt', device=device) as file:
+        meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    if not isinstance(meta, dict):
+        raise CheckpointError("the entry 'meta' of its header is no dict")
+    return dict(meta=with_tuples(meta), state_dict=weights)
+
+
+def _read_pickle(path: Path, map_location: Any) -> Any:
+    # torch refuses these, too, but advises to read them without care.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(Path(name).name == 'constants.pkl' for name in file.namelist()):
+                raise CheckpointError('it is a TorchScript program, not a checkpoint of weights')
+    elif tarfile.is_tarfile(path):
+        raise CheckpointError('it is a tar archive, which torch wrote before version 0.1.10')
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        raise _explain(str(error)) from error
+
+
+def _explain(message: str) -> Exception:
+    """Put torch's refusal in our words, without its advice to read the file without care."""
+    for pattern, name in _REFUSALS.items():
+        found = re.search(pattern, message)
+        if found:
+            name = name.format(found[1])
+            # It leaves the module of Python's own functions out.
+            return _Refused(name if '.' in name or ' ' in name else f'builtins.{name}')
+    return CheckpointError(message.rpartition('WeightsUnpickler error:')[2].strip().split('\n')[0])
+
+
+@cache
+def _safe_globals() -> list[tuple[Callable, str]]:
+    """What NumPy and mmengine write into a checkpoint: for each name what stands for it.
+
+    NOTE: ``numpy.ndarray`` and ``numpy.dtype`` themselves are not safe: an array of objects over
+    given bytes, or a type that claims to hold objects, makes Python follow any address. So their
+    names stand for functions that make plain numbers alone. torch also has to know the types of
+    what is given a state: these have names that no file can ask for, as they lack a module.
+    """
+    numpy_core = importlib.import_module(
+        'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
+    arrays = [(function, f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')
+              for function, name in ((_empty_array, '_reconstruct'), (numpy_core.scalar, 'scalar'))]
+    number_types = [(type(np.dtype(code)), f'numpy dtype {code}')
+                    for code in np.typecodes['All'] if np.dtype(code).kind in 'biufc']
+    return [
+        *arrays, *number_types,
+        (np.ndarray, 'numpy array'),
+        (_array_type, 'numpy.ndarray'),
+        (_plain_dtype, 'numpy.dtype'),
+        # Protocol 2 makes b'' so; an array without elements has it.
+        (bytes, 'builtins.bytes'),
+        (_statistics_method, 'builtins.getattr'),
+        (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    ]
+
+
+def _plain_dtype(code: str, *_: Any) -> np.dtype:
+    """Stand in for ``numpy.dtype``: numbers pass. These dtypes ignore states that are set."""
+    if not re.fullmatch(r'[biufc]\d{1,2}', str(code)):
+        raise _Refused(f'numpy.dtype({code!r})')
+    return np.dtype(code)
+
+
+def _empty_array(*_: Any) -> np.ndarray:
+    """Stand in for NumPy's ``_reconstruct``; a state gives the array its numbers."""
+    return np.empty(0)
+
+
+def _array_type(*_: Any) -> None:
+    """Stand in for ``numpy.ndarray``, which files name as an argument of ``_reconstruct``."""
+    raise _Refused('numpy.ndarray')
+
+
+def _statistics_method(owner: Any, name: str) -> Callable:
+    """Stand in for ``getattr``, by which the statistics of a ``HistoryBuffer`` are pickled."""
+    # The first instance fills the table.
+    if owner is not HistoryBuffer or getattr(HistoryBuffer, name, None) not in HistoryBuffer(
+            )._statistics_methods.values():
+        raise _Refused(f'getattr of {getattr(owner, "__name__", owner)}.{name}')
+    return getattr(owner, name)
