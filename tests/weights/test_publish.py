@@ -210,6 +210,39 @@ def test_coco(tmp_path):
     assert len(meta['dataset_meta']['palette']) == 80
 
 
+class TestEarlierFiles:
+    """Files that 0.1.0 published, whose config is text, say and do the same."""
+
+    CLASSIFIER = DATA / 'published' / 'classifier-9232700e.pth'
+    DETECTOR = DATA / 'published' / 'detector-45eaf3ed.safetensors'
+
+    def test_they_give_what_they_gave(self):
+        [found] = Classifier(str(self.CLASSIFIER), device='cpu').classify([PICTURE])
+        assert found.labels.tolist() == [1, 0]
+        assert_close(found.scores.tolist(), [0.5249679, 0.47503206], rtol=1e-5, atol=1e-6)
+        [found] = Detector(str(self.DETECTOR), device='cpu').detect([PICTURE])
+        assert_close(found.scores[:3].tolist(), [0.41706634, 0.41671038, 0.41628304], rtol=1e-5,
+                     atol=1e-6)
+        assert_close(found.boxes[0].tolist(), [10.133775, 2.068517, 13.112092, 4.455558],
+                     rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('path', [CLASSIFIER, DETECTOR], ids=['classifier', 'detector'])
+    def test_published_again(self, path, tmp_path):
+        before = read_checkpoint(path)
+        assert isinstance(before['meta']['cfg'], str) and 'config' not in before['meta']
+        for again in publish(path, tmp_path / 'again'):
+            assert config_from(again).to_dict() == config_from(path).to_dict()
+            checkpoint = read_checkpoint(again)
+            assert isinstance(checkpoint['meta']['config'], dict)
+            assert_close(checkpoint['state_dict'], before['state_dict'], rtol=0, atol=0)
+            assert load_model(str(again), device='cpu').classes == ('square', 'disc')
+
+
+def test_the_pickled_file_has_the_config_as_text_for_mmdet(detector):
+    text = torch.load(detector[-1].pth, weights_only=True)['meta']['cfg']
+    assert Config.fromstring(text, '.py').to_dict() == config_from(detector[-1].pth).to_dict()
+
+
 @pytest.fixture(scope='module')
 def nameless():
     """A training's checkpoint with a config that names no classes."""

@@ -296,6 +296,7 @@ def test_torch_is_not_left_with_other_safe_classes(tmp_path):
         assert set(torch.serialization.get_safe_globals()) == before
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_no_advice_to_be_careless(tmp_path):
     path = tmp_path / 'protocol.pth'
     torch.save(dict(a=b'1'), path, pickle_protocol=4)

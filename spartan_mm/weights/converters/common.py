@@ -1,6 +1,8 @@
 """What the converters share: safe reading, and strict accounting for keys and shapes."""
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,8 @@ class _Placeholder:
     def __init__(self, *args, **kwargs):
         pass
 
-    def _ignore(self, *args):
+    def __setstate__(self, state):
         pass
-
-    __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
 def load_checkpoint(path: str | Path) -> Any:
@@ -56,24 +56,33 @@ def load_checkpoint(path: str | Path) -> Any:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder, not a checkpoint')
-    try:
-        with torch.serialization.safe_globals([*_VALUE_TYPES, *_make_placeholders(path)]):
-            return read_checkpoint(path)
-    except OSError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _make_placeholders(path: Path) -> list[type]:
-    """Make a placeholder for each unknown class that the file at `path` names."""
     # What is left out here is refused when the file is read.
     refused = sys.stdlib_module_names - _VALUE_MODULES
-    placeholders = []
-    for name in list_unknown_names(path):
-        module, _, qualname = name.rpartition('.')
-        if name.partition('.')[0] not in refused:
-            placeholders.append(type(qualname, (_Placeholder, ),
-                                     dict(__module__=module, __qualname__=qualname)))
-    return placeholders
+    placeholders = {name: _make_placeholder(name) for name in list_unknown_names(path)
+                    if name.partition('.')[0] not in refused}
+    while True:
+        try:
+            with torch.serialization.safe_globals([*_VALUE_TYPES, *placeholders.values()]):
+                return read_checkpoint(path)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+        except CheckpointError as error:
+            # torch fills nothing but Python's own: a dict in the place of a kind of dict.
+            found = re.search(r"Can only (SETITEM|append|extend).* but got <class '(.+)'>",
+                              str(error))
+            if not found or found[2] not in placeholders:
+                raise
+            content = OrderedDict if found[1] == 'SETITEM' else list
+            placeholders[found[2]] = _make_placeholder(found[2], content)
+
+
+def _make_placeholder(name: str, content: Callable[[], Any] | None = None) -> type:
+    """Make a class of a name; calling it gives a placeholder, or what `content` makes."""
+    module, _, qualname = name.rpartition('.')
+    members = dict(__module__=module, __qualname__=qualname)
+    if content:
+        members['__new__'] = lambda cls, *args, **kwargs: content()
+    return type(qualname, (_Placeholder, ), members)
 
 
 def pick_state_dict(checkpoint: Any, entries: Sequence[str] = ('model', )) -> StateDict:
