@@ -1,13 +1,18 @@
 """The deploy form of whole models and its checkpoints; checkpoints are written whole."""
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import spartan_mm
+from spartan_mm.cli import main
 from spartan_mm.errors import CheckpointError
 from spartan_mm.weights.forms import is_deployed, switch_to_deploy
 from spartan_mm.weights.loading import load_for_inference
@@ -134,3 +139,22 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         save_checkpoint({}, path)
     assert path.read_text() == 'old'
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command(tmp_path, capsys):
+    config, model = make_user_model()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'trained.pth')
+    config.dump(tmp_path / 'config.py')
+    words = [tmp_path / 'config.py', tmp_path / 'trained.pth', tmp_path / 'out.safetensors']
+    assert main(['deploy', *map(str, words)]) == 0
+    assert re.search(r'out\.safetensors: 0\.\d+ M parameters became 0\.\d+ M',
+                     capsys.readouterr().out)
+    assert read_checkpoint(tmp_path / 'out.safetensors')['meta'] == dict(deploy=True)
+    with pytest.raises(SystemExit, match='error: .*of the deploy form already'):
+        main(['deploy', str(words[0]), str(words[2]), str(tmp_path / 'again.pth')])
+
+
+def make_user_model():
+    config = Config.fromfile(Path(__file__).parents[1] / 'data' / 'user_classifier.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return config, MODELS.build(config.model)

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from safetensors.torch import load_file, save_file
 
 from spartan_mm.backbones import SpaRTAN
+from spartan_mm.cli import main
 from spartan_mm.weights.converters import common
 from spartan_mm.weights.converters.convert import read_ours, read_source
 from spartan_mm.weights.converters.rtdetr import convert_rtdetr
@@ -207,3 +208,40 @@ def test_model_merged_for_inference(tmp_path, run_tool):
                tmp_path / 'ours.pth')
     with pytest.raises(SystemExit, match=r'ours\.pth was merged for inference'):
         run_tool('mm_to_rtdetr', tmp_path / 'ours.pth', tmp_path / 'new.pth', '--to', 'official')
+
+
+# ------------------------------------------------------------------------------ spartan-mm convert
+
+
+def convert(*words):
+    return main(['convert', *map(str, words)])
+
+
+def test_what_a_file_is_is_told_by_its_names(tmp_path, small, r18, capsys):
+    torch.save(dict(model=small), tmp_path / 'spartan.pth')
+    torch.save(dict(ema=dict(module=r18)), tmp_path / 'official.pth')
+    for kind, given in (('spartan', small), ('official', r18)):
+        ours, back = tmp_path / f'{kind} ours.safetensors', tmp_path / f'{kind} back.pth'
+        assert convert(tmp_path / f'{kind}.pth', ours, '--to', 'mm') == 0
+        assert convert(ours, back, '--to', kind) == 0
+        assert_identical(torch.load(back, weights_only=True)['model'], given)
+    assert convert(tmp_path / 'official ours.safetensors', tmp_path / 'folder', '--to',
+                   'huggingface') == 0
+    assert convert(tmp_path / 'folder', tmp_path / 'again.pth', '--to', 'mm') == 0
+    assert f'tensors written to {tmp_path / "again.pth"}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('names, flags, message', [
+    (['something.weight'], ['--to', 'mm'], 'is no checkpoint of this package, .*something.weight'),
+    (['encoder.a'], ['--to', 'huggingface'], 'convert it to mm first'),
+    (['encoder.a'], ['--from', 'official', '--to', 'official'], 'convert it to mm first'),
+    (['head.fc.bias'], ['--to', 'mm'], 'nothing is to be converted'),
+    (['head.fc.bias'], ['--from', 'spartan', '--to', 'mm'], 'nothing is to be converted'),
+    (['layers.0.a'], ['--from', 'mm', '--to', 'spartan'], 'does not fit|not a whole SpaRTAN'),
+    (['model.backbone.model.a'], ['--to', 'mm'], 'give the folder that it lies in'),
+])
+def test_what_cannot_be_converted(tmp_path, names, flags, message):
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=rf'error: .*a\.pth was not converted: .*({message})'):
+        convert(tmp_path / 'a.pth', tmp_path / 'new', *flags)
+    assert not (tmp_path / 'new').exists()
