@@ -93,8 +93,8 @@ def check_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], prefix:
         raise RuntimeError(
             f'no tensor of the state dict belongs to SpaRTAN, it begins with '
             f'{next(iter(given))!r}. Convert a checkpoint of the authors with '
-            'tools/model_converters/spartan_to_mm.py; for the checkpoint of a classifier or '
-            "detector give init_cfg the prefix 'backbone.'")
+            'spartan-mm convert FILE OUT --to mm; for the checkpoint of a classifier or detector '
+            "give init_cfg the prefix 'backbone.'")
 
     # A folded convolution has a bias, which no other form has.
     deploy = 'stem.0.conv.bias' in given

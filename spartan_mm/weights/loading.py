@@ -10,11 +10,8 @@ from ..errors import CheckpointError
 from .forms import is_deployed, switch_to_deploy
 from .safe_load import local_file, read_checkpoint
 
-# What other programs call the weights in their checkpoints, and the command that converts these.
-FOREIGN_CHECKPOINTS = {
-    'ema': 'tools/model_converters/rtdetr_to_mm.py',
-    'model': 'tools/model_converters/spartan_to_mm.py or tools/model_converters/rtdetr_to_mm.py',
-}
+# What the original authors call the weights in their checkpoints.
+_FOREIGN = {'ema', 'model'}
 
 #: What to do if a checkpoint does not fit, unless the caller knows better.
 REMEDY = 'Use the config it was trained with, which lies next to it'
@@ -139,9 +136,9 @@ def find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
     keys = list(checkpoint) if isinstance(checkpoint, dict) else []
     found = ', '.join(map(str, keys[:5])) or type(checkpoint).__name__
     message = f"checkpoint {name} has no 'state_dict' with weights (it has: {found})"
-    converter = next((FOREIGN_CHECKPOINTS[key] for key in keys if key in FOREIGN_CHECKPOINTS), None)
-    if converter:
-        message += f'; if it comes from the original authors, convert it with {converter}'
+    if _FOREIGN.intersection(keys):
+        message += ('; if it comes from the original authors, convert it with spartan-mm convert '
+                    'FILE OUT --to mm')
     raise CheckpointError(message)
 
 

@@ -68,7 +68,7 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
             'machine and has no place among weights. Nothing was run. Ask for the weights as '
             'safetensors; if the file is your own and the name a class of yours, allow it with '
             'torch.serialization.add_safe_globals; a checkpoint of the original authors is '
-            'converted by tools/model_converters/spartan_to_mm.py or rtdetr_to_mm.py') from error
+            'converted by spartan-mm convert FILE OUT --to mm') from error
     # A damaged file is reported by a dozen exception types.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error

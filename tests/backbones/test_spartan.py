@@ -674,7 +674,7 @@ def test_pretrained_weights_of_something_else(tmp_path):
     backbone = SpaRTAN(SMALL, init_cfg=dict(type='Pretrained', checkpoint=path))
     with pytest.raises(RuntimeError, match="begins with 'state_dict'"):
         backbone.load_state_dict(torch.load(path))
-    with pytest.raises(RuntimeError, match=r"begins with 'backbone\.weight'.*spartan_to_mm\.py"):
+    with pytest.raises(RuntimeError, match=r"begins with 'backbone\.weight'.*spartan-mm convert"):
         backbone.init_weights()
 
 

@@ -142,7 +142,7 @@ def test_other_options(checkpoint):
 
 @pytest.mark.parametrize('content, prefix, message', [
     (None, '', r"does not fit .* no tensor .* give init_cfg the prefix 'backbone\.'"),
-    (dict(model={}), 'backbone.', r'spartan_to_mm\.py'),
+    (dict(model={}), 'backbone.', r'spartan-mm convert'),
     (None, 'encoder.', r"has no weights that begin with 'encoder\.' for SpaRTAN; its weights begin "
                        'with: backbone, head'),
 ])

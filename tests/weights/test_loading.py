@@ -54,8 +54,8 @@ def test_another_spartan():
 
 
 @pytest.mark.parametrize('content, message', [
-    (dict(ema=dict(module={})), r'no .state_dict. .* \(it has: ema\).*rtdetr_to_mm\.py'),
-    (dict(model={}, epoch=3), r'spartan_to_mm\.py'),
+    (dict(ema=dict(module={})), r'no .state_dict. .* \(it has: ema\).*spartan-mm convert'),
+    (dict(model={}, epoch=3), r'spartan-mm convert'),
     (dict(epoch=3), r'\(it has: epoch\)$'),
     (dict(state_dict={}), r'no .state_dict. with weights'),
     ([1, 2], r'\(it has: list\)'),

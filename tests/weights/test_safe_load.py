@@ -217,7 +217,7 @@ class TestDownload:
 
 def test_a_checkpoint_of_the_authors(tmp_path):
     path = saved(tmp_path, dict(model=WEIGHTS, cfg=Attack(Part, 1)))
-    with pytest.raises(CheckpointError, match=r'converted by tools/model_converters/spartan_to_mm'):
+    with pytest.raises(CheckpointError, match=r'converted by spartan-mm convert'):
         read_checkpoint(path)
 
 
