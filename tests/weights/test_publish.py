@@ -184,8 +184,15 @@ def test_commands(detector, tmp_path, monkeypatch, capsys):
     run('infer.py', tmp_path / 'picture.png', path, '--out-dir', tmp_path / 'out', '--score-thr', 0)
     assert '"classes": [\n  "a",\n  "b"\n ]' in (tmp_path / 'out' / 'results.json').read_text()
 
+    run('model_converters/publish_model.py', source, tmp_path / 'other', '--config',
+        DATA / 'user_detector.py')
+    [path] = tmp_path.glob('other-*.safetensors')
+    assert config_from(path).val_evaluator.ann_file == 'pictures/annotations.json'
+
     with pytest.raises(SystemExit, match='error: none.pth was not published: .* does not exist'):
         run('model_converters/publish_model.py', 'none.pth', stem)
+    with pytest.raises(SystemExit, match='was not published: config none.py does not exist'):
+        run('model_converters/publish_model.py', source, stem, '--config', 'none.py')
 
 
 def test_a_palette_is_kept(tmp_path):
