@@ -31,8 +31,10 @@ class _Placeholder:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
+    def _ignore(self, *args):
         pass
+
+    __setstate__ = __setitem__ = _ignore
 
 
 def load_checkpoint(path: str | Path) -> Any:
@@ -67,7 +69,7 @@ def load_checkpoint(path: str | Path) -> Any:
         except OSError as error:
             raise CheckpointError(str(error)) from error
         except CheckpointError as error:
-            # torch fills nothing but Python's own: a dict in the place of a kind of dict.
+            # torch fills nothing but Python's own lists, and newer versions its own dicts alone.
             found = re.search(r"Can only (SETITEM|append|extend).* but got <class '(.+)'>",
                               str(error))
             if not found or found[2] not in placeholders:
