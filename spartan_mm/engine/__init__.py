@@ -1,19 +1,19 @@
-"""What trains the models: initialisation, parameter groups and hooks."""
-from .amp import CPUAmpOptimWrapper
+"""What trains the models: initialization, parameter groups, loop and hooks."""
 from .checkpoint import StrictCheckpointHook
+from .checkpoint_hook import ResumableCheckpointHook
 from .compile import CompileHook, compile_model
 from .finetune import FineTuneHook
-from .hooks import ChannelsLastHook, ClassCountCheckHook
+from .hooks import ChannelsLastHook, ClassCountCheckHook, OneWriterLoggerHook
 from .initialize import ConvertedPretrained
-from .numbers import FiniteNumbersHook
+from .nan_guard import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .pretrained import CheckedPretrained
 from .resume import ResumableTrainLoop
-from .saving import LeaveOnSignalHook, OneWriterLoggerHook, ResumableCheckpointHook
+from .signals import LeaveOnSignalHook
 
 __all__ = [
-    'CPUAmpOptimWrapper', 'ChannelsLastHook', 'CheckedPretrained', 'ClassCountCheckHook',
-    'CompileHook', 'ConvertedPretrained', 'FineTuneHook', 'FiniteNumbersHook', 'LeaveOnSignalHook',
+    'ChannelsLastHook', 'CheckedPretrained', 'ClassCountCheckHook', 'CompileHook',
+    'ConvertedPretrained', 'FineTuneHook', 'FiniteNumbersHook', 'LeaveOnSignalHook',
     'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
     'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
 ]

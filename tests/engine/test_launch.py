@@ -7,7 +7,7 @@ from mmengine.config import Config
 
 from spartan_mm.engine import launch
 from spartan_mm.engine.checkpoint import CheckpointError
-from spartan_mm.engine.saving import Interrupted
+from spartan_mm.engine.signals import Interrupted
 
 
 @pytest.fixture
@@ -68,17 +68,8 @@ class TestAmp:
         with pytest.raises(launch.UsageError, match='but the config has ApexOptimWrapper'):
             launch.use_amp(cfg)
 
-    @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-    def test_without_gpu(self, config_file, without_gpu, dtype):
-        options = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.loss_scale': 'dynamic'}
-        cfg = launch.load_config(config_file, options=options)
-        launch.use_amp(cfg, dtype)
-        assert cfg.optim_wrapper == dict(type='CPUAmpOptimWrapper', optimizer=dict(lr=0.1),
-                                         dtype=dtype)
-
-    def test_without_gpu_and_with_an_old_torch(self, config_file, without_gpu, monkeypatch):
-        monkeypatch.delattr(torch.amp, 'GradScaler')
-        with pytest.raises(launch.UsageError, match='needs a GPU, or torch 2.3'):
+    def test_without_gpu(self, config_file, without_gpu):
+        with pytest.raises(launch.UsageError, match='^--amp needs a GPU, and torch finds none'):
             launch.use_amp(launch.load_config(config_file))
 
 
@@ -231,7 +222,6 @@ class TestDistributed:
         with pytest.raises(launch.UsageError, match=r'process 2 .* has no GPU: torch sees 2\.'):
             launch.build_runner(launch.load_config(config_file, launcher='pytorch'))
 
-    def test_slurm_launcher_needs_gpus(self, config_file, monkeypatch):
-        monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    def test_slurm_launcher_needs_gpus(self, config_file, without_gpu):
         with pytest.raises(launch.UsageError, match='--launcher slurm needs GPUs'):
             launch.build_runner(launch.load_config(config_file, launcher='slurm'))
