@@ -131,6 +131,9 @@ class TestTrainAndTest:
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
     @pytest.mark.parametrize('word, arguments, message', [
+        ('train', ['none.py'],
+         "error: config none.py does not exist, and there is no model 'none.py'; see "
+         'spartan_mm.list_models()'),
         ('train', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
         ('test', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
@@ -142,14 +145,9 @@ class TestTrainAndTest:
             run_here(word, *arguments)
         assert stopped.value.code == message
 
-    @pytest.mark.parametrize('arguments, message', [
-        (['train', 'none.py'], "config none.py does not exist, and there is no model 'none.py'; "
-                               'see spartan_mm.list_models()'),
-        (['train', 'user_detector.py', '--save-every', 0], '--save-every 0: must be at least 1'),
-    ])
-    def test_flags_that_do_not_fit(self, run_here, arguments, message):
-        output = run_here(*arguments, status=2)
-        assert f'error: {message}' in output
+    def test_flags_that_do_not_fit(self, run_here):
+        output = run_here('train', 'user_detector.py', '--save-every', 0, status=2)
+        assert 'error: --save-every 0: must be at least 1' in output
 
     def test_predictions_are_pickled(self, run_here, capfd):
         with pytest.raises(SystemExit) as stopped:
@@ -162,7 +160,7 @@ class TestInfer:
 
     @pytest.mark.parametrize('flags, message', [
         (['--score-thr', '1.5'], '1.5 must be a number from 0 to 1'),
-        (['--batch-size', '0'], '--batch-size 0: must be at least 1'),
+        (['--batch-size', '0'], '--batch-size: 0 must be a whole number, at least 1'),
     ])
     def test_numbers_out_of_range(self, run_here, capfd, flags, message):
         with pytest.raises(SystemExit) as stopped:
@@ -181,12 +179,10 @@ class TestInfer:
     def test_broken_picture(self, trained, run_here, tmp_path):
         work_dir, _ = trained
         (tmp_path / 'broken.jpg').write_text('no picture')
-        with pytest.raises(SystemExit) as stopped:
-            run_here('infer', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
-                     '--out-dir', tmp_path / 'out')
-        assert stopped.value.code == (
-            f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known image '
-            'format, or damaged')
+        output = run_here('infer', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
+                          '--out-dir', tmp_path / 'out', status=1)
+        assert (f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known '
+                'image format, or damaged\n') in output
 
 
 class TestDistributed:
