@@ -37,7 +37,7 @@ class Change(NamedTuple):
     """What became of a tensor that depends on the classes.
 
     Attributes:
-        name: Of the tensor.
+        name: Name of the tensor.
         theirs: Its shape in the checkpoint.
         ours: Its shape in the model.
         kept: Number of classes whose rows come from the checkpoint.
@@ -131,8 +131,7 @@ def fit_classes(state_dict: StateDict, own: StateDict, layouts: Mapping[str, Row
         state_dict: Weights of the checkpoint.
         own: Weights of the model.
         layouts: The tensors that depend on the classes.
-        theirs: Names of the checkpoint's classes, None if unknown.
-        ours: Names of the model's classes, None if unknown.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
 
     Returns:
         The weights, those of the model where the checkpoint has none for a class; and what became
@@ -167,10 +166,8 @@ def match_classes(old_count: int, new_count: int, theirs: Names,
     """Pair classes of the same name; if names are missing or do not fit, of the same number.
 
     Args:
-        old_count: Number of the checkpoint's classes.
-        new_count: Number of the model's classes.
-        theirs: Names of the checkpoint's classes, None if unknown.
-        ours: Names of the model's classes, None if unknown.
+        old_count, new_count: Number of the classes of checkpoint and model.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
 
     Returns:
         Pairs (old index, new index), by new index.
@@ -195,8 +192,7 @@ def describe(checkpoint: str, tensors: int, changes: Sequence[Change], theirs: N
         checkpoint: What to call the checkpoint.
         tensors: Number of its tensors.
         changes: What became of those that were changed.
-        theirs: Names of the checkpoint's classes, None if unknown.
-        ours: Names of the model's classes, None if unknown.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
     """
     if not changes:
         known = '' if theirs else '; it does not name its classes, which are taken to be the same'

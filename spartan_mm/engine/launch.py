@@ -1,4 +1,7 @@
-"""From command line flags to a runner: what the commands that train and test share."""
+"""From command line flags to a runner: what the commands that train and test share.
+
+A function that takes a config, ``cfg``, and returns nothing changes it in place.
+"""
 
 import argparse
 import logging
@@ -128,7 +131,6 @@ def use_amp(cfg: Config, dtype: str = 'float16') -> None:
     """Train in automatic mixed precision.
 
     Args:
-        cfg: The config, changed in place.
         dtype: 'float16', with dynamic loss scaling, or 'bfloat16', which needs none.
 
     Raises:
@@ -148,11 +150,7 @@ def use_amp(cfg: Config, dtype: str = 'float16') -> None:
 
 
 def use_channels_last(cfg: Config) -> None:
-    """Lay weights and maps out with the channels last.
-
-    Args:
-        cfg: The config, changed in place.
-    """
+    """Lay weights and maps out with the channels last."""
     _add_hook(cfg, type='ChannelsLastHook', priority='VERY_HIGH')
 
 
@@ -165,7 +163,6 @@ def use_compile(cfg: Config, mode: str | None = None) -> None:
     included, and break it up in a hundred pieces.
 
     Args:
-        cfg: The config, changed in place.
         mode: A mode of torch.compile; None for what the config says.
     """
     wanted = mode or cfg.get('compile')
@@ -195,7 +192,6 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
     and ``ResumableTrainLoop``; others that the config names stay. ``LeaveOnSignalHook`` is added.
 
     Args:
-        cfg: The config, changed in place.
         every_iters: Number of iterations between checkpoints in the middle of epochs; None for the
             config's.
 
@@ -229,7 +225,6 @@ def resume_from(cfg: Config, checkpoint: str) -> None:
     Its seed is taken from the checkpoint.
 
     Args:
-        cfg: The config, changed in place.
         checkpoint: A checkpoint of that training, or 'auto' for the latest whole one in
             ``work_dir``; if there is none, the training starts from the beginning.
 
@@ -261,7 +256,6 @@ def load_weights(cfg: Config, checkpoint: str) -> None:
     """Start from the weights of a checkpoint.
 
     Args:
-        cfg: The config, changed in place.
         checkpoint: A local path or a URL.
 
     Raises:
@@ -276,7 +270,6 @@ def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = F
     """Fix the random numbers, as far as the arguments go beyond the config's own ``randomness``.
 
     Args:
-        cfg: The config, changed in place.
         seed: Seed of Python's, NumPy's and torch's generators; None for the config's.
         deterministic: Whether torch uses deterministic algorithms wherever it has them.
     """
@@ -292,7 +285,6 @@ def keep_predictions(cfg: Config, path: str) -> None:
     """Write the predictions of a test to a pickle file, beside evaluating them.
 
     Args:
-        cfg: The config, changed in place.
         path: The file, ending in .pkl or .pickle.
     """
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
@@ -306,7 +298,6 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
     """Draw predictions while testing.
 
     Args:
-        cfg: The config, changed in place.
         show: Whether to open a window for each picture.
         show_dir: Folder in ``work_dir`` to write the pictures to.
         wait_time: How long a window stays open, in seconds.
@@ -387,7 +378,9 @@ def _leave(message: str, status: int) -> None:
 
 
 def _add_hook(cfg: Config, **settings: Any) -> None:
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), settings]
+    """Add a hook, unless the config has it: it may be what an earlier run left in its work dir."""
+    hooks = cfg.get('custom_hooks') or []
+    cfg.custom_hooks = [*hooks, *([] if settings in hooks else [settings])]
 
 
 def _check_exists(checkpoint: str) -> None:

@@ -129,6 +129,7 @@ def make_runner(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('counts, every', [(1, None), (3, 2)])
 def test_goes_on_as_if_nothing_had_happened(make_runner, tmp_path, monkeypatch, counts, every):
     settings = dict(counts=counts, save_best='toy/score', rule='greater', every_iters=every)

@@ -19,6 +19,8 @@ import spartan_mm.detection  # noqa: F401
 from spartan_mm.analysis import soak
 from spartan_mm.engine.signals import SignalConsensus
 
+pytestmark = pytest.mark.slow
+
 
 def run_ranks(tmp_path, count, function):
     """Call a function in so many processes; return what each returned.

@@ -102,6 +102,13 @@ class TestMakeResumable:
             type='ResumableCheckpointHook', interval=2, every_iters=100)
         assert cfg.custom_hooks == [dict(type='EMAHook'), dict(type='LeaveOnSignalHook')]
 
+    def test_the_config_that_an_earlier_run_left(self):
+        cfg = Config(dict(train_cfg=dict(by_epoch=True, max_epochs=3)))
+        launch.make_resumable(cfg)
+        again = Config.fromstring(cfg.dump(), '.py')
+        launch.make_resumable(again)
+        assert again == cfg
+
     def test_nothing_is_configured(self, config_file):
         cfg = launch.load_config(config_file)
         launch.make_resumable(cfg)

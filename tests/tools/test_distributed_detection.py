@@ -15,6 +15,8 @@ from spartan_mm.datasets import make_digits
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 # A user's config outside the repository, with a hook of their own.
 CONFIG = """
 _base_ = '{root}/configs/detection/rtdetr_spartan_xt_digits.py'

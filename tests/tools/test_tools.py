@@ -187,6 +187,7 @@ class TestInfer:
 
 class TestDistributed:
 
+    @pytest.mark.slow
     def test_two_processes_without_gpu(self, trained, averaged_scores, user_project):
         work_dir, _ = trained
         output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', work_dir / 'epoch_2.pth',
@@ -271,6 +272,7 @@ class TestDistributed:
                              f'{TOOLS}/test.py', 'config.py', 'a.pth', '--launcher', 'pytorch']
 
 
+@pytest.mark.slow
 def test_commands_work_from_a_checkout_that_is_not_installed():
     """The interpreter is told to forget what is installed in editable mode."""
     code = ('import runpy, sys\n'

@@ -150,11 +150,13 @@ def test_channels_last(train):
     assert_close(run.losses, plain.losses, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile(train):
     """Traces the model and its gradients, all but the code for the machine."""
     check_compiled(train, 'compile.backend=aot_eager')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('SLOW_TESTS' not in os.environ,
                     reason='takes minutes; set SLOW_TESTS=1 to run it')
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))),
