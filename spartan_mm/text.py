@@ -1,6 +1,28 @@
-"""Words for messages: lists cut short, things counted, errors in a line."""
-from collections.abc import Iterable
-from textwrap import shorten as _shorten
+"""Words for people: names cut to length, tables, the gist of an error."""
+
+from collections.abc import Iterable, Sequence
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """Cut a name where it has more than `length` characters.
+
+    Example:
+        >>> shorten('backbone.stages.3', 9)
+        'backbone…'
+    """
+    return name if len(name) <= length else f'{name[:length - 1]}…'
+
+
+def first_line(error: Exception) -> str:
+    """Say what an error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown, its first row the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, '|' + '---|' * len(rows[0]))
+    return '\n'.join(lines) + '\n'
 
 
 def join(items: Iterable[object], limit: int = 8, none: str = 'none') -> str:
@@ -29,17 +51,3 @@ def count(number: int, noun: str) -> str:
     """
     ending = 'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'
     return f'{number} {noun}{"" if number == 1 else ending}'
-
-
-def shorten(text: object, width: int = 300) -> str:
-    """Write something in one line, cut at a blank if it is long.
-
-    Args:
-        text: Written with ``str``; an error that says nothing gives its type.
-        width: The most characters.
-
-    Example:
-        >>> shorten('one\\ntwo   three'), shorten('one two three', 8), shorten(KeyError())
-        ('one two three', 'one ...', 'KeyError')
-    """
-    return _shorten(str(text) or type(text).__name__, max(width, 4), placeholder=' ...')

@@ -17,7 +17,6 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..files import write_whole
-from ..text import shorten
 from .checkpoint import load_all_weights
 from .random_state import set_random_state
 
@@ -144,7 +143,8 @@ def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list
                 [unpack(state) for state in content['random']])
     except Exception as error:
         # torch reports a damaged file by half a dozen exception types.
-        raise ValueError(f'{path} is no dump of a batch: {shorten(error)}') from error
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{path} is no dump of a batch: {reason}') from error
 
 
 def pack(value: Any) -> Any:

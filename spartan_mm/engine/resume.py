@@ -17,7 +17,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from torch import nn
 
-from ..text import shorten
+from ..text import first_line
 from .checkpoint import CheckpointError
 from .data_order import PlacedBatches, keep_apart, place_batches
 from .random_state import get_random_state, pack_state, set_random_state, unpack_state
@@ -112,7 +112,7 @@ def read_resumable(path: str | Path) -> Resumable:
         raise
     except Exception as error:
         # Damaged files are reported by half a dozen exception types.
-        raise CheckpointError(f'checkpoint {path} is damaged: {shorten(error)}') from error
+        raise CheckpointError(f'checkpoint {path} is damaged: {first_line(error)}') from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     if not isinstance(meta, dict) or 'optimizer' not in checkpoint or 'iter' not in meta:
         raise CheckpointError(f'checkpoint {path} has no state of a training to go on from, only '
