@@ -1,7 +1,7 @@
 # make setup   build .venv or bring it up to date (Python 3.10-3.12; PYTHON=... chooses one)
 # make demo    train and evaluate a detector on generated data, with pictures, curves and a report
 # make demo-classification   the same for a classifier, on real handwritten digits
-# make test    lint and tests
+# make test    lint and tests (ARGS='-m "not slow"' leaves out what takes long)
 # make test-parity   RT-DETR against the implementation in transformers, in an environment of its own
 # make benchmark   time and memory of the models on this machine, for docs/performance.md
 # make tables   the static columns of the paper's tables, for docs/tables.md

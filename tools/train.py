@@ -1,71 +1,7 @@
-"""Train a model, detector or classifier, as its config describes."""
-
-import argparse
-import os
+"""Train a model, detector or classifier: ``spartan-mm train``."""
 import sys
 
-# A checkout that is not installed; what is installed comes first.
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from mmengine.device import get_device  # noqa: E402
-
-from spartan_mm.backbones.fused import fuse  # noqa: E402
-from spartan_mm.engine import launch  # noqa: E402
-from spartan_mm.engine.finetune import FineTuneHook  # noqa: E402
-from spartan_mm.engine.preflight import PreflightHook  # noqa: E402
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file, or the name of a model')
-    launch.add_common_arguments(parser)
-    parser.add_argument('--amp', nargs='?', const='float16', choices=('float16', 'bfloat16'),
-                        help='train in automatic mixed precision, float16 unless said otherwise')
-    parser.add_argument('--channels-last', action='store_true',
-                        help='lay weights and maps out with the channels last')
-    parser.add_argument('--no-fuse', action='store_true',
-                        help="leave SpaRTAN's blocks in their plain form on a CPU, too, where they "
-                             'are slower to train')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate to the real total batch size')
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue from a checkpoint, exactly as if there had been no '
-                             'interruption; without a name, from the latest whole one in the work '
-                             'dir, or from the beginning if there is none')
-    parser.add_argument('--save-every', type=int, metavar='ITERATIONS',
-                        help='save in the middle of epochs, too (default: as '
-                             'default_hooks.checkpoint.every_iters of the config says)')
-    parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random)')
-    parser.add_argument('--deterministic', action='store_true',
-                        help='let torch use deterministic algorithms wherever it has them')
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    with launch.reporting():
-        cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
-        if args.amp:
-            launch.use_amp(cfg, args.amp)
-        if args.channels_last:
-            launch.use_channels_last(cfg)
-        launch.use_compile(cfg, args.compile)
-        if args.auto_scale_lr:
-            launch.scale_learning_rate(cfg)
-        launch.set_randomness(cfg, args.seed, args.deterministic)
-        launch.make_resumable(cfg, args.save_every)
-        if args.resume or cfg.get('resume'):
-            launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
-        runner = launch.build_runner(cfg)
-        # Ahead of hooks that load the checkpoint themselves.
-        runner.register_hook(FineTuneHook(), priority='HIGHEST')
-        runner.register_hook(PreflightHook(), priority='HIGHEST')
-        if not args.no_fuse and get_device() == 'cpu':
-            fuse(runner.model)
-        runner.train()
-
+from spartan_mm.cli import main
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main(['train', *sys.argv[1:]]))

@@ -29,7 +29,7 @@ from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
 from torch import Tensor
 
-from ..engine import saving
+from ..engine import checkpoint_hook
 from ..engine.resume import ResumableTrainLoop
 
 _SPARTAN = """
@@ -353,7 +353,7 @@ def at_write(number: int, act: Callable[[], None], times: int = 1) -> None:
         act: what to do.
         times: with how many files from there on to do it.
     """
-    write_whole, count = saving.write_whole, 0
+    write_whole, count = checkpoint_hook.write_whole, 0
 
     class Half:
         def __init__(self, file: IO[bytes]) -> None:
@@ -372,7 +372,7 @@ def at_write(number: int, act: Callable[[], None], times: int = 1) -> None:
         with write_whole(path) as file:
             yield Half(file) if number <= count < number + times else file
 
-    saving.write_whole = writing
+    checkpoint_hook.write_whole = writing
 
 
 def die() -> None:

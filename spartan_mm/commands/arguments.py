@@ -48,6 +48,21 @@ def add_device(parser: ArgumentParser) -> None:
                         help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
 
 
+def add_run(parser: ArgumentParser) -> None:
+    """Add what the commands have that build a runner: ``--work-dir``, ``--launcher`` and others."""
+    parser.add_argument('--work-dir', metavar='DIR',
+                        help='folder for logs and results (default: work_dir of the config, else '
+                             './work_dirs/<name of the config>)')
+    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
+                        help='compile the model, the way to go on a GPU; MODE is one of '
+                             "torch.compile's: default, reduce-overhead, max-autotune")
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what started the processes (default: %(default)s); dist_train.sh and '
+                             'dist_test.sh set it')
+    # torch.distributed.launch passes the rank as a flag, torchrun as a variable.
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
 def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
     """Add ``--seed``."""
     parser.add_argument('--seed', type=int, default=default, metavar='N',

@@ -15,7 +15,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..engine.hooks import describe_class_count, describe_other_classes
+from .classes import describe_class_count, describe_other_classes, find_heads
 from .coco_file import MISSING_REMEDY, CocoFile, describe_image, read_json
 from .findings import (
     MAX_NAMED,
@@ -409,11 +409,10 @@ def _check_model(cfg: Config, report: Report) -> Iterator[Finding]:
     content, model = report.content, cfg.get('model', {})
     if not content.classes:
         return
-    for path, head in _find_heads(model):
-        if head['num_classes'] != len(content.classes):
+    for head in find_heads(model):
+        if head.num_classes != len(content.classes):
             yield Finding('error', 'classes of the head', describe_class_count(
-                path, str(head.get('type')), head['num_classes'], content.classes,
-                f'{report.split}_dataloader', report.name,
+                head, content.classes, f'{report.split}_dataloader', report.name,
                 'num_classes' in (model.get('data_preprocessor') or {})))
     queries = model.get('num_queries')
     if isinstance(queries, int) and content.boxes is not None and len(content.labels):
@@ -425,19 +424,6 @@ def _check_model(cfg: Config, report: Report) -> Iterator[Finding]:
             yield Finding('warning', 'more objects than queries',
                           f'{int(full.sum())} images have more objects than the model has queries '
                           f'({queries}): up to {per_image.max()}', int(full.sum()), paths)
-
-
-def _find_heads(model: Any, path: str = '') -> Iterator[tuple[str, dict]]:
-    """Find the heads that say how many classes they have, with their path in the model."""
-    items = (model.items() if isinstance(model, Mapping) else
-             enumerate(model) if isinstance(model, (list, tuple)) else ())
-    for key, value in items:
-        name = f'{path}.{key}' if path else str(key)
-        own = name.rstrip('.0123456789').rsplit('.', 1)[-1]
-        if (isinstance(value, Mapping) and own.endswith('head') and own != 'rpn_head'
-                and isinstance(value.get('num_classes'), int)):
-            yield name, value
-        yield from _find_heads(value, name)
 
 
 def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:

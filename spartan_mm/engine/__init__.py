@@ -1,17 +1,16 @@
-"""What trains the models: parameter groups, hooks, loops."""
-from .amp import CPUAmpOptimWrapper
+"""What trains the models: parameter groups, loop and hooks."""
 from .checkpoint import StrictCheckpointHook
+from .checkpoint_hook import ResumableCheckpointHook
 from .compile import CompileHook, compile_model
 from .finetune import FineTuneHook
-from .hooks import ChannelsLastHook, ClassCountCheckHook
-from .numbers import FiniteNumbersHook
+from .hooks import ChannelsLastHook, ClassCountCheckHook, OneWriterLoggerHook
+from .nan_guard import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .resume import ResumableTrainLoop
-from .saving import LeaveOnSignalHook, OneWriterLoggerHook, ResumableCheckpointHook
+from .signals import LeaveOnSignalHook
 
 __all__ = [
-    'CPUAmpOptimWrapper', 'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook',
-    'FiniteNumbersHook', 'LeaveOnSignalHook',
-    'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
+    'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook', 'FiniteNumbersHook',
+    'LeaveOnSignalHook', 'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
     'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
 ]

@@ -3,7 +3,8 @@
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,22 +13,22 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..datasets.classes import find_heads
 from ..errors import CheckpointError
+from ..text import count, join
 from ..weights.loading import find_classes, find_meta
 from .checkpoint import StrictCheckpointHook
 
 Names = Sequence[str] | None
 StateDict = Mapping[str, Tensor]
 
-_MAX_NAMED = 8
-
 
 class Rows(NamedTuple):
     """How the classes lie in the first dimension of a tensor.
 
     Attributes:
-        blocks: how often all classes follow each other, such as once for each anchor.
-        extra: number of rows behind them, such as one for the background or for padding.
+        blocks: How often all classes follow each other, such as once for each anchor.
+        extra: Number of rows behind them, such as one for the background or for padding.
     """
 
     blocks: int
@@ -38,12 +39,12 @@ class Change(NamedTuple):
     """What became of a tensor that depends on the classes.
 
     Attributes:
-        name: of the tensor.
-        theirs: its shape in the checkpoint.
-        ours: its shape in the model.
-        kept: number of classes whose rows come from the checkpoint.
-        total: number of classes of the model.
-        known: number of classes of the checkpoint.
+        name: Name of the tensor.
+        theirs: Its shape in the checkpoint.
+        ours: Its shape in the model.
+        kept: Number of classes whose rows come from the checkpoint.
+        total: Number of classes of the model.
+        known: Number of classes of the checkpoint.
     """
 
     name: str
@@ -60,7 +61,7 @@ class FineTuneHook(StrictCheckpointHook):
 
     All weights have to fit, but for what depends on the classes: of these, the rows of a class that
     checkpoint and training set both know by name go to its new place, and the rows of all others
-    keep the initialisation of the config. Where one of them has no names, an equal number of
+    keep the initialization of the config. Where one of them has no names, an equal number of
     classes is taken for the same classes, and another number for other classes. The log says what
     was done. ``tools/train.py`` registers this hook by itself.
 
@@ -79,7 +80,7 @@ class FineTuneHook(StrictCheckpointHook):
         A training that is resumed has the same classes.
 
         Raises:
-            CheckpointError: if the weights are of the deploy form.
+            CheckpointError: If the weights are of the deploy form.
         """
         if find_meta(checkpoint).get('deploy'):
             raise CheckpointError(f'checkpoint {name} is of the deploy form, which is for '
@@ -103,24 +104,24 @@ def find_rows(model_cfg: dict[str, Any], own: StateDict) -> dict[str, Rows]:
     A second model is built, with one class more, and compared.
 
     Args:
-        model_cfg: config of the model.
-        own: its state dict.
+        model_cfg: Config of the model.
+        own: Its state dict.
 
     Returns:
         The layout of each such tensor by name; none if the config's heads have no ``num_classes``,
         or several that differ.
     """
-    counts = set(_class_counts(model_cfg))
-    if len(counts) != 1:
+    numbers = {head.num_classes for head in find_heads(model_cfg)}
+    if len(numbers) != 1:
         return {}
-    [count] = counts
+    [number] = numbers
     with torch.random.fork_rng(devices=[]):
-        larger = MODELS.build(_with_classes(copy.deepcopy(model_cfg), count, count + 1))
+        larger = MODELS.build(_with_classes(copy.deepcopy(model_cfg), number, number + 1))
     layouts = {}
     for name, tensor in larger.state_dict().items():
         if name in own and tensor.shape != own[name].shape:
             blocks = len(tensor) - len(own[name])
-            layouts[name] = Rows(blocks, len(own[name]) - blocks * count)
+            layouts[name] = Rows(blocks, len(own[name]) - blocks * number)
     return layouts
 
 
@@ -129,11 +130,10 @@ def fit_classes(state_dict: StateDict, own: StateDict, layouts: Mapping[str, Row
     """Make the tensors that depend on the classes fit a model.
 
     Args:
-        state_dict: weights of the checkpoint.
-        own: weights of the model.
-        layouts: the tensors that depend on the classes.
-        theirs: names of the checkpoint's classes, None if unknown.
-        ours: names of the model's classes, None if unknown.
+        state_dict: Weights of the checkpoint.
+        own: Weights of the model.
+        layouts: The tensors that depend on the classes.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
 
     Returns:
         The weights, those of the model where the checkpoint has none for a class; and what became
@@ -168,10 +168,8 @@ def match_classes(old_count: int, new_count: int, theirs: Names,
     """Pair classes of the same name; if names are missing or do not fit, of the same number.
 
     Args:
-        old_count: number of the checkpoint's classes.
-        new_count: number of the model's classes.
-        theirs: names of the checkpoint's classes, None if unknown.
-        ours: names of the model's classes, None if unknown.
+        old_count, new_count: Number of the classes of checkpoint and model.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
 
     Returns:
         Pairs (old index, new index), by new index.
@@ -188,27 +186,26 @@ def match_classes(old_count: int, new_count: int, theirs: Names,
     return [(places[name], index) for index, name in enumerate(_numbered(ours)) if name in places]
 
 
-def describe(checkpoint: str, count: int, changes: Sequence[Change], theirs: Names,
+def describe(checkpoint: str, tensors: int, changes: Sequence[Change], theirs: Names,
              ours: Names) -> str:
     """Say in a short table what was loaded and what was not.
 
     Args:
-        checkpoint: what to call the checkpoint.
-        count: number of its tensors.
-        changes: what became of those that were changed.
-        theirs: names of the checkpoint's classes, None if unknown.
-        ours: names of the model's classes, None if unknown.
+        checkpoint: What to call the checkpoint.
+        tensors: Number of its tensors.
+        changes: What became of those that were changed.
+        theirs, ours: Names of the classes of checkpoint and model, None if unknown.
     """
     if not changes:
         known = '' if theirs else '; it does not name its classes, which are taken to be the same'
-        return f'{checkpoint}: all {count} tensors loaded{known}'
+        return f'{checkpoint}: all {tensors} tensors loaded{known}'
     obstacles = [_why_unusable(change.known, change.total, theirs, ours) for change in changes]
     unusable = next(filter(None, obstacles), None)
     if unusable:
         reason = f'by number, as {unusable}'
     else:
         kept = set(theirs).intersection(ours)
-        reason = f'by name; in both: {_excerpt([name for name in ours if name in kept])}'
+        reason = f'by name; in both: {join(name for name in ours if name in kept)}'
     header = ('depends on the classes', 'checkpoint', 'model', 'classes kept')
     rows = [(name, str(theirs), str(ours), f'{kept} of {total}')
             for name, theirs, ours, kept, total, _ in _grouped(changes)]
@@ -216,7 +213,7 @@ def describe(checkpoint: str, count: int, changes: Sequence[Change], theirs: Nam
     table = ['  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (header, *rows)]
     return '\n  '.join([
-        f'{checkpoint}: {count - len(changes)} tensors loaded as they are, {len(changes)} fitted '
+        f'{checkpoint}: {tensors - len(changes)} tensors loaded as they are, {len(changes)} fitted '
         f'to other classes ({reason}); rows of classes not kept start anew', *table])
 
 
@@ -227,14 +224,10 @@ def _why_unusable(old_count: int, new_count: int, theirs: Names, ours: Names) ->
     if ours is None:
         return 'the training set does not name its classes'
     if len(theirs) != old_count:
-        return f'the checkpoint names {_classes(len(theirs))} but has {old_count}'
+        return f'the checkpoint names {count(len(theirs), "class")} but has {old_count}'
     if len(ours) != new_count:
-        return f'the training set names {_classes(len(ours))} but the model has {new_count}'
+        return f'the training set names {count(len(ours), "class")} but the model has {new_count}'
     return None
-
-
-def _classes(count: int) -> str:
-    return f'{count} class{"" if count == 1 else "es"}'
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -245,30 +238,10 @@ def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
 
 def _grouped(changes: Sequence[Change]) -> list[Change]:
     """Merge lines that differ in the number of a layer alone."""
-    groups: dict[Change, int] = {}
-    for change in changes:
-        key = change._replace(name=re.sub(r'\.\d+(?=\.)', '.*', change.name))
-        groups[key] = groups.get(key, 0) + 1
+    groups = Counter(change._replace(name=re.sub(r'\.\d+(?=\.)', '.*', change.name))
+                     for change in changes)
     return [key._replace(name=f'{key.name} ({number}x)' if number > 1 else key.name)
             for key, number in groups.items()]
-
-
-def _excerpt(names: Sequence[str]) -> str:
-    more = f', ... ({len(names)} in all)' if len(names) > _MAX_NAMED else ''
-    return (', '.join(names[:_MAX_NAMED]) or 'none') + more
-
-
-def _class_counts(settings: Any, in_head: bool = False) -> Iterator[int]:
-    """Find the ``num_classes`` of all heads in a model's config."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            if in_head and key == 'num_classes' and isinstance(value, int):
-                yield value
-            elif key != 'rpn_head':
-                yield from _class_counts(value, in_head or str(key).endswith('head'))
-    elif isinstance(settings, (list, tuple)):
-        for value in settings:
-            yield from _class_counts(value, in_head)
 
 
 def _with_classes(settings: Any, old: int, new: int) -> Any:

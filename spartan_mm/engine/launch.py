@@ -1,4 +1,7 @@
-"""From command line flags to a runner: what ``tools/train.py`` and ``tools/test.py`` share."""
+"""From command line flags to a runner: what the commands that train and test share.
+
+A function that takes a config, ``cfg``, and returns nothing changes it in place.
+"""
 
 import argparse
 import logging
@@ -20,11 +23,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
+from ..text import count
 from ..zoo import find_config, without_pretrained
 from .resume import find_resumable, read_resumable
-from .saving import Interrupted
-
-LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+from .signals import Interrupted
 
 # Per visualization hook: the switch that makes it draw, and the folder it draws into.
 VISUALIZATION_HOOKS = {
@@ -38,30 +40,12 @@ VISUALIZATION_HOOKS = {
 TIMEOUT = 1800
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that training and testing have in common."""
-    parser.add_argument('--work-dir', metavar='DIR',
-                        help='folder for logs and results (default: work_dir of the config, else '
-                             './work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, such as '
-                             'train_dataloader.batch_size=2 "model.backbone.out_indices=(1,2,3)"')
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none',
-                        help='what started the processes (default: %(default)s); dist_train.sh and '
-                             'dist_test.sh set it')
-    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE',
-                        help='compile the model, the way to go on a GPU; MODE is one of '
-                             "torch.compile's: default, reduce-overhead, max-autotune")
-    # torch.distributed.launch passes the rank as a flag, torchrun as a variable.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-
-
 def add_result_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
     """Add the flags that tools have in common which look at the predictions of a test.
 
     Args:
-        parser: of the tool.
-        out_dir: default of ``--out-dir``.
+        parser: Of the tool.
+        out_dir: Default of ``--out-dir``.
     """
     parser.add_argument('config', help='config file, or the name of a model')
     parser.add_argument('predictions', metavar='FILE.pkl', help='what tools/test.py --out wrote')
@@ -91,14 +75,14 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
     """Read a config and apply the flags that every command has.
 
     Args:
-        path: the config file, or the name of a model, see :func:`spartan_mm.list_models`.
-        work_dir: folder for logs and results; None for the config's own, else
+        path: The config file, or the name of a model, see :func:`spartan_mm.list_models`.
+        work_dir: Folder for logs and results; None for the config's own, else
             ``./work_dirs/<name of the config>``.
-        options: settings to override, with dots in the keys.
-        launcher: what started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
+        options: Settings to override, with dots in the keys.
+        launcher: What started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        FileNotFoundError: if there is no such file or model.
+        FileNotFoundError: If there is no such file or model.
     """
     try:
         cfg = Config.fromfile(find_config(path))
@@ -122,21 +106,21 @@ def choose_device(device: str | None = None) -> str:
     """Check that there is a device, or choose one.
 
     Args:
-        device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one, else the CPU.
+        device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: if torch has no such device.
+        UsageError: If torch has no such device.
     """
     device = device or get_device()
     try:
         torch.empty(0, device=device)
     # Of what torch is built without, an AssertionError or a NotImplementedError.
     except (RuntimeError, AssertionError) as error:
-        count = torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if not device.startswith('cuda'):
             reason = "torch cannot use it here; take one such as 'cpu' or 'cuda:0'"
-        elif count:
-            reason = f'torch finds {count} GPU{"s" if count > 1 else ""}, counted from 0'
+        elif gpus:
+            reason = f'torch finds {count(gpus, "GPU")}, counted from 0'
         else:
             reason = "torch finds no GPU; take 'cpu'"
         raise UsageError(f'device {device!r}: {reason}') from error
@@ -147,37 +131,27 @@ def use_amp(cfg: Config, dtype: str = 'float16') -> None:
     """Train in automatic mixed precision.
 
     Args:
-        cfg: the config, changed in place.
         dtype: 'float16', with dynamic loss scaling, or 'bfloat16', which needs none.
 
     Raises:
-        UsageError: if the config's optimizer wrapper is neither ``OptimWrapper`` nor
-            ``AmpOptimWrapper``, or without a GPU, if torch is too old.
+        UsageError: There is no GPU, or the config's optimizer wrapper is neither ``OptimWrapper``
+            nor ``AmpOptimWrapper``.
     """
+    if get_device() == 'cpu':
+        raise UsageError('--amp needs a GPU, and torch finds none; drop the flag to train in '
+                         'float32')
     wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UsageError(f'--amp replaces OptimWrapper by AmpOptimWrapper, but the config has '
                          f'{wrapper}; drop the flag and set the precision in the config')
-    cfg.optim_wrapper.dtype = dtype
-    if get_device() == 'cpu':
-        if not hasattr(torch.amp, 'GradScaler'):
-            raise UsageError('--amp needs a GPU, or torch 2.3 for a CPU; torch finds no GPU')
-        cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale', None)
-        return
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
     # bfloat16 has float32's range: gradients do not underflow.
-    cfg.optim_wrapper.loss_scale = 'dynamic' if dtype == 'float16' else 1.0
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype,
+                             loss_scale='dynamic' if dtype == 'float16' else 1.0)
 
 
 def use_channels_last(cfg: Config) -> None:
-    """Lay weights and maps out with the channels last.
-
-    Args:
-        cfg: the config, changed in place.
-    """
-    hooks = cfg.get('custom_hooks') or []
-    cfg.custom_hooks = [*hooks, dict(type='ChannelsLastHook', priority='VERY_HIGH')]
+    """Lay weights and maps out with the channels last."""
+    _add_hook(cfg, type='ChannelsLastHook', priority='VERY_HIGH')
 
 
 def use_compile(cfg: Config, mode: str | None = None) -> None:
@@ -189,22 +163,21 @@ def use_compile(cfg: Config, mode: str | None = None) -> None:
     included, and break it up in a hundred pieces.
 
     Args:
-        cfg: the config, changed in place.
-        mode: a mode of torch.compile; None for what the config says.
+        mode: A mode of torch.compile; None for what the config says.
     """
     wanted = mode or cfg.get('compile')
     if not wanted:
         return
     options = {} if wanted is True else dict(mode=wanted) if isinstance(wanted, str) else wanted
     cfg.compile = False
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(options, type='CompileHook')]
+    _add_hook(cfg, **options, type='CompileHook')
 
 
 def scale_learning_rate(cfg: Config) -> None:
     """Scale the learning rate by the ratio of the real total batch size to the one of the recipe.
 
     Raises:
-        UsageError: if the config does not state the recipe's total batch size.
+        UsageError: If the config does not state the recipe's total batch size.
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise UsageError('--auto-scale-lr needs the total batch size that the learning rate is '
@@ -219,8 +192,7 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
     and ``ResumableTrainLoop``; others that the config names stay. ``LeaveOnSignalHook`` is added.
 
     Args:
-        cfg: the config, changed in place.
-        every_iters: number of iterations between checkpoints in the middle of epochs; None for the
+        every_iters: Number of iterations between checkpoints in the middle of epochs; None for the
             config's.
 
     Raises:
@@ -244,7 +216,7 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
                              'the config')
         checkpoint = dict(checkpoint, every_iters=every_iters)
     cfg.default_hooks = dict(hooks, checkpoint=checkpoint)
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='LeaveOnSignalHook')]
+    _add_hook(cfg, type='LeaveOnSignalHook')
 
 
 def resume_from(cfg: Config, checkpoint: str) -> None:
@@ -253,13 +225,12 @@ def resume_from(cfg: Config, checkpoint: str) -> None:
     Its seed is taken from the checkpoint.
 
     Args:
-        cfg: the config, changed in place.
-        checkpoint: a checkpoint of that training, or 'auto' for the latest whole one in
+        checkpoint: A checkpoint of that training, or 'auto' for the latest whole one in
             ``work_dir``; if there is none, the training starts from the beginning.
 
     Raises:
-        FileNotFoundError: if the checkpoint is a local path that does not exist.
-        CheckpointError: if it is damaged, or with 'auto' all there are.
+        FileNotFoundError: If the checkpoint is a local path that does not exist.
+        CheckpointError: If it is damaged, or with 'auto' all there are.
     """
     if checkpoint == 'auto':
         found = find_resumable(cfg.work_dir)
@@ -285,11 +256,10 @@ def load_weights(cfg: Config, checkpoint: str) -> None:
     """Start from the weights of a checkpoint.
 
     Args:
-        cfg: the config, changed in place.
-        checkpoint: a local path or a URL.
+        checkpoint: A local path or a URL.
 
     Raises:
-        FileNotFoundError: if it is a local path that does not exist.
+        FileNotFoundError: If it is a local path that does not exist.
     """
     _check_exists(checkpoint)
     cfg.resume = False
@@ -300,9 +270,8 @@ def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = F
     """Fix the random numbers, as far as the arguments go beyond the config's own ``randomness``.
 
     Args:
-        cfg: the config, changed in place.
-        seed: seed of Python's, NumPy's and torch's generators; None for the config's.
-        deterministic: whether torch uses deterministic algorithms wherever it has them.
+        seed: Seed of Python's, NumPy's and torch's generators; None for the config's.
+        deterministic: Whether torch uses deterministic algorithms wherever it has them.
     """
     randomness = dict(cfg.get('randomness', dict(seed=None)))
     if seed is not None:
@@ -316,8 +285,7 @@ def keep_predictions(cfg: Config, path: str) -> None:
     """Write the predictions of a test to a pickle file, beside evaluating them.
 
     Args:
-        cfg: the config, changed in place.
-        path: the file, ending in .pkl or .pickle.
+        path: The file, ending in .pkl or .pickle.
     """
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     evaluator = cfg.test_evaluator
@@ -330,13 +298,12 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
     """Draw predictions while testing.
 
     Args:
-        cfg: the config, changed in place.
-        show: whether to open a window for each picture.
-        show_dir: folder in ``work_dir`` to write the pictures to.
-        wait_time: how long a window stays open, in seconds.
+        show: Whether to open a window for each picture.
+        show_dir: Folder in ``work_dir`` to write the pictures to.
+        wait_time: How long a window stays open, in seconds.
 
     Raises:
-        UsageError: if the config has no visualization hook this function knows.
+        UsageError: If the config has no visualization hook this function knows.
     """
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None or hook.type not in VISUALIZATION_HOOKS:
@@ -408,6 +375,12 @@ def _leave(message: str, status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _add_hook(cfg: Config, **settings: Any) -> None:
+    """Add a hook, unless the config has it: it may be what an earlier run left in its work dir."""
+    hooks = cfg.get('custom_hooks') or []
+    cfg.custom_hooks = [*hooks, *([] if settings in hooks else [settings])]
 
 
 def _check_exists(checkpoint: str) -> None:

@@ -17,17 +17,17 @@ class RuleOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     - `pattern`: a regular expression, searched for in the parameter's name; fits any name if
         missing;
-    - `norm`: True to fit only parameters of normalisation layers, False to fit only others;
+    - `norm`: True to fit only parameters of normalization layers, False to fit only others;
     - `optional`: True if the rule may fit no parameter of the model;
-    - `lr_mult`, `decay_mult`: factors of the optimiser's learning rate and weight decay, 1 if
+    - `lr_mult`, `decay_mult`: factors of the optimizer's learning rate and weight decay, 1 if
         missing.
 
-    Parameters that no rule fits keep the optimiser's values. There is one group for each pair of
-    factors, not one for each parameter, so that the optimiser can update many tensors at once.
+    Parameters that no rule fits keep the optimizer's values. There is one group for each pair of
+    factors, not one for each parameter, so that the optimizer can update many tensors at once.
 
-    NOTE mmengine's own constructor looks at `norm_decay_mult` and `bias_decay_mult` only where none
-    of its `custom_keys` fits a name, and takes only parameters called exactly `bias` for biases;
-    official RT-DETR's groups can't be told to it.
+    NOTE: mmengine's own constructor looks at `norm_decay_mult` and `bias_decay_mult` only where
+    none of its `custom_keys` fits a name, and takes only parameters called exactly `bias` for
+    biases; official RT-DETR's groups can't be told to it.
 
     Raises:
         ValueError: A rule has an unknown entry, or fits no parameter of the model (a slip of the
@@ -52,7 +52,7 @@ class RuleOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Sort the model's trainable parameters into groups.
 
         Args:
-            params: Filled with the optimiser's groups; each has `params`, `lr`, `weight_decay`.
+            params: Filled with the optimizer's groups; each has `params`, `lr`, `weight_decay`.
             module: The model.
             kwargs: Not used; stands here for mmengine's signature.
         """

@@ -1,11 +1,14 @@
-"""A batch with a loss or gradient that is no finite number, run through the model once more."""
-
+"""What is kept of a batch with a NaN or infinite loss or gradient, and how to run it once more."""
+import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -13,20 +16,29 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..files import write_whole
 from ..weights.loading import load_all_weights
-from .numbers import read_dump, set_random_states
+from .random_state import set_random_state
+
+_FORMAT = 1
+
+# The types that may be made from a file, and where they come from.
+_ELEMENTS = {'InstanceData': 'mmengine.structures', 'LabelData': 'mmengine.structures',
+             'PixelData': 'mmengine.structures', 'BaseDataElement': 'mmengine.structures',
+             'DetDataSample': 'mmdet.structures', 'DataSample': 'mmpretrain.structures'}
+_BOXES = {'HorizontalBoxes': 'mmdet.structures.bbox'}
 
 
 @dataclass
 class Replay:
     """What a batch did this time.
 
-    Args:
-        about: what the dump says of that time: iteration, images, terms ...
-        terms: of each pass, the values of what the model's loss returned.
-        first_broken: the first modules that made a NaN or infinite output of finite inputs, in the
+    Attributes:
+        about: What the dump says of that time: iteration, images, terms ...
+        terms: Of each pass, the values of what the model's loss returned.
+        first_broken: The first modules that made a NaN or infinite output of finite inputs, in the
             order in which they ran; at most one for each pass.
-        broken_gradients: names of the parameters whose gradient is not finite.
+        broken_gradients: Names of the parameters whose gradient is not finite.
     """
 
     about: dict[str, Any]
@@ -49,15 +61,15 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
     terms; another kind of device draws other random numbers.
 
     Args:
-        config: the config of the training.
-        path: what :class:`FiniteNumbersHook` has written.
-        device: such as 'cpu' or 'cuda:0'; None for the kind that the training ran on, if there is
+        config: The config of the training.
+        path: What :class:`FiniteNumbersHook` has written.
+        device: Such as 'cpu' or 'cuda:0'; None for the kind that the training ran on, if there is
             one.
 
     Raises:
-        FileNotFoundError: the config or the dump does not exist.
-        ValueError: the dump is none.
-        CheckpointError: the weights in it are not those of the config's model.
+        FileNotFoundError: The config or the dump does not exist.
+        ValueError: The file is not a dump.
+        CheckpointError: The weights in it are not those of the config's model.
     """
     if not Path(config).is_file():
         raise FileNotFoundError(f'config {config} does not exist')
@@ -73,8 +85,8 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
 
     result = Replay(about)
     dtype = about['autocast'] and getattr(torch, about['autocast'])
-    for batch, random_states in zip(batches, states, strict=True):
-        set_random_states(random_states)
+    for batch, state in zip(batches, states, strict=True):
+        set_random_state(state)
         context = torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
         with _watch(model) as broken, context:
             losses = model(**_to(batch, device), mode='loss')
@@ -88,11 +100,116 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
     return result
 
 
+def write_dump(path: str | Path, about: dict[str, Any], weights: dict[str, Tensor],
+               batches: list[Any], states: list[dict[str, Any]]) -> None:
+    """Write what :func:`replay` needs, as tensors and text, which can be read without running code.
+
+    Args:
+        path: The file.
+        about: What to say of that time, to be written as JSON.
+        weights: State dict of the model.
+        batches: Of each pass, what the model's forward was called with.
+        states: Of each pass, the states of the random number generators before it.
+
+    Raises:
+        UnwritableError: The file cannot be written.
+    """
+    memory = io.BytesIO()
+    torch.save(dict(about=json.dumps(dict(about, format=_FORMAT)), weights=weights,
+                    batches=[pack(batch) for batch in batches],
+                    random=[pack(state) for state in states]), memory)
+    with write_whole(path) as file:
+        file.write(memory.getbuffer())
+
+
+def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list, list]:
+    """Read what :func:`write_dump` wrote; nothing in such a file is run as code.
+
+    Returns:
+        What it is about, the weights, and of each pass the batch and the random states.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a dump.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'dump {path} does not exist')
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        about = json.loads(content['about'])
+        if about['format'] != _FORMAT:
+            raise ValueError(f'its format is {about["format"]}, not {_FORMAT}')
+        return (about, content['weights'], [unpack(batch) for batch in content['batches']],
+                [unpack(state) for state in content['random']])
+    except Exception as error:
+        # torch reports a damaged file by half a dozen exception types.
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{path} is no dump of a batch: {reason}') from error
+
+
+def pack(value: Any) -> Any:
+    """Turn a batch into tensors, numbers, texts, lists and dicts, which can be read safely.
+
+    Dicts say what each thing was. Things of other types than tensors, arrays, OpenMMLab's data
+    elements and Python's own are left out.
+    """
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
+        return dict(kind='array', dtype=str(value.dtype), values=value.ravel().tolist(),
+                    shape=list(value.shape))
+    if isinstance(value, dict):
+        return dict(kind='dict', items=[[pack(key), pack(item)] for key, item in value.items()])
+    if isinstance(value, list | tuple):
+        return dict(kind='list' if isinstance(value, list) else 'tuple',
+                    items=[pack(item) for item in value])
+    if isinstance(value, BaseDataElement):
+        return dict(kind='element', type=name, meta=pack(value.metainfo),
+                    fields=pack(dict(value.items())))
+    if name in _BOXES:
+        return dict(kind='boxes', type=name, tensor=value.tensor.detach().cpu())
+    return dict(kind='left out', type=name)
+
+
+def unpack(value: Any) -> Any:
+    """Undo :func:`pack`; things that were left out become None."""
+    if not isinstance(value, dict):
+        return value
+    kind = value['kind']
+    if kind == 'array':
+        return np.array(value['values'], dtype=value['dtype']).reshape(value['shape'])
+    if kind == 'dict':
+        return {unpack(key): unpack(item) for key, item in value['items']}
+    if kind in ('list', 'tuple'):
+        items = [unpack(item) for item in value['items']]
+        return items if kind == 'list' else tuple(items)
+    if kind == 'element':
+        element = _find_type(value['type'])(metainfo=unpack(value['meta']))
+        for name, item in unpack(value['fields']).items():
+            setattr(element, name, item)
+        return element
+    if kind == 'boxes':
+        return _find_type(value['type'])(value['tensor'])
+    return None
+
+
+def _find_type(name: str) -> type:
+    places = {**_ELEMENTS, **_BOXES}
+    if name not in places:
+        raise ValueError(f'it holds a {name}, which is none of {", ".join(places)}')
+    return getattr(import_module(places[name]), name)
+
+
 @contextmanager
 def _watch(model: nn.Module) -> Iterator[list[str]]:
     """List the modules that make something not finite of what is.
 
-    What has hooks is computed by modules one after the other, where there are faster ways.
+    A model with hooks is computed by modules one after the other, where there are faster ways.
     """
     broken: list[str] = []
 
@@ -113,11 +230,11 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
 
 def _to(value: Any, device: str) -> Any:
     """Bring what is in dicts, lists and tuples to a device."""
-    if isinstance(value, (Tensor, BaseDataElement)):
+    if isinstance(value, Tensor | BaseDataElement):
         return value.to(device)
     if isinstance(value, dict):
         return {name: _to(item, device) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return type(value)(_to(item, device) for item in value)
     return value
 
@@ -127,6 +244,6 @@ def _all_finite(value: Any) -> bool:
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, dict):
         value = value.values()
-    elif not isinstance(value, (list, tuple)):
+    elif not isinstance(value, list | tuple):
         return True
     return all(_all_finite(item) for item in value)

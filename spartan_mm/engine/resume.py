@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine import dist
 from mmengine.hooks import EMAHook
@@ -19,7 +18,9 @@ from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from torch import nn
 
 from ..errors import CheckpointError
-from .loading import PlacedBatches, keep_apart, place_batches
+from ..text import first_line
+from .data_order import PlacedBatches, keep_apart, place_batches
+from .random_state import get_random_state, pack_state, set_random_state, unpack_state
 
 #: What checkpoints to resume from are called; the best ones have no optimizer and do not count.
 CHECKPOINT_NAME = re.compile(r'(epoch_\d+|iter_\d+|epoch_\d+_iter_\d+)\.pth')
@@ -30,8 +31,8 @@ class Resumable:
     """A checkpoint to go on from.
 
     Attributes:
-        path: the file, or its address on another storage.
-        seed: seed of the run that wrote it; None if it does not say.
+        path: The file, or its address on another storage.
+        seed: Seed of the run that wrote it; None if it does not say.
     """
 
     path: str
@@ -45,13 +46,13 @@ def find_resumable(work_dir: str | Path) -> Resumable | None:
     latest first. Each that is damaged is named in a warning.
 
     Args:
-        work_dir: the training's folder.
+        work_dir: The training's folder.
 
     Returns:
         The checkpoint, None if there is none at all.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
+        CheckpointError: There are checkpoints, and all of them are damaged.
     """
     work_dir = Path(work_dir)
     candidates = sorted((path for path in work_dir.glob('*.pth')
@@ -93,10 +94,10 @@ def read_resumable(path: str | Path) -> Resumable:
     """Read a checkpoint, every byte of it, to see whether a training can go on from it.
 
     Args:
-        path: a file, or an address on another storage.
+        path: A file, or an address on another storage.
 
     Raises:
-        CheckpointError: it is damaged, or not one of a training.
+        CheckpointError: It is damaged, or not one of a training.
     """
     try:
         if '://' not in str(path) and zipfile.is_zipfile(path):
@@ -111,8 +112,7 @@ def read_resumable(path: str | Path) -> Resumable:
         raise
     except Exception as error:
         # Damaged files are reported by half a dozen exception types.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f'checkpoint {path} is damaged: {reason}') from error
+        raise CheckpointError(f'checkpoint {path} is damaged: {first_line(error)}') from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     if not isinstance(meta, dict) or 'optimizer' not in checkpoint or 'iter' not in meta:
         raise CheckpointError(f'checkpoint {path} has no state of a training to go on from, only '
@@ -131,10 +131,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     an interrupted validation out.
 
     Args:
-        runner: the runner.
-        dataloader: the training batches, a data loader or its settings.
-        max_epochs: number of epochs.
-        kwargs: further arguments of mmengine's loop.
+        runner: The runner.
+        dataloader: The training batches, a data loader or its settings.
+        max_epochs: Number of epochs.
+        kwargs: Further arguments of mmengine's loop.
     """
 
     def __init__(self, runner: Runner, dataloader: Any, max_epochs: int, **kwargs: Any) -> None:
@@ -147,7 +147,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """Collect what a checkpoint needs besides what mmengine writes. All ranks have to call it.
 
         Args:
-            batches_done: number of batches of the current epoch that were trained on; 0 behind an
+            batches_done: Number of batches of the current epoch that were trained on; 0 behind an
                 epoch.
         """
         return dict(
@@ -161,7 +161,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """Go on from a state when the loop is run; the runner sets epoch, iteration and weights.
 
         Args:
-            state: what :meth:`collect_state` returned; None if the checkpoint has none.
+            state: What :meth:`collect_state` returned; None if the checkpoint has none.
         """
         if state is None:
             print_log('the checkpoint does not say where in the epoch and with which random '
@@ -195,8 +195,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """Train for an epoch, or the rest of one.
 
         Args:
-            first: number of batches to leave out.
-            ranks: each rank's state to go on from.
+            first: Number of batches to leave out.
+            ranks: Each rank's state to go on from.
         """
         self.validated = False
         self.runner.call_hook('before_train_epoch')
@@ -242,22 +242,18 @@ def _collect_rank_state(runner: Runner) -> dict[str, Any]:
 
     As tensors and numbers, which alone may stand in a checkpoint that is read safely.
     """
-    kind, keys, *counters = np.random.get_state()
-    state = dict(
-        python=_pack(random.getstate()),
-        modules={place: _pack(generator.getstate())
-                 for place, generator in _generators(_unwrap(runner.model)).items()},
-        numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *counters],
-        torch=torch.get_rng_state(),
-        buffers={name: value.cpu() for name, value in _buffers(runner).items()},
-    )
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
+    model = _unwrap(runner.model)
+    state = get_random_state()
+    # Of generators that modules have of their own.
+    state['modules'] = {f'{name}.{attribute}': pack_state(value.getstate())
+                        for name, module in model.named_modules()
+                        for attribute, value in vars(module).items()
+                        if isinstance(value, random.Random)}
+    state['buffers'] = {name: value.cpu() for name, value in _buffers(runner).items()}
     if getattr(runner.optim_wrapper, '_accumulative_counts', 1) > 1:
         # Of iterations whose step is still to come.
-        state['gradients'] = {
-            name: value.grad.cpu() for name, value in _unwrap(runner.model).named_parameters()
-            if value.grad is not None}
+        state['gradients'] = {name: value.grad.cpu() for name, value in model.named_parameters()
+                              if value.grad is not None}
     return state
 
 
@@ -266,45 +262,19 @@ def _restore_rank_state(runner: Runner, ranks: list[dict[str, Any]]) -> None:
     rank = dist.get_rank()
     if rank >= len(ranks):
         return
-    state = ranks[rank]
-    buffers = _buffers(runner)
+    state, model = ranks[rank], _unwrap(runner.model)
+    buffers, parameters = _buffers(runner), dict(model.named_parameters())
     with torch.no_grad():
         for name, value in (state['buffers'] or {}).items():
             buffers[name].copy_(value)
-    parameters = dict(_unwrap(runner.model).named_parameters())
     for name, gradient in state.get('gradients', {}).items():
         parameters[name].grad = gradient.to(parameters[name])
-
-    # The runner reads checkpoints to the GPU, and generators want their states on the CPU.
-    random.setstate(_unpack(state['python']))
-    modules = dict(_unwrap(runner.model).named_modules())
-    for place, generator_state in state['modules'].items():
+    for place, packed in state['modules'].items():
         name, _, attribute = place.rpartition('.')
         generator = random.Random()
-        generator.setstate(_unpack(generator_state))
-        setattr(modules[name], attribute, generator)
-    kind, keys, *counters = state['numpy']
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *counters))
-    torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'].cpu())
-
-
-def _generators(model: nn.Module) -> dict[str, random.Random]:
-    """Find the generators of random numbers that modules have of their own."""
-    return {f'{name}.{attribute}': value for name, module in model.named_modules()
-            for attribute, value in vars(module).items() if isinstance(value, random.Random)}
-
-
-def _pack(state: tuple) -> list:
-    """Make the state of a Python generator one of tensors and numbers."""
-    version, words, gauss = state
-    return [version, torch.tensor(words), gauss]
-
-
-def _unpack(packed: list) -> tuple:
-    version, words, gauss = packed
-    return version, tuple(words.tolist()), gauss
+        generator.setstate(unpack_state(packed))
+        setattr(model.get_submodule(name), attribute, generator)
+    set_random_state(state)
 
 
 def _buffers(runner: Runner) -> dict[str, torch.Tensor]:

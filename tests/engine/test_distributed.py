@@ -17,7 +17,9 @@ from torch import nn
 import spartan_mm.classification  # noqa: F401
 import spartan_mm.detection  # noqa: F401
 from spartan_mm.analysis import soak
-from spartan_mm.engine.saving import Vote
+from spartan_mm.engine.signals import SignalConsensus
+
+pytestmark = pytest.mark.slow
 
 
 def run_ranks(tmp_path, count, function):
@@ -145,9 +147,9 @@ def test_the_classifier_s_gradient_is_the_joint_batch_s(tmp_path, capsys):
                 make_classification_batch(6), (2, 2, 2))
 
 
-def test_a_vote_is_known_to_all_one_exchange_later(tmp_path):
-    def vote(rank):
-        vote = Vote(torch.device('cpu'))
-        return [vote.exchange(15 if rank == 1 and turn == 2 else 0) for turn in range(5)]
+def test_a_signal_is_known_to_all_one_exchange_later(tmp_path):
+    def exchange(rank):
+        consensus = SignalConsensus(torch.device('cpu'))
+        return [consensus.exchange(15 if rank == 1 and turn == 2 else 0) for turn in range(5)]
 
-    assert run_ranks(tmp_path, 2, vote) == [[0, 0, 0, 15, 0]] * 2
+    assert run_ranks(tmp_path, 2, exchange) == [[0, 0, 0, 15, 0]] * 2

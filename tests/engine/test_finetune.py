@@ -1,8 +1,6 @@
 """A training starts from a checkpoint with other classes: by name, and with a table."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch.testing import assert_close
 
+from spartan_mm.cli import main
 from spartan_mm.engine.finetune import (
     Change,
     FineTuneHook,
@@ -25,8 +24,7 @@ from spartan_mm.errors import CheckpointError
 from spartan_mm.weights.publish import publish
 from spartan_mm.weights.safe_load import read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / 'tests' / 'data'
+DATA = Path(__file__).resolve().parents[1] / 'data'
 NEW = ('disc', 'square', 'star')
 
 
@@ -217,14 +215,13 @@ def test_training_from_a_published_file(user_project, tmp_path, monkeypatch, cap
     monkeypatch.chdir(user_project)
     config, model = make('detector', 3)
     published = publish(model, tmp_path / 'old', config, NEW).safetensors
-    monkeypatch.setattr(sys, 'argv', [
-        'train.py', 'user_detector.py', '--work-dir', str(tmp_path / 'run'), '--cfg-options',
+    assert main([
+        'train', 'user_detector.py', '--work-dir', str(tmp_path / 'run'), '--cfg-options',
         f'load_from={published}', 'train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0',
         # There is no such file, and no need of it.
         'model.backbone.init_cfg.type=CheckedPretrained',
         'model.backbone.init_cfg.checkpoint=none.pth',
-        'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None'])
-    runpy.run_path(str(ROOT / 'tools' / 'train.py'), run_name='__main__')
+        'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']) == 0
     output = ''.join(capfd.readouterr())
     assert '7 fitted to other classes (by name; in both: square, disc)' in output
     assert re.search(r'bbox_head\.cls_branches\.\*\.weight \(3x\) +\(3, 32\) +\(2, 32\) +2 of 2',

@@ -1,12 +1,13 @@
-"""The classes of heads and datasets are compared before a run."""
+"""The classes of heads and datasets are compared before a run; one process writes metrics."""
 
 from types import SimpleNamespace
 
 import pytest
+from mmengine.hooks import LoggerHook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from spartan_mm.engine.hooks import ClassCountCheckHook
+from spartan_mm.engine.hooks import ClassCountCheckHook, OneWriterLoggerHook
 
 
 class Part(nn.Module):
@@ -121,3 +122,12 @@ def test_dataset_without_classes_is_left_alone():
 def test_classes_as_a_string():
     with pytest.raises(ValueError, match=r"classes=\('cat',\)"):
         ClassCountCheckHook().before_val(make_runner(make_model(3), val=make_dataset('cat')))
+
+
+@pytest.mark.parametrize(('rank', 'count'), [(0, 1), (1, 0)])
+def test_one_process_writes_the_metrics_of_a_test(monkeypatch, rank, count):
+    monkeypatch.setattr('mmengine.dist.utils.get_rank', lambda group=None: rank)
+    written = []
+    monkeypatch.setattr(LoggerHook, 'after_test_epoch', lambda *arguments: written.append(1))
+    OneWriterLoggerHook().after_test_epoch(None, dict(accuracy=1.))
+    assert len(written) == count

@@ -52,6 +52,7 @@ def compare(monkeypatch, tmp_path):
     return compare
 
 
+@pytest.mark.slow
 def test_both_ways(compare, tmp_path, capsys):
     configs = compare(str(tmp_path / 'classifier.pth'), '--seeds', '3', '4', '--epochs', '2',
                       '--cfg-options', 'train_dataloader.batch_size=2')

@@ -33,6 +33,7 @@ def run(*arguments, cwd):
         capture_output=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
+@pytest.mark.slow
 def test_quick_demo(tmp_path):
     work_dir, data_root = tmp_path / 'out', tmp_path / 'data' / 'digits'
     result = run('--quick', '--work-dir', work_dir, '--data-root', 'data/digits', cwd=tmp_path)
@@ -72,6 +73,7 @@ def test_quick_demo(tmp_path):
     assert report.count('detected: ') == 4 and 'class="missing"' not in report
 
 
+@pytest.mark.slow
 def test_a_failing_step_ends_the_demo(tmp_path):
     result = run('--quick', '--work-dir', tmp_path / 'out', '--data-root', tmp_path / 'data',
                  '--cfg-options', 'model.num_queries=[60,1', cwd=tmp_path)

@@ -24,6 +24,7 @@ def run(*arguments, cwd):
         capture_output=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
+@pytest.mark.slow
 def test_quick_demo(tmp_path):
     work_dir = tmp_path / 'out'
     result = run('--quick', '--work-dir', work_dir, '--data-root', 'data/digits', cwd=tmp_path)

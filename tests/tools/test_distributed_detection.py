@@ -15,6 +15,8 @@ from spartan_mm.datasets import make_digits
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 # A user's config outside the repository, with a hook of their own.
 CONFIG = """
 _base_ = '{root}/configs/detection/rtdetr_spartan_xt_digits.py'
@@ -77,8 +79,9 @@ def test_two_processes(tmp_path, empty):
         arguments.insert(1, '2')
         done = subprocess.run(
             ['bash', str(ROOT / 'tools' / 'dist_train.sh'), *arguments],
-            env=os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1',
-                                 CUDA_VISIBLE_DEVICES=''),
+            env=os.environ | dict(PYTHON=sys.executable, OMP_NUM_THREADS='1',
+                                  PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]),
+                                  CUDA_VISIBLE_DEVICES=''),
             capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     else:

@@ -13,6 +13,8 @@ from spartan_mm.analysis import soak
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def trainings(tmp_path_factory):

@@ -2,13 +2,14 @@
 
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from spartan_mm.cli import main
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
@@ -28,12 +29,11 @@ def run_here(user_project, monkeypatch, capfd):
     """Run a command in this process, which spares the imports; return what it printed."""
     monkeypatch.chdir(user_project)
 
-    def run_tool(name, *arguments):
-        monkeypatch.setattr(sys, 'argv', [name, *(str(argument) for argument in arguments)])
-        runpy.run_path(str(TOOLS / name), run_name='__main__')
+    def run_command(*words, status=0):
+        assert main([str(word) for word in words]) == status
         return ''.join(capfd.readouterr())
 
-    return run_tool
+    return run_command
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +80,7 @@ class TestTrainAndTest:
 
     def test_resume(self, trained, run_here):
         work_dir, _ = trained
-        output = run_here('train.py', 'user_detector.py', '--resume', '--cfg-options',
+        output = run_here('train', 'user_detector.py', '--resume', '--cfg-options',
                           'train_cfg.max_epochs=3')
         assert 'resumed epoch: 2, iter: 4' in output
         assert (work_dir / 'epoch_3.pth').exists()
@@ -89,7 +89,7 @@ class TestTrainAndTest:
                                             run_here):
         """What is tested is the moving average."""
         work_dir, _ = trained
-        output = run_here('test.py', 'user_detector.py', work_dir / 'epoch_2.pth', '--out',
+        output = run_here('test', 'user_detector.py', work_dir / 'epoch_2.pth', '--out',
                           'predictions.pkl', '--show-dir', 'shown')
         assert 'bbox_mAP_copypaste' in output
         assert best_scores(user_project / 'predictions.pkl') == pytest.approx(averaged_scores,
@@ -107,60 +107,70 @@ class TestTrainAndTest:
         torch.save(weights if form == 'bare' else
                    dict(state_dict={f'module.{name}': value for name, value in weights.items()}),
                    user_project / f'{form}.pth')
-        run_here('test.py', 'user_detector.py', f'{form}.pth', '--out', f'{form}.pkl')
+        run_here('test', 'user_detector.py', f'{form}.pth', '--out', f'{form}.pkl')
         assert best_scores(user_project / f'{form}.pkl') == pytest.approx(averaged_scores, abs=1e-6)
 
     def test_resuming_another_architecture(self, trained, run_here):
         work_dir, _ = trained
         with pytest.raises(SystemExit, match='epoch_2.pth does not fit'):
-            run_here('train.py', 'user_detector.py', '--resume', work_dir / 'epoch_2.pth',
+            run_here('train', 'user_detector.py', '--resume', work_dir / 'epoch_2.pth',
                      '--cfg-options', 'model.decoder.num_layers=1', 'train_cfg.max_epochs=3')
 
     def test_checkpoint_of_another_architecture(self, trained, run_here):
         work_dir, _ = trained
         with pytest.raises(SystemExit) as stopped:
-            run_here('test.py', 'user_detector.py', work_dir / 'epoch_2.pth', '--cfg-options',
+            run_here('test', 'user_detector.py', work_dir / 'epoch_2.pth', '--cfg-options',
                      'model.decoder.num_layers=1')
         message = str(stopped.value.code)
         assert message.startswith(f'error: checkpoint {work_dir / "epoch_2.pth"} does not fit')
         assert 'keys are unknown to the model (' in message
 
     def test_classifier(self, user_project, run_here):
-        output = run_here('train.py', 'user_classifier.py', '--work-dir', 'classified')
+        output = run_here('train', 'user_classifier.py', '--work-dir', 'classified')
         assert 'accuracy/top1' in output
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
-    @pytest.mark.parametrize('tool, arguments, message', [
-        ('train.py', ['none.py'],
+    @pytest.mark.parametrize('word, arguments, message', [
+        ('train', ['none.py'],
          "error: config none.py does not exist, and there is no model 'none.py'; see "
          'spartan_mm.list_models()'),
-        ('train.py', ['user_detector.py', '--resume', 'none.pth'],
+        ('train', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
-        ('test.py', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
-        ('infer.py', ['none.jpg', 'user_detector.py', 'none.pth'],
+        ('test', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
+        ('infer', ['none.jpg', 'user_detector.py', 'none.pth'],
          'error: input none.jpg does not exist'),
     ])
-    def test_mistakes(self, run_here, tool, arguments, message):
+    def test_mistakes(self, run_here, word, arguments, message):
         with pytest.raises(SystemExit) as stopped:
-            run_here(tool, *arguments)
+            run_here(word, *arguments)
         assert stopped.value.code == message
+
+    def test_flags_that_do_not_fit(self, run_here):
+        output = run_here('train', 'user_detector.py', '--save-every', 0, status=2)
+        assert 'error: --save-every 0: must be at least 1' in output
+
+    def test_predictions_are_pickled(self, run_here, capfd):
+        with pytest.raises(SystemExit) as stopped:
+            run_here('test', 'user_detector.py', 'none.pth', '--out', 'predictions.json')
+        assert stopped.value.code == 2
+        assert 'predictions.json: the name must end in .pkl or .pickle' in capfd.readouterr().err
 
 
 class TestInfer:
 
     @pytest.mark.parametrize('flags, message', [
         (['--score-thr', '1.5'], '1.5 must be a number from 0 to 1'),
-        (['--batch-size', '0'], '--batch-size 0: must be at least 1'),
+        (['--batch-size', '0'], '--batch-size: 0 must be a whole number, at least 1'),
     ])
     def test_numbers_out_of_range(self, run_here, capfd, flags, message):
         with pytest.raises(SystemExit) as stopped:
-            run_here('infer.py', 'pictures', 'user_detector.py', 'none.pth', *flags)
+            run_here('infer', 'pictures', 'user_detector.py', 'none.pth', *flags)
         assert stopped.value.code == 2
         assert message in capfd.readouterr().err
 
     def test_folder(self, trained, user_project, run_here, tmp_path):
         work_dir, _ = trained
-        output = run_here('infer.py', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
+        output = run_here('infer', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
                           '--out-dir', tmp_path, '--score-thr', 0, '--batch-size', 3)
         assert '80 detections in 4 pictures' in output
         assert {path.name for path in tmp_path.iterdir()} == {
@@ -169,16 +179,15 @@ class TestInfer:
     def test_broken_picture(self, trained, run_here, tmp_path):
         work_dir, _ = trained
         (tmp_path / 'broken.jpg').write_text('no picture')
-        with pytest.raises(SystemExit) as stopped:
-            run_here('infer.py', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
-                     '--out-dir', tmp_path / 'out')
-        assert stopped.value.code == (
-            f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known image '
-            'format, or damaged')
+        output = run_here('infer', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
+                          '--out-dir', tmp_path / 'out', status=1)
+        assert (f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known '
+                'image format, or damaged\n') in output
 
 
 class TestDistributed:
 
+    @pytest.mark.slow
     def test_two_processes_without_gpu(self, trained, averaged_scores, user_project):
         work_dir, _ = trained
         output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', work_dir / 'epoch_2.pth',
@@ -263,12 +272,12 @@ class TestDistributed:
                              f'{TOOLS}/test.py', 'config.py', 'a.pth', '--launcher', 'pytorch']
 
 
-def test_commands_work_from_a_checkout_that_is_not_installed(tmp_path):
+@pytest.mark.slow
+def test_commands_work_from_a_checkout_that_is_not_installed():
     """The interpreter is told to forget what is installed in editable mode."""
     code = ('import runpy, sys\n'
             'sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]\n'
-            f'sys.path = [p for p in sys.path if p not in ("", {str(TOOLS.parent)!r})]\n'
-            f'sys.argv = [{str(TOOLS / "train.py")!r}, "--help"]\n'
-            'runpy.run_path(sys.argv[0], run_name="__main__")\n')
-    output = run([sys.executable, '-c', code], cwd=tmp_path)
-    assert output.startswith('usage: train.py')
+            'sys.argv = ["spartan-mm", "train", "--help"]\n'
+            'runpy.run_module("spartan_mm.cli", run_name="__main__")\n')
+    output = run([sys.executable, '-c', code], cwd=TOOLS.parent)
+    assert output.startswith('usage: spartan-mm train')

@@ -1,11 +1,8 @@
 """The switches for scaling, each in a few iterations of a user's classifier on the CPU."""
 
 import os
-import runpy
 import shutil
-import sys
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +11,11 @@ from torch.testing import assert_close
 
 from spartan_mm.backbones.fused import FusedBlock
 from spartan_mm.backbones.spartan import Block
+from spartan_mm.cli import main
 from spartan_mm.engine import launch
 
-TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
+                               reason='mixed precision needs a GPU, and there is none')
 
 
 class Recorder(Hook):
@@ -53,11 +52,9 @@ def train(user_project, monkeypatch, tmp_path):
             return runner
 
         monkeypatch.setattr(launch, 'build_runner', build)
-        monkeypatch.setattr(sys, 'argv', [
-            'train.py', 'user_classifier.py', '--seed', '1', *flags,
-            '--work-dir', str(tmp_path / 'work_dir'), '--cfg-options',
-            'train_dataloader.batch_size=2', *options])
-        runpy.run_path(str(TRAIN), run_name='__main__')
+        assert main(['train', 'user_classifier.py', '--seed', '1', *flags,
+                     '--work-dir', str(tmp_path / 'work_dir'), '--cfg-options',
+                     'train_dataloader.batch_size=2', *options]) == 0
         return recorder
 
     return train
@@ -101,6 +98,14 @@ def test_gradients_accumulate(train, tmp_path):
     assert steps_taken(read_checkpoint(tmp_path, 'epoch_2.pth')) == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='of a machine without a GPU')
+def test_mixed_precision_needs_a_gpu(user_project, monkeypatch, capfd):
+    monkeypatch.chdir(user_project)
+    assert main(['train', 'user_classifier.py', '--amp']) == 2
+    assert 'error: --amp needs a GPU, and torch finds none; drop' in capfd.readouterr().err
+
+
+@NEEDS_GPU
 @pytest.mark.parametrize('flags, dtype', [
     (['--amp'], torch.float16), (['--amp', 'bfloat16'], torch.bfloat16)])
 def test_mixed_precision(train, tmp_path, flags, dtype):
@@ -114,6 +119,7 @@ def test_mixed_precision(train, tmp_path, flags, dtype):
     assert (scale > 1) == (dtype == torch.float16)
 
 
+@NEEDS_GPU
 def test_mixed_precision_is_resumed(train, tmp_path):
     train('--amp')
     scale = read_checkpoint(tmp_path)['optimizer']['loss_scaler']['scale']
@@ -144,11 +150,13 @@ def test_channels_last(train):
     assert_close(run.losses, plain.losses, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile(train):
     """Traces the model and its gradients, all but the code for the machine."""
     check_compiled(train, 'compile.backend=aot_eager')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('SLOW_TESTS' not in os.environ,
                     reason='takes minutes; set SLOW_TESTS=1 to run it')
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))),

@@ -21,7 +21,7 @@ def test_a_config_is_data():
     "a = [dict(type='mmdet.RTDETR'), dict(type='torch.nn.modules.linear.Linear')]",
     "a = dict(type='mmseg.NotInstalled', _scope_='mmdet')",
     "a = dict(type='mmengine.hooks.checkpoint_hook.CheckpointHook')",
-    "a = dict(type='spartan_mm.engine.numbers.FiniteNumbersHook')",
+    "a = dict(type='spartan_mm.engine.nan_guard.FiniteNumbersHook')",
     "a = dict(type='my_function')",
     "custom_imports = dict(imports=['my.random'], allow_failed_imports=False)",
     "optimizer = dict(type='torch.optim.AdamW', eps=inf)",

@@ -6,14 +6,9 @@ layer that makes something not finite of finite inputs, and the gradients that a
 """
 
 import argparse
-import os
-import sys
 
-# A checkout that is not installed; what is installed comes first.
-sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-
-from spartan_mm.engine.replay import replay  # noqa: E402
-from spartan_mm.errors import CheckpointError  # noqa: E402
+from spartan_mm.engine.launch import reporting
+from spartan_mm.engine.replay import replay
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,10 +23,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with reporting(ValueError):
         result = replay(args.config, args.dump, args.device)
-    except (FileNotFoundError, ValueError, CheckpointError) as error:
-        sys.exit(f'error: {error}')
 
     about = result.about
     print(f'iteration {about["iteration"]} of epoch {about["epoch"]}: {about["what"]} was not '

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
 
+from spartan_mm.cli import main
 from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.preflight import PreflightHook
 from spartan_mm.detection import CheckedCocoDataset
-from spartan_mm.engine.preflight import PreflightHook
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -39,7 +40,7 @@ def make(tmp_path):
 @pytest.fixture
 def logged(monkeypatch):
     messages = []
-    monkeypatch.setattr('spartan_mm.engine.preflight.print_log',
+    monkeypatch.setattr('spartan_mm.datasets.preflight.print_log',
                         lambda message, *_: messages.append(message))
     return messages
 
@@ -69,20 +70,21 @@ def test_missing_images_of_a_joined_set(make, tmp_path, logged):
 
 
 def test_commands(user_project, tmp_path, monkeypatch, capfd):
-    """check_dataset.py reports and train.py refuses, in the same words and without a traceback."""
+    """check_dataset.py reports and train refuses, in the same words and without a traceback."""
     monkeypatch.chdir(user_project)
 
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+    def check(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['check_dataset.py', *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(TOOLS / name), run_name='__main__')
+            runpy.run_path(str(TOOLS / 'check_dataset.py'), run_name='__main__')
         return capfd.readouterr().out, stopped.value.code
 
     (user_project / 'pictures' / '3.png').rename(user_project / 'kept.png')
     try:
-        checked, status = run('check_dataset.py', 'user_detector.py', '--out',
-                              tmp_path / 'report', '--decode', '--workers', 1)
-        _, line = run('train.py', 'user_detector.py', '--work-dir', tmp_path / 'work')
+        checked, status = check('user_detector.py', '--out', tmp_path / 'report', '--decode',
+                                '--workers', 1)
+        with pytest.raises(SystemExit) as stopped:
+            main(['train', 'user_detector.py', '--work-dir', str(tmp_path / 'work')])
     finally:
         (user_project / 'kept.png').rename(user_project / 'pictures' / '3.png')
 
@@ -94,4 +96,5 @@ def test_commands(user_project, tmp_path, monkeypatch, capfd):
     assert report['datasets'][2]['dataset'].startswith('the same as val: CocoDataset of ')
     assert {path.suffix for path in (tmp_path / 'report').iterdir()} == {'.json', '.png'}
     # The line that Python prints when a command leaves with a text.
+    line = stopped.value.code
     assert line.startswith('error: train_dataloader: ') and words in line and '\n' not in line

@@ -4,16 +4,15 @@ A run that goes on in the middle of an epoch then sees the same pictures, change
 as one that was never interrupted, and decodes none that it has seen.
 """
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import get_rank
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .random_state import own_random_numbers
 
 # What a DataLoader is made of besides the dataset and the order; not all versions of torch have
 # all of it.
@@ -29,7 +28,7 @@ class PlacedBatches:
     """Batches of indices from a batch sampler, each index with its place in the run.
 
     Args:
-        batch_sampler: the batch sampler; attributes not found here are looked up in it.
+        batch_sampler: The batch sampler; attributes not found here are looked up in it.
     """
 
     def __init__(self, batch_sampler: Any) -> None:
@@ -40,8 +39,8 @@ class PlacedBatches:
         """Say where the next iteration begins.
 
         Args:
-            epoch: the epoch, from 0.
-            first: number of batches of the epoch to leave out.
+            epoch: The epoch, from 0.
+            first: Number of batches of the epoch to leave out.
         """
         self.epoch, self.first = epoch, first
 
@@ -68,9 +67,9 @@ class PlacedDataset(Dataset):
     All attributes but ``dataset`` are the wrapped dataset's, to be read and to be set.
 
     Args:
-        dataset: the dataset.
-        seed: seed of the run.
-        rank: rank of the process.
+        dataset: The dataset.
+        seed: Seed of the run.
+        rank: Rank of the process.
     """
 
     def __init__(self, dataset: Any, seed: int, rank: int) -> None:
@@ -102,8 +101,8 @@ def place_batches(loader: DataLoader, seed: int) -> DataLoader:
     Its batch sampler is a :class:`PlacedBatches`, its dataset a :class:`PlacedDataset`.
 
     Args:
-        loader: a data loader that has not been used yet.
-        seed: seed of the run.
+        loader: A data loader that has not been used yet.
+        seed: Seed of the run.
 
     Returns:
         The new data loader; the same one if it has no order that could be repeated: one of an
@@ -124,36 +123,7 @@ def keep_apart(loader: DataLoader) -> None:
     """Let a data loader draw no numbers of the training's, as it does when its workers start.
 
     Args:
-        loader: a data loader that has not been used yet.
+        loader: A data loader that has not been used yet.
     """
     if loader.generator is None:
         loader.generator = torch.Generator()
-
-
-@contextmanager
-def own_random_numbers(*entropy: int) -> Iterator[None]:
-    """Draw random numbers that depend on some numbers alone, and leave the others as they were.
-
-    Args:
-        entropy: numbers from 0 to seed Python's, NumPy's and torch's (CPU) generators with.
-
-    Example:
-        >>> with own_random_numbers(3, 1):
-        ...     first = torch.rand(1)
-        >>> with own_random_numbers(3, 1):
-        ...     assert torch.equal(torch.rand(1), first)
-    """
-    # What a worker draws besides has no use.
-    before = None if get_worker_info() else (
-        random.getstate(), np.random.get_state(), torch.get_rng_state())
-    high, low = np.random.SeedSequence(entropy).generate_state(2).tolist()
-    random.seed(high << 32 | low)
-    np.random.seed(high)
-    torch.random.default_generator.manual_seed(high << 32 | low)
-    try:
-        yield
-    finally:
-        if before:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])

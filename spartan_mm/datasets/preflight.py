@@ -10,8 +10,8 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..datasets.check import Content, check_content, read_built
-from ..datasets.findings import DataError, Finding
+from .check import Content, check_content, read_built
+from .findings import DataError, Finding
 
 
 @HOOKS.register_module()
@@ -28,7 +28,7 @@ class PreflightHook(Hook):
         """Check the datasets of training and validation.
 
         Raises:
-            DataError: images are missing or empty.
+            DataError: Images are missing or empty.
         """
         message = [self._check(runner) if dist.is_main_process() else None]
         dist.broadcast_object_list(message)

@@ -10,8 +10,8 @@ from mmengine.dataset import DefaultSampler
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from spartan_mm.engine import loading
-from spartan_mm.engine.loading import PlacedDataset, place_batches
+from spartan_mm.engine import data_order
+from spartan_mm.engine.data_order import PlacedDataset, place_batches
 
 
 class Drawing(Dataset):
@@ -73,7 +73,7 @@ def test_every_place_draws_its_own_numbers(monkeypatch):
                 for column in (1, 2, 3)}
 
     runs = [numbers(), numbers(epoch=1), numbers(seed=4)]
-    monkeypatch.setattr(loading, 'get_rank', lambda: 1)
+    monkeypatch.setattr(data_order, 'get_rank', lambda: 1)
     runs.append(numbers())
     assert len(set.union(*runs)) == 4 * 7 * 3
 

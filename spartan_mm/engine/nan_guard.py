@@ -1,10 +1,6 @@
 """Training stops, or passes over a batch, where a loss or a gradient is no finite number."""
 
-import io
-import json
 import logging
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +14,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..errors import ExplainedError
-from ..files import write_whole
-
-_FORMAT = 1
-_MAX_NAMED = 8
+from ..text import join
+from .random_state import get_random_state
+from .replay import write_dump
 
 
 class NonFiniteError(ExplainedError, RuntimeError):
@@ -37,9 +31,9 @@ class _Pass:
     """A batch on its way through the model, of which an update may take several.
 
     Args:
-        batch: what the model's forward is called with: images after all augmentation, samples.
-        random: the states of the random number generators before that.
-        terms: what the model's loss returned, detached.
+        batch: What the model's forward is called with: images after all augmentation, samples.
+        random: The states of the random number generators before that.
+        terms: What the model's loss returned, detached.
     """
 
     batch: Any
@@ -73,13 +67,13 @@ class FiniteNumbersHook(Hook):
 
     Args:
         action: 'stop', or 'skip' to leave the update out and count.
-        max_consecutive: the number of updates in a row that 'skip' leaves out before it stops.
-        max_overflows: the number of updates in a row that a loss scaler may leave out. A dynamic
+        max_consecutive: The number of updates in a row that 'skip' leaves out before it stops.
+        max_overflows: The number of updates in a row that a loss scaler may leave out. A dynamic
             scale falls from 65536 to 1 in 16.
-        max_dumps: the number of batches that 'skip' keeps.
+        max_dumps: The number of batches that 'skip' keeps.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: An argument is none of these.
     """
 
     # Ahead of the hook of the moving average, which takes the running statistics.
@@ -106,7 +100,7 @@ class FiniteNumbersHook(Hook):
         """Attach to the model and the optimizer.
 
         Raises:
-            ValueError: there are several optimizers.
+            ValueError: There are several optimizers.
         """
         wrapper = runner.optim_wrapper
         if not isinstance(wrapper, OptimWrapper):
@@ -144,7 +138,7 @@ class FiniteNumbersHook(Hook):
         """Look at what a loss scaler left out.
 
         Raises:
-            NonFiniteError: the loss is not finite, or the scaler does so again and again.
+            NonFiniteError: The loss is not finite, or the scaler does so again and again.
         """
         if not self._wrapper.should_update():
             return
@@ -167,7 +161,7 @@ class FiniteNumbersHook(Hook):
             for buffers, kept in self._buffers:
                 torch._foreach_copy_(kept, buffers)
         batch = {name: value for name, value in options.items() if name != 'mode'}
-        self._passes.append(_Pass(batch, _random_states(), {}))
+        self._passes.append(_Pass(batch, get_random_state(), {}))
 
     def _note_terms(self, model: nn.Module, arguments: Any, output: Any) -> None:
         if self._passes and model.training and isinstance(output, dict):
@@ -224,7 +218,7 @@ class FiniteNumbersHook(Hook):
         """Keep the batch; stop or count.
 
         Raises:
-            NonFiniteError: the action is 'stop', or too many updates were left out in a row.
+            NonFiniteError: The action is 'stop', or too many updates were left out in a row.
         """
         with torch.no_grad():
             for buffers, kept in self._buffers:
@@ -248,20 +242,17 @@ class FiniteNumbersHook(Hook):
     def _describe(self, what: str) -> str:
         """Say what happened, in the words of all processes."""
         own = not bool(self._finite_losses())
-        names = [name for one in self._passes for name in image_names(one.batch)]
+        names = [name for one in self._passes for name in _image_names(one.batch)]
         terms = {name: float(term) for one in self._passes for name, term in one.terms.items()}
         # Where the gradient alone is not finite, every process may have caused it.
-        everyone = _gather((own or what != 'the loss', names, terms))
+        everyone = dist.all_gather_object((own or what != 'the loss', names, terms))
         culprits = [(names, terms) for concerned, names, terms in everyone if concerned]
-        images = [name for names, _ in culprits for name in names]
-        more = f' and {len(images) - _MAX_NAMED} more' if len(images) > _MAX_NAMED else ''
         broken = [f'{name}={value}' for _, terms in culprits for name, value in terms.items()
                   if not np.isfinite(value)]
         shown = broken or [f'{name}={value:.4g}' for name, value in culprits[0][1].items()]
-        more_terms = f' and {len(shown) - _MAX_NAMED} more' if len(shown) > _MAX_NAMED else ''
-        return (f'iteration {self._runner.iter + 1}: {what} is not finite '
-                f'({", ".join(shown[:_MAX_NAMED])}{more_terms}); images: '
-                f'{", ".join(images[:_MAX_NAMED])}{more}')
+        images = [name for names, _ in culprits for name in names]
+        return (f'iteration {self._runner.iter + 1}: {what} is not finite ({join(shown)}); '
+                f'images: {join(images)}')
 
     def _dump(self, what: str) -> str:
         """Write what the update started from, in the processes concerned; say where it is."""
@@ -269,73 +260,29 @@ class FiniteNumbersHook(Hook):
         if what != 'the loss' or not bool(self._finite_losses()):
             path = Path(self._runner.work_dir, 'nonfinite',
                         f'iter_{self._runner.iter + 1}_rank_{dist.get_rank()}.pth')
-            wrapper = self._wrapper
             about = dict(
-                format=_FORMAT, iteration=self._runner.iter + 1, epoch=self._runner.epoch + 1,
-                what=what, rank=dist.get_rank(), world_size=dist.get_world_size(),
-                autocast=_autocast_dtype(wrapper),
-                device=self._parameters[0].device.type,
-                learning_rates=[group['lr'] for group in wrapper.optimizer.param_groups],
-                passes=[dict(images=image_names(one.batch),
+                iteration=self._runner.iter + 1, epoch=self._runner.epoch + 1, what=what,
+                rank=dist.get_rank(), world_size=dist.get_world_size(),
+                autocast=_autocast_dtype(self._wrapper), device=self._parameters[0].device.type,
+                learning_rates=[group['lr'] for group in self._wrapper.optimizer.param_groups],
+                passes=[dict(images=_image_names(one.batch),
                              terms={name: float(term) for name, term in one.terms.items()})
                         for one in self._passes])
-            content = dict(
-                about=json.dumps(about),
-                weights=self._model.state_dict(),
-                batches=[pack(one.batch) for one in self._passes],
-                random=[pack(one.random) for one in self._passes])
-            memory = io.BytesIO()
-            torch.save(content, memory)
             try:
-                with write_whole(path) as file:
-                    file.write(memory.getbuffer())
+                write_dump(path, about, self._model.state_dict(),
+                           [one.batch for one in self._passes],
+                           [one.random for one in self._passes])
             except OSError as error:
                 print_log(str(error), 'current', logging.WARNING)
                 path = None
-        paths = [str(path) for path in _gather(path) if path is not None]
+        paths = [str(path) for path in dist.all_gather_object(path) if path is not None]
         if not paths:
             return ''
         return (f'; replay it with `python tools/dev/replay_batch.py CONFIG {paths[0]}`'
                 + (f' ({len(paths)} processes wrote one)' if len(paths) > 1 else ''))
 
 
-def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list, list]:
-    """Read what :class:`FiniteNumbersHook` has kept; nothing in such a file is run as code.
-
-    Returns:
-        What it is about, the weights, and of each pass the batch and the random states.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'dump {path} does not exist')
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        about = json.loads(content['about'])
-        if about['format'] != _FORMAT:
-            raise ValueError(f'its format is {about["format"]}, not {_FORMAT}')
-        return (about, content['weights'], [unpack(batch) for batch in content['batches']],
-                [unpack(state) for state in content['random']])
-    except Exception as error:
-        # torch reports a damaged file by half a dozen exception types.
-        reason = ' '.join(str(error).split())
-        raise ValueError(f'{path} is no dump of a batch: {reason}') from error
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Set the random number generators to what they were before a pass."""
-    version, numbers, gauss = states['python']
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = states['numpy']
-    np.random.set_state((kind, np.array(keys), position, has_gauss, cached))
-    torch.set_rng_state(states['torch'])
-    if 'cuda' in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states['cuda'])
-
-
-def image_names(batch: Any) -> list[str]:
+def _image_names(batch: Any) -> list[str]:
     """Find the paths, or else the ids, of the images of a batch."""
     samples = batch.get('data_samples', ()) if isinstance(batch, dict) else ()
     names = []
@@ -345,87 +292,8 @@ def image_names(batch: Any) -> list[str]:
     return names
 
 
-def pack(value: Any) -> Any:
-    """Turn a batch into tensors, numbers, texts, lists and dicts, which load safely.
-
-    A mark says what each thing was. What is none of them, nor an array or one of OpenMMLab's data
-    elements, is left out.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
-        return dict(kind='array', dtype=str(value.dtype), values=value.ravel().tolist(),
-                    shape=list(value.shape))
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return dict(kind='dict', items=[[pack(key), pack(item)] for key, item in value.items()])
-    if isinstance(value, (list, tuple)):
-        return dict(kind='list' if isinstance(value, list) else 'tuple',
-                    items=[pack(item) for item in value])
-    name = type(value).__name__
-    if isinstance(value, BaseDataElement):
-        return dict(kind='element', type=name, meta=pack(value.metainfo),
-                    fields=pack(dict(value.items())))
-    if name in _BOXES:
-        return dict(kind='boxes', type=name, tensor=value.tensor.detach().cpu())
-    return dict(kind='left out', type=name)
-
-
-def unpack(value: Any) -> Any:
-    """Undo :func:`pack`; what was left out becomes None."""
-    if not isinstance(value, dict):
-        return value
-    kind = value['kind']
-    if kind == 'array':
-        return np.array(value['values'], dtype=value['dtype']).reshape(value['shape'])
-    if kind == 'dict':
-        return {unpack(key): unpack(item) for key, item in value['items']}
-    if kind in ('list', 'tuple'):
-        items = [unpack(item) for item in value['items']]
-        return items if kind == 'list' else tuple(items)
-    if kind == 'element':
-        element = _find_type(value['type'])(metainfo=unpack(value['meta']))
-        for name, field in unpack(value['fields']).items():
-            setattr(element, name, field)
-        return element
-    if kind == 'boxes':
-        return _find_type(value['type'])(value['tensor'])
-    return None
-
-
-# Where the types of a batch come from, of those that may be made from a file.
-_ELEMENTS = {'InstanceData': 'mmengine.structures', 'LabelData': 'mmengine.structures',
-             'PixelData': 'mmengine.structures', 'BaseDataElement': 'mmengine.structures',
-             'DetDataSample': 'mmdet.structures', 'DataSample': 'mmpretrain.structures'}
-_BOXES = {'HorizontalBoxes': 'mmdet.structures.bbox'}
-
-
-def _find_type(name: str) -> type:
-    from importlib import import_module
-    places = {**_ELEMENTS, **_BOXES}
-    if name not in places:
-        raise ValueError(f'it holds a {name}, which is none of {", ".join(places)}')
-    return getattr(import_module(places[name]), name)
-
-
 def _autocast_dtype(wrapper: OptimWrapper) -> str | None:
     """Name the precision of the forward pass, None for that of the weights."""
     if not hasattr(wrapper, 'loss_scaler'):
         return None
     return str(getattr(wrapper, 'cast_dtype', None) or torch.float16).removeprefix('torch.')
-
-
-def _random_states() -> dict[str, Any]:
-    states = dict(python=random.getstate(), numpy=np.random.get_state(),
-                  torch=torch.get_rng_state())
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states['cuda'] = torch.cuda.get_rng_state()
-    return states
-
-
-def _gather(value: Any) -> Sequence[Any]:
-    """Collect a value of every process."""
-    return dist.all_gather_object(value)

@@ -1,0 +1,48 @@
+"""Evaluate a checkpoint, detector or classifier, as its config describes.
+
+    spartan-mm test rtdetr_spartan_t epoch_72.pth --out predictions.pkl
+
+For several processes, see tools/dist_test.sh.
+"""
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+
+from .arguments import add_config, add_run
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    add_config(parser)
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL')
+    add_run(parser)
+    parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
+                        help='keep the predictions in a pickle file')
+    parser.add_argument('--show', action='store_true', help='show each picture in a window')
+    parser.add_argument('--show-dir', metavar='DIR',
+                        help='write pictures with predictions to <work dir>/<time>/DIR')
+    parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS',
+                        help='how long --show shows each picture (default: %(default)s)')
+
+
+def run(args: Namespace) -> None:
+    """Change the config as the flags say, and test."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from ..engine import launch
+    from ..engine.checkpoint import StrictCheckpointHook
+    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    launch.load_weights(cfg, args.checkpoint)
+    launch.use_compile(cfg, args.compile)
+    if args.show or args.show_dir:
+        launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
+    if args.out:
+        launch.keep_predictions(cfg, args.out)
+    runner = launch.build_runner(cfg)
+    # Ahead of hooks that load the checkpoint themselves.
+    runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+    runner.test()
+
+
+def _pickle_name(text: str) -> str:
+    if not text.endswith(('.pkl', '.pickle')):
+        raise ArgumentTypeError(f'{text}: the name must end in .pkl or .pickle')
+    return text

@@ -1,0 +1,67 @@
+"""Train a model, detector or classifier, as its config describes.
+
+    spartan-mm train rtdetr_spartan_t --auto-scale-lr --resume
+
+Checkpoints and logs go to the work dir. Given again after an interruption, the same command goes
+on from the last checkpoint. For several processes, see tools/dist_train.sh.
+"""
+import os
+from argparse import ArgumentParser, Namespace
+
+from .arguments import add_config, add_run, add_seed
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    add_config(parser)
+    add_run(parser)
+    parser.add_argument('--amp', nargs='?', const='float16', choices=('float16', 'bfloat16'),
+                        help='train in automatic mixed precision on a GPU, float16 unless said '
+                             'otherwise')
+    parser.add_argument('--channels-last', action='store_true',
+                        help='lay weights and maps out with the channels last')
+    parser.add_argument('--no-fuse', action='store_true',
+                        help="leave SpaRTAN's blocks in their plain form on a CPU, too, where they "
+                             'are slower to train')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate to the real total batch size')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue from a checkpoint, exactly as if there had been no '
+                             'interruption; without a name, from the latest whole one in the work '
+                             'dir, or from the beginning if there is none')
+    parser.add_argument('--save-every', type=int, metavar='ITERATIONS',
+                        help='save in the middle of epochs, too (default: as '
+                             'default_hooks.checkpoint.every_iters of the config says)')
+    add_seed(parser, None)
+    parser.add_argument('--deterministic', action='store_true',
+                        help='let torch use deterministic algorithms wherever it has them')
+
+
+def run(args: Namespace) -> None:
+    """Change the config as the flags say, and train."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from mmengine.device import get_device
+
+    from ..backbones.fused import fuse
+    from ..datasets.preflight import PreflightHook
+    from ..engine import launch
+    from ..engine.finetune import FineTuneHook
+    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    if args.amp:
+        launch.use_amp(cfg, args.amp)
+    if args.channels_last:
+        launch.use_channels_last(cfg)
+    launch.use_compile(cfg, args.compile)
+    if args.auto_scale_lr:
+        launch.scale_learning_rate(cfg)
+    launch.set_randomness(cfg, args.seed, args.deterministic)
+    launch.make_resumable(cfg, args.save_every)
+    if args.resume or cfg.get('resume'):
+        launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
+    runner = launch.build_runner(cfg)
+    # Ahead of hooks that load the checkpoint themselves.
+    runner.register_hook(FineTuneHook(), priority='HIGHEST')
+    runner.register_hook(PreflightHook(), priority='HIGHEST')
+    if not args.no_fuse and get_device() == 'cpu':
+        fuse(runner.model)
+    runner.train()

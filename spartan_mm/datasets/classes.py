@@ -1,0 +1,87 @@
+"""The classes of heads and datasets: where heads are, and what to say if classes do not fit."""
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..text import join
+
+
+class Head(NamedTuple):
+    """A part of a model that tells classes apart.
+
+    Attributes:
+        path: Where it is in the model, such as 'roi_head.bbox_head.0'.
+        kind: Its class.
+        num_classes: Its number of classes.
+    """
+
+    path: str
+    kind: str
+    num_classes: int
+
+
+def find_heads(model: nn.Module | Mapping) -> Iterator[Head]:
+    """Find the parts whose name ends in 'head' and that have ``num_classes``.
+
+    A region proposal head, which knows one class, is none of them.
+
+    Args:
+        model: The model, out of its wrapper, or its config.
+    """
+    for path, part in model.named_modules() if isinstance(model, nn.Module) else _walk(model):
+        # Heads may stand in a list.
+        name = path.rstrip('.0123456789').rsplit('.', 1)[-1]
+        if isinstance(part, Mapping):
+            kind, number = str(part.get('type')), part.get('num_classes')
+        else:
+            kind, number = type(part).__name__, getattr(part, 'num_classes', None)
+        if name.endswith('head') and name != 'rpn_head' and isinstance(number, int):
+            yield Head(path, kind, number)
+
+
+def describe_class_count(head: Head, classes: Sequence[str], loader: str, dataset: str,
+                         in_preprocessor: bool) -> str:
+    """Say that a head has another number of classes than a dataset, and what to set.
+
+    Args:
+        head: The head.
+        classes: Those of the dataset.
+        loader: The data loader, such as 'train_dataloader'.
+        dataset: What to call the dataset.
+        in_preprocessor: Whether the model's data preprocessor has the number, too, as mmpretrain's,
+            which makes the targets of mixed images.
+    """
+    setting = f'model.{head.path}.num_classes={len(classes)}'
+    if in_preprocessor:
+        setting += f' model.data_preprocessor.num_classes={len(classes)}'
+    return (f'model.{head.path} ({head.kind}) has num_classes={head.num_classes}, but the dataset '
+            f'of {loader}, {dataset}, has {len(classes)} classes ({join(classes, 5)}). Set '
+            f'{setting} in the config (or on the command line: --cfg-options {setting}), or '
+            "correct the dataset's files or `metainfo`.")
+
+
+def describe_other_classes(train_classes: Sequence[str], train: str, val_classes: Sequence[str],
+                           val: str) -> str:
+    """Say where the classes of two datasets, which are called so, differ."""
+    pairs = enumerate(zip_longest(train_classes, val_classes))
+    label, (one, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    return (f'The classes of the training dataset, {train}, and of the validation dataset, {val}, '
+            f'differ: label {label} is {_show(one)} in the one and {_show(other)} in the other. '
+            'Give both the same classes in the same order.')
+
+
+def _walk(settings: Any, path: str = '') -> Iterator[tuple[str, Mapping]]:
+    """Find the dicts in a config, with their path."""
+    if isinstance(settings, Mapping):
+        yield path, settings
+        items = settings.items()
+    else:
+        items = enumerate(settings) if isinstance(settings, list | tuple) else ()
+    for key, value in items:
+        yield from _walk(value, f'{path}.{key}' if path else str(key))
+
+
+def _show(name: str | None) -> str:
+    return 'none' if name is None else repr(name)

@@ -1,0 +1,53 @@
+"""Words for people: names cut to length, tables, the gist of an error."""
+
+from collections.abc import Iterable, Sequence
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """Cut a name where it has more than `length` characters.
+
+    Example:
+        >>> shorten('backbone.stages.3', 9)
+        'backbone…'
+    """
+    return name if len(name) <= length else f'{name[:length - 1]}…'
+
+
+def first_line(error: Exception) -> str:
+    """Say what an error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown, its first row the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, '|' + '---|' * len(rows[0]))
+    return '\n'.join(lines) + '\n'
+
+
+def join(items: Iterable[object], limit: int = 8, none: str = 'none') -> str:
+    """Name some things, or the first of them and their number if there are many.
+
+    Args:
+        items: Written with ``str``.
+        limit: The most that are named.
+        none: What to say if there are none.
+
+    Example:
+        >>> join(['cat', 'dog']), join([]), join(range(9), limit=2)
+        ('cat, dog', 'none', '0, 1, ... (9 in all)')
+    """
+    items = [str(item) for item in items]
+    more = f', ... ({len(items)} in all)' if len(items) > limit else ''
+    return (', '.join(items[:limit]) or none) + more
+
+
+def count(number: int, noun: str) -> str:
+    """Say how many there are of something.
+
+    Example:
+        >>> count(1, 'class'), count(2, 'class'), count(0, 'key')
+        ('1 class', '2 classes', '0 keys')
+    """
+    ending = 'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'
+    return f'{number} {noun}{"" if number == 1 else ending}'
