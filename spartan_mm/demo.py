@@ -32,11 +32,11 @@ class Goal:
     """A metric, and what a demo is to reach in it.
 
     Args:
-        name: what to call it.
-        key: its name in mmengine's log.
-        least: the bar.
-        form: how to write it, as for ``format``.
-        unit: written after it.
+        name: What to call it.
+        key: Its name in mmengine's log.
+        least: The bar.
+        form: How to write it, as for ``format``.
+        unit: Written after it.
     """
 
     name: str
@@ -85,8 +85,8 @@ class Commands:
     """Runs commands of ``tools/``, each printed first, their output in files.
 
     Args:
-        root: the folder of ``tools/`` and ``configs/``.
-        logs: where the output of the commands goes.
+        root: The folder of ``tools/`` and ``configs/``.
+        logs: Where the output of the commands goes.
     """
 
     def __init__(self, root: Path, logs: Path) -> None:
@@ -100,7 +100,7 @@ class Commands:
         """Run a command, its output line by line to ``show``.
 
         Raises:
-            StepError: it failed.
+            StepError: It failed.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f'{Path(name).stem}.log'
@@ -121,10 +121,10 @@ class Commands:
         """Train; return the last checkpoint.
 
         Args:
-            config: the config file.
-            work_dir: where logs and weights go.
-            arguments: further ones of ``tools/train.py``.
-            metrics: those to show after each epoch: what to call them, by their name in the log.
+            config: The config file.
+            work_dir: Where logs and weights go.
+            arguments: Further ones of ``tools/train.py``.
+            metrics: Those to show after each epoch: what to call them, by their name in the log.
         """
         latest = work_dir / 'last_checkpoint'
         latest.unlink(missing_ok=True)
@@ -142,11 +142,11 @@ class Commands:
         """Evaluate a checkpoint; return the metrics by their name in the log.
 
         Args:
-            config: the config file.
-            checkpoint: the weights.
-            folder: where the logs go.
-            arguments: further ones of ``tools/test.py``.
-            keep: says which lines of the output to print.
+            config: The config file.
+            checkpoint: The weights.
+            folder: Where the logs go.
+            arguments: Further ones of ``tools/test.py``.
+            keep: Says which lines of the output to print.
         """
         def show(line: str) -> None:
             if keep(line):
@@ -174,12 +174,12 @@ class Demo(ABC):
     with (``report_flags``), and fill in the steps.
 
     Args:
-        root: the folder of ``tools/`` and ``configs/``.
-        config: the config file.
-        work_dir: where everything but the data goes.
-        data_root: where the data goes.
-        options: settings of the config to override, ``KEY=VALUE``.
-        quick: whether to take a look at every step only, in which nothing is learnt.
+        root: The folder of ``tools/`` and ``configs/``.
+        config: The config file.
+        work_dir: Where everything but the data goes.
+        data_root: Where the data goes.
+        options: Settings of the config to override, ``KEY=VALUE``.
+        quick: Whether to take a look at every step only, in which nothing is learnt.
     """
 
     goals: tuple[Goal, ...]
@@ -236,7 +236,7 @@ class Demo(ABC):
             The metrics of the goals.
 
         Raises:
-            StepError: a step failed.
+            StepError: A step failed.
         """
         self.console.line(f'Running in {self.commands.home} on {describe_device()}')
         with self._step('data'):
@@ -283,11 +283,11 @@ class Demo(ABC):
         """Run ``tools/infer.py`` on copies of some pictures.
 
         Args:
-            checkpoint: the weights.
-            pictures: files.
-            samples: where to copy them.
-            out_dir: where the results go.
-            arguments: further ones of ``tools/infer.py``.
+            checkpoint: The weights.
+            pictures: Files.
+            samples: Where to copy them.
+            out_dir: Where the results go.
+            arguments: Further ones of ``tools/infer.py``.
         """
         for folder in (samples, out_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -303,9 +303,9 @@ class TrainingProgress:
     """Shows how far a training is, from what mmengine prints.
 
     Args:
-        console: where to show it.
-        config: the config file that the training writes when it starts.
-        metrics: those to show after each epoch: what to call them, by their name in the log.
+        console: Where to show it.
+        config: The config file that the training writes when it starts.
+        metrics: Those to show after each epoch: what to call them, by their name in the log.
     """
 
     def __init__(self, console: Console, config: Path, metrics: Mapping[str, str]) -> None:
@@ -403,10 +403,10 @@ def parse_args(description: str, root: Path, name: str, data_name: str) -> argpa
     """Parse the flags of a demo.
 
     Args:
-        description: what the demo does.
-        root: the folder of ``tools/`` and ``configs/``.
-        name: its work dir in ``work_dirs/``, where nothing else is asked for.
-        data_name: its data in ``data/``, where nothing else is asked for.
+        description: What the demo does.
+        root: The folder of ``tools/`` and ``configs/``.
+        name: Its work dir in ``work_dirs/``, where nothing else is asked for.
+        data_name: Its data in ``data/``, where nothing else is asked for.
 
     Returns:
         work_dir and data_root (absolute paths), cfg_options (a list of ``KEY=VALUE``) and quick.
@@ -482,7 +482,7 @@ def find_home(root: Path) -> Path:
     """Find where data and results go: beside the code in a checkout, never in an installation.
 
     Args:
-        root: the folder of ``tools/`` and ``configs/``.
+        root: The folder of ``tools/`` and ``configs/``.
     """
     return Path.cwd() if root.name == '.mim' else root
 

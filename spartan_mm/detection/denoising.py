@@ -35,7 +35,7 @@ class DenoisingQueries(NamedTuple):
 class DenoisingGenerator(BaseModule):
     """Makes the denoising queries of a batch.
 
-    NOTE mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in
+    NOTE: mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in
     the middle of the image (here: a tiny box in the corner), and its boxes' logits are cut at 1e-3
     (here: 1e-5).
 

@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ..datasets.findings import DataError
+from ..datasets.data_errors import DataError
 
 
 @HOOKS.register_module()

@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..datasets.check import Content, check_content, read_built
-from ..datasets.findings import DataError, Finding
+from ..datasets.data_errors import DataError, Finding
 
 
 @HOOKS.register_module()

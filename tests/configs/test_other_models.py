@@ -26,7 +26,7 @@ def mmdet_scope():
 
 
 def train_and_predict(config):
-    """Take one step with the config's optimiser, then detect; return the model and its groups."""
+    """Take one step with the config's optimizer, then detect; return the model and its groups."""
     model = MODELS.build(config.model)
     model.init_weights()
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
@@ -64,7 +64,7 @@ def test_rtdetr_on_timm_is_one_line_from_another_backbone():
     text = (CONFIGS / 'rtdetr_timm.py').read_text(encoding='utf-8')
     assert text.count('the one line to change') == 1
     config = Config.fromfile(CONFIGS / 'rtdetr_timm.py')
-    assert config.model.backbone.pretrained and config.model.neck.in_channels is None
+    assert config.model.backbone.pretrained and 'in_channels' not in config.model.neck
 
 
 def test_retinanet_with_spartan():

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from spartan_mm.datasets import DIGITS_CATEGORIES, DIGITS_METAINFO, make_digits
 from spartan_mm.datasets import digits as module
-from spartan_mm.detection.coco import CheckedCocoDataset
+from spartan_mm.detection import CheckedCocoDataset
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digits.py'
 ARGUMENTS = dict(num_train=40, num_val=12, seed=3, image_size=(160, 128), progress=False)

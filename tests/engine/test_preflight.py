@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
 
-from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.detection import CheckedCocoDataset
 from spartan_mm.engine.preflight import PreflightHook
 
