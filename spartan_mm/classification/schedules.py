@@ -16,7 +16,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     - t < warmup: L (start_factor + t / warmup (1 - start_factor));
     - after it: eta_min + (L - eta_min) (1 + cos(pi t / end)) / 2.
 
-    NOTE: This is what timm's ``CosineLRScheduler`` does by default, and thereby the recipe.
+    NOTE: This is what timm's ``CosineLRScheduler`` does by default, and so does the recipe.
     mmengine's ``LinearLR`` followed by ``CosineAnnealingLR`` begins the cosine when the warm-up is
     over; then the learning rate is higher from there to the end, by up to 6 % of L.
 

@@ -58,8 +58,7 @@ def refuse_to_replace(root: Path, strange: set[str], kind: str) -> FileExistsErr
     holds = f'has {", ".join(sorted(strange))} in it' if strange else f'is no {kind}'
     return FileExistsError(
         f'{root} is there already and {holds}, so it is not replaced: '
-        'name another folder, or remove it.'
-    )
+        'name another folder, or remove it.')
 
 
 def _move(partial: Path, root: Path, stamp: Stamp,

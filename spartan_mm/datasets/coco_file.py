@@ -448,7 +448,7 @@ def _name(item: dict) -> str:
 
 
 def _in(value: Any, known: Any) -> bool:
-    """Look an id up, whatever it is; True is no 1, and 1.0 is none either."""
+    """Look an id up, whatever it is; neither True nor 1.0 is the id 1."""
     return type(value) in (int, str) and value in known
 
 

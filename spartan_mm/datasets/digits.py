@@ -107,8 +107,7 @@ def make_digits(root: str | Path, num_train: int = 2000, num_val: int = 200, see
         raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1.')
     if min(image_size) < 64:
         raise ValueError(
-            f'image_size={tuple(image_size)}: digits need pictures of at least 64x64 pixels.'
-        )
+            f'image_size={tuple(image_size)}: digits need pictures of at least 64x64 pixels.')
     counts = dict(train=num_train, val=num_val)
     stamp = dict(version=_VERSION, seed=seed, image_size=list(image_size), **counts)
 
@@ -146,8 +145,7 @@ def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]
     except ImportError as error:
         raise ImportError(
             'The digits dataset is made of the samples that come with scikit-learn: '
-            'pip install scikit-learn.'
-        ) from error
+            'pip install scikit-learn.') from error
     digits = load_digits()
     rng = np.random.default_rng(seed)
     indices = {split: [] for split in _SPLITS}

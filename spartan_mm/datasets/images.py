@@ -140,7 +140,7 @@ class BadImages:
             from 0 to 1. One is always allowed.
 
     Raises:
-        ValueError: An argument is none of these.
+        ValueError: An argument has another value.
     """
 
     def __init__(self, action: str, max_share: float) -> None:

@@ -47,13 +47,11 @@ class BatchRandomResize(nn.Module):
         super().__init__()
         if not sizes:
             raise ValueError(
-                'BatchRandomResize: `sizes` is empty; leave the batch augment out instead.'
-            )
+                'BatchRandomResize: `sizes` is empty; leave the batch augment out instead.')
         allowed = ('nearest', 'bilinear', 'bicubic', 'area')
         if interpolation not in allowed:
             raise ValueError(
-                f'BatchRandomResize: interpolation={interpolation!r} is none of {allowed}.'
-            )
+                f'BatchRandomResize: interpolation={interpolation!r} is none of {allowed}.')
         self.sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
         self.interpolation = interpolation
         self.stop_epoch = stop_epoch
@@ -100,8 +98,7 @@ class BatchRandomResize(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'sizes={self.sizes}, interpolation={self.interpolation!r}, '
-            f'stop_epoch={self.stop_epoch}'
-        )
+            f'stop_epoch={self.stop_epoch}')
 
 
 def _rescale_sample(sample: DetDataSample, size: tuple[int, int], scale_height: float,
@@ -113,8 +110,7 @@ def _rescale_sample(sample: DetDataSample, size: tuple[int, int], scale_height: 
         if 'masks' in instances:
             raise NotImplementedError(
                 'BatchRandomResize does not resize instance masks: leave `with_mask` out of '
-                'LoadAnnotations.'
-            )
+                'LoadAnnotations.')
         if 'bboxes' not in instances:
             continue
         if isinstance(instances.bboxes, BaseBoxes):

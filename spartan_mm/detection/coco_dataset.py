@@ -147,8 +147,7 @@ class CheckedCocoDataset(CocoDataset):
         kept = super().filter_data()
         if not kept:
             raise DataError(
-                f'{self.ann_file}: no image is left after filter_cfg={self.filter_cfg}.'
-            )
+                f'{self.ann_file}: no image is left after filter_cfg={self.filter_cfg}.')
         return kept
 
     def prepare_data(self, idx: int) -> Any:
@@ -184,8 +183,7 @@ class LoadCheckedImage(LoadImageFromFile):
         if kwargs.pop('ignore_empty', False):
             raise ValueError(
                 'LoadCheckedImage does not pass over images (`ignore_empty`): correct the '
-                'annotation file.'
-            )
+                'annotation file.')
         super().__init__(**kwargs)
         self.check_size = check_size
 

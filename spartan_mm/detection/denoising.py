@@ -74,7 +74,7 @@ class DenoisingGenerator(BaseModule):
             num_matching: Queries Q that follow the denoising ones.
 
         Returns:
-            The queries, or None where there are none to be made.
+            The queries, or None where denoising is off or an empty batch has none.
         """
         batch, largest = len(targets.counts), max(targets.counts)
         if not self.num_queries or (self.skip_empty_batch and not largest):

@@ -1,8 +1,8 @@
-"""RT-DETR's training transforms, in mmdet's terms and with torchvision's meaning.
+"""RT-DETR's transforms of places and sizes, in mmdet's terms and with torchvision's meaning.
 
 The official pipeline is written with ``torchvision.transforms.v2`` on PIL images. Its flip exists
-in mmdet with the same meaning, ``RandomFlip(prob=0.5)``. The others are here, to be used in this
-order::
+in mmdet with the same meaning, ``RandomFlip(prob=0.5)``; colours are distorted in ``photometric``.
+The order is::
 
     RandomPhotometricDistort -> RandomZoomOut -> RandomIoUCrop -> FilterSmallBoxes -> RandomFlip ->
     AntialiasedResize -> FilterSmallBoxes
@@ -62,8 +62,7 @@ class RandomZoomOut(Expand):
         if not 1 <= ratio_range[0] <= ratio_range[1]:
             raise ValueError(
                 f'RandomZoomOut: ratio_range={tuple(ratio_range)} must be (low, high) with '
-                '1 <= low <= high.'
-            )
+                '1 <= low <= high.')
         super().__init__(mean=[fill] * 3, to_rgb=False, ratio_range=ratio_range, prob=prob)
         # an array makes the comparison elementwise that chooses the fast way
         self.mean = np.array(self.mean)
@@ -106,8 +105,7 @@ class RandomIoUCrop(BaseTransform):
         if max(min_ious) < 1:
             raise ValueError(
                 f'RandomIoUCrop: min_ious={tuple(min_ious)} must contain 1.0 (keep the image '
-                'whole), or the search never ends on an image where no crop fits.'
-            )
+                'whole), or the search never ends on an image where no crop fits.')
         self.min_ious = tuple(min_ious)
         self.min_scale = min_scale
         self.max_scale = max_scale
@@ -188,8 +186,7 @@ class RandomIoUCrop(BaseTransform):
         return (
             f'{type(self).__name__}(min_ious={self.min_ious}, min_scale={self.min_scale}, '
             f'max_scale={self.max_scale}, min_aspect_ratio={self.min_aspect_ratio}, '
-            f'max_aspect_ratio={self.max_aspect_ratio}, trials={self.trials}, prob={self.prob})'
-        )
+            f'max_aspect_ratio={self.max_aspect_ratio}, trials={self.trials}, prob={self.prob})')
 
 
 def _centres_inside(boxes: np.ndarray, crops: np.ndarray) -> np.ndarray:
@@ -202,8 +199,8 @@ def _centres_inside(boxes: np.ndarray, crops: np.ndarray) -> np.ndarray:
 class FilterSmallBoxes(BaseTransform):
     """Drop boxes narrower or lower than ``min_size``; the image stays, even when no box is left.
 
-    RT-DETR does this after cropping and again after resizing, and trains on the images emptied
-    thereby.
+    RT-DETR does this after cropping and again after resizing, and trains on images that it leaves
+    without a box, too.
 
     NOTE: mmdet's ``FilterAnnotations`` drops a box of exactly the minimum, and its
     ``keep_empty=True`` discards the image when no box is left.
@@ -272,8 +269,7 @@ class AntialiasedResize(Resize):
     def __repr__(self) -> str:
         return (
             f'{type(self).__name__}(scale={self.scale}, keep_ratio={self.keep_ratio}, '
-            f'clip_object_border={self.clip_object_border})'
-        )
+            f'clip_object_border={self.clip_object_border})')
 
 
 def _contiguous(image: np.ndarray) -> np.ndarray:

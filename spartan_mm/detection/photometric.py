@@ -42,8 +42,7 @@ class RandomPhotometricDistort(BaseTransform):
         if not -0.5 <= hue[0] <= hue[1] <= 0.5:
             raise ValueError(
                 f'RandomPhotometricDistort: hue={tuple(hue)} must be (low, high) with '
-                '-0.5 <= low <= high <= 0.5.'
-            )
+                '-0.5 <= low <= high <= 0.5.')
         self.ranges = dict(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         self.prob = prob
 

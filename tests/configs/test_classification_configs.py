@@ -270,6 +270,7 @@ def loader(settings, root, batch_size=4):
     return Runner.build_dataloader(settings, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ALL)
 def test_takes_a_training_step(name, imagenet):
     """From the files through the pipeline, mixing, the loss and the optimizer."""

@@ -18,14 +18,11 @@ from spartan_mm.detection.hybrid_encoder import RepVGGBlock
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
 # Parameters (official denoising table of 81 rows, frozen BatchNorms counted), backbone's of these.
-SIZES = {
-    'rtdetr_r18vd': (20_184_464, 11_199_968),
-    'rtdetr_r34vd': (31_441_668, 21_308_128),
-    'rtdetr_r50vd': (42_891_372 + 53_248, 23_474_016 + 53_248),
-    'rtdetr_r101vd': (76_556_268 + 105_472, 42_413_920 + 105_472),
-    'rtdetr_spartan_t': (22_177_836, 3_820_296 - 257_000),
-    'rtdetr_spartan_xt': (20_619_756, 2_222_792 - 193_000),
-}
+SIZES = {'rtdetr_r18vd': (20_184_464, 11_199_968), 'rtdetr_r34vd': (31_441_668, 21_308_128),
+         'rtdetr_r50vd': (42_891_372 + 53_248, 23_474_016 + 53_248),
+         'rtdetr_r101vd': (76_556_268 + 105_472, 42_413_920 + 105_472),
+         'rtdetr_spartan_t': (22_177_836, 3_820_296 - 257_000),
+         'rtdetr_spartan_xt': (20_619_756, 2_222_792 - 193_000)}
 COCO = sorted(SIZES)
 
 
@@ -152,6 +149,7 @@ def test_decoder(name, layers, eval_idx):
     assert (decoder.num_layers, decoder.eval_idx) == (layers, eval_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*COCO, 'rtdetr_spartan_xt_digits'])
 def test_takes_a_training_step(name):
     """Through the data preprocessor with its batch resize, and the optimizer."""

@@ -44,6 +44,7 @@ def train_and_predict(config):
     return model, wrapper.optimizer.param_groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, channels', [
     ('resnet10t', (128, 256, 512)), ('mobilenetv3_small_050', (16, 24, 288))])
 def test_rtdetr_on_timm(name, channels):
@@ -67,6 +68,7 @@ def test_rtdetr_on_timm_is_one_line_from_another_backbone():
     assert config.model.backbone.pretrained and 'in_channels' not in config.model.neck
 
 
+@pytest.mark.slow
 def test_retinanet_with_spartan():
     config = Config.fromfile(CONFIGS / 'retinanet_spartan_t.py')
     config.model.backbone.init_cfg = None

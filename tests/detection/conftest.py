@@ -16,21 +16,15 @@ CHANGES = {'backbone.drop_path_rate': 0., 'neck.ffn_dims': 48, 'decoder.ffn_dims
            'bbox_head.num_classes': 5, 'test_cfg.max_per_img': 10}
 
 CONTENT = dict(
-    images=[
-        dict(id=7, file_name='cat.jpg', width=64, height=48),
-        dict(id=3, file_name='dog.jpg', width=48, height=64),
-        dict(id=9, file_name='none.jpg', width=40, height=40),
-    ],
+    images=[dict(id=7, file_name='cat.jpg', width=64, height=48),
+            dict(id=3, file_name='dog.jpg', width=48, height=64),
+            dict(id=9, file_name='none.jpg', width=40, height=40)],
     annotations=[
         dict(id=11, image_id=7, category_id=30, bbox=[1, 2, 30, 20], area=600, iscrowd=0),
         dict(id=12, image_id=3, category_id=5, bbox=[0, 0, 48, 64], area=100.5, iscrowd=1),
         dict(id=13, image_id=7, category_id=8, bbox=[5.5, 6, 10, 10], area=100, iscrowd=0),
     ],
-    categories=[
-        dict(id=5, name='dog'),
-        dict(id=30, name='cat'),
-        dict(id=8, name='bird'),
-    ],
+    categories=[dict(id=5, name='dog'), dict(id=30, name='cat'), dict(id=8, name='bird')],
 )
 
 

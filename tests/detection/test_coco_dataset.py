@@ -19,13 +19,8 @@ def build(tmp_path):
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / 'set.json').write_text(text)
         return DATASETS.build(
-            dict(
-                type=dataset_type,
-                data_root=str(tmp_path),
-                ann_file='set.json',
-                data_prefix=dict(img='images/'),
-                **kwargs,
-            )
+            dict(type=dataset_type, data_root=str(tmp_path), ann_file='set.json',
+                 data_prefix=dict(img='images/'), **kwargs)
         )
 
     return build
@@ -82,14 +77,11 @@ def test_protruding_box_is_clipped(build, content, messages):
     assert len(messages) == 1 and '1 of 3 boxes reach' in messages[0] and '13' in messages[0]
 
 
-INVALID_BOXES = [
-    ([1, 2, 0, 20], 'no width or no height'),
-    ([1, 2, 10, -3], 'no width or no height'),
-    ([70, 2, 10, 10], 'wholly outside the image, which is 64x48'),
-    ([-20, 2, 20, 10], 'wholly outside'),
-    ([math.nan, 2, 10, 10], 'not finite'),
-    ([0, 2, math.inf, 10], 'not finite'),
-]
+INVALID_BOXES = [([1, 2, 0, 20], 'no width or no height'),
+                 ([1, 2, 10, -3], 'no width or no height'),
+                 ([70, 2, 10, 10], 'wholly outside the image, which is 64x48'),
+                 ([-20, 2, 20, 10], 'wholly outside'), ([math.nan, 2, 10, 10], 'not finite'),
+                 ([0, 2, math.inf, 10], 'not finite')]
 
 
 @pytest.mark.parametrize('bbox, fault', INVALID_BOXES)
@@ -156,12 +148,8 @@ def test_bad_file(build, content, change, message):
 
 @pytest.mark.parametrize(
     'text, message',
-    [
-        ('', 'not a JSON file'),
-        ('{"images": [', 'not a JSON file'),
-        ('[]', 'holds a list'),
-        ('{}', 'has no images, categories, annotations'),
-    ],
+    [('', 'not a JSON file'), ('{"images": [', 'not a JSON file'), ('[]', 'holds a list'),
+     ('{}', 'has no images, categories, annotations')],
 )
 def test_not_an_annotation_file(build, text, message):
     with pytest.raises(ValueError, match=f'set.json: .*{message}'):
@@ -175,11 +163,8 @@ def test_missing_annotation_file(tmp_path):
 
 @pytest.mark.parametrize(
     'classes, message',
-    [
-        (('dog', 'cow'), 'no category cow.*dog, cat, bird'),
-        (('cat', 'dog'), r"write classes=\('dog', 'cat'\)"),
-        ('dog', r"classes=\('dog',\)"),
-    ],
+    [(('dog', 'cow'), 'no category cow.*dog, cat, bird'),
+     (('cat', 'dog'), r"write classes=\('dog', 'cat'\)"), ('dog', r"classes=\('dog',\)")],
 )
 def test_bad_classes(build, content, classes, message):
     with pytest.raises(ValueError, match=message):
@@ -246,9 +231,7 @@ class TestLoadCheckedImage:
     @pytest.mark.parametrize('content_of_file', [b'', b'<html>not found</html>', b'\xff\xd8\xff'])
     def test_not_decodable(self, dataset, path, content_of_file):
         path.write_bytes(content_of_file)
-        with pytest.raises(
-            DataError, match='cat.jpg.*image id 7 of .*set.json.*cannot be decoded'
-        ):
+        with pytest.raises(DataError, match='cat.jpg.*image id 7 of .*set.json.*cannot be decoded'):
             dataset[0]
 
     def test_other_size_than_annotated(self, dataset, path):

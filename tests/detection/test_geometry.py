@@ -11,12 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision import tv_tensors
 
-from spartan_mm.detection import (
-    AntialiasedResize,
-    FilterSmallBoxes,
-    RandomIoUCrop,
-    RandomZoomOut,
-)
+from spartan_mm.detection import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 
 SIZE = (120, 160)  # height, width
 BOXES = [[10, 20, 60, 80], [70, 30, 150, 110], [100, 5, 120, 25]]
@@ -35,13 +30,9 @@ def make_results(boxes=BOXES, size=SIZE, ignored=()):
         image[top:bottom, left:right] = 200 + index
     flags = np.zeros(len(boxes), dtype=bool)
     flags[list(ignored)] = True
-    return dict(
-        img=image,
-        img_shape=size,
-        gt_bboxes=HorizontalBoxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        gt_bboxes_labels=np.arange(len(boxes)),
-        gt_ignore_flags=flags,
-    )
+    return dict(img=image, img_shape=size,
+                gt_bboxes=HorizontalBoxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
+                gt_bboxes_labels=np.arange(len(boxes)), gt_ignore_flags=flags)
 
 
 def pixels_in(results, index):
@@ -159,10 +150,8 @@ class TestRandomIoUCrop:
     def test_thresholds_are_equally_likely(self):
         transform = RandomIoUCrop(prob=1)
         seen = []
-        transform._judge = lambda draws, min_iou, *_: (
-            seen.append(min_iou) or np.zeros((1, 4)),
-            np.ones(1, dtype=bool),
-        )
+        transform._judge = lambda draws, min_iou, *_: (seen.append(min_iou) or np.zeros((1, 4)),
+                                                       np.ones(1, dtype=bool))
         whole = sum(transform._draw_crop(10, 10, np.ones((1, 4))) is None for _ in range(1400))
         counts = [*(seen.count(value) for value in transform.min_ious[:-1]), whole]
         assert sum(counts) == 1400
@@ -229,13 +218,10 @@ class TestFilterSmallBoxes:
         assert len(FilterSmallBoxes()(make_results([]))['gt_bboxes']) == 0
 
 
-VIEWS = dict(
-    whole=lambda image: image,
-    cropped=lambda image: image[5:-7, 11:-2],
-    mirrored=lambda image: image[:, ::-1],
-    cropped_and_mirrored=lambda image: image[5:-7, 11:-2][:, ::-1],
-    turned=lambda image: image[::-1, ::-1],
-)
+VIEWS = dict(whole=lambda image: image, cropped=lambda image: image[5:-7, 11:-2],
+             mirrored=lambda image: image[:, ::-1],
+             cropped_and_mirrored=lambda image: image[5:-7, 11:-2][:, ::-1],
+             turned=lambda image: image[::-1, ::-1])
 
 
 class TestAntialiasedResize:
@@ -261,9 +247,7 @@ class TestAntialiasedResize:
     @pytest.mark.parametrize('keep_ratio', [False, True])
     @pytest.mark.parametrize('clip_object_border', [False, True])
     def test_everything_but_pixels_is_as_by_mmdet(self, keep_ratio, clip_object_border):
-        options = dict(
-            scale=(50, 70), keep_ratio=keep_ratio, clip_object_border=clip_object_border
-        )
+        options = dict(scale=(50, 70), keep_ratio=keep_ratio, clip_object_border=clip_object_border)
         boxes = [*BOXES, [-20, -10, 170, 130]]
         found = AntialiasedResize(**options)(make_results(BOXES) | outside(boxes))
         expected = Resize(**options, backend='pillow')(make_results(BOXES) | outside(boxes))
@@ -302,16 +286,10 @@ def test_mmdet_pillow_resize_is_torchvision_s(size):
 @pytest.mark.parametrize('boxes', [BOXES, []])
 def test_whole_pipeline(boxes):
     """Built by name from mmdet's registry, in the official order."""
-    pipeline = [
-        dict(type='RandomPhotometricDistort'),
-        dict(type='RandomZoomOut'),
-        dict(type='RandomIoUCrop'),
-        dict(type='FilterSmallBoxes'),
-        dict(type='RandomFlip', prob=0.5),
-        dict(type='AntialiasedResize', scale=(64, 64)),
-        dict(type='FilterSmallBoxes'),
-        dict(type='PackDetInputs'),
-    ]
+    pipeline = [dict(type='RandomPhotometricDistort'), dict(type='RandomZoomOut'),
+                dict(type='RandomIoUCrop'), dict(type='FilterSmallBoxes'),
+                dict(type='RandomFlip', prob=0.5), dict(type='AntialiasedResize', scale=(64, 64)),
+                dict(type='FilterSmallBoxes'), dict(type='PackDetInputs')]
     transforms = [TRANSFORMS.build(item) for item in pipeline]
     for _ in range(10):
         results = dict(make_results(boxes), img_id=1, img_path='', ori_shape=SIZE)

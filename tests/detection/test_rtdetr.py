@@ -334,17 +334,14 @@ def test_step_under_autocast_is_finite_with_boxes_in_float32(build, make_samples
 def test_initialization(build):
     model = build(**{'neck.embed_dims': 256, 'decoder.embed_dims': 256, 'decoder.ffn_dims': 1024,
                      'decoder.in_channels': [256] * 3, 'bbox_head.embed_dims': 256})
-    deviations = {
-        'decoder.layers.0.self_attn.in_proj_weight': 0.0441,
-        'decoder.layers.0.self_attn.out_proj.weight': 0.0361,
-        'decoder.layers.1.linear1.weight': 0.0361,
-        'decoder.layers.0.cross_attn.value_proj.weight': 0.0625,
-        'decoder.input_projs.0.conv.weight': 0.0361,
-        'decoder.query_pos_head.2.weight': (2 / (512 + 256)) ** 0.5,
-        'memory_trans_fc.weight': 0.0625,
-        'bbox_head.reg_branches.0.0.weight': 0.0361,
-        'bbox_head.cls_branches.0.weight': 0.0361,
-    }
+    deviations = {'decoder.layers.0.self_attn.in_proj_weight': 0.0441,
+                  'decoder.layers.0.self_attn.out_proj.weight': 0.0361,
+                  'decoder.layers.1.linear1.weight': 0.0361,
+                  'decoder.layers.0.cross_attn.value_proj.weight': 0.0625,
+                  'decoder.input_projs.0.conv.weight': 0.0361,
+                  'decoder.query_pos_head.2.weight': (2 / (512 + 256)) ** 0.5,
+                  'memory_trans_fc.weight': 0.0625, 'bbox_head.reg_branches.0.0.weight': 0.0361,
+                  'bbox_head.cls_branches.0.weight': 0.0361}
     for name, std in deviations.items():
         assert_close(model.get_parameter(name).std().item(), std, rtol=0.04, atol=0)
     for branch in model.bbox_head.cls_branches:
@@ -505,6 +502,7 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, RESNET])
 @torch.no_grad()
 def test_inference_compiles_to_one_graph(build, counter, changes):
@@ -518,6 +516,7 @@ def test_inference_compiles_to_one_graph(build, counter, changes):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_training_at_many_sizes_compiles_each_part_at_most_twice(build, make_samples, counter):
     # Twice where sizes happen to be equal at first, which torch.compile takes for one and the same.
     # Not 20 queries: with 12 for denoising they are 32, as are the channels.
