@@ -20,7 +20,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
-from .datasets.findings import UndecodableError
+from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
 from .errors import ExplainedError
 from .weights.loading import find_meta, load_for_inference

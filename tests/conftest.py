@@ -1,13 +1,18 @@
 """What every test starts from."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from mmengine.registry import DefaultScope
 
 import spartan_mm  # noqa: F401 - before any test imports mmdet or mmcv
@@ -49,3 +54,29 @@ def user_project(tmp_path_factory):
     (root / 'pictures' / 'annotations.json').write_text(json.dumps(
         dict(images=images, annotations=annotations, categories=categories)))
     return root
+
+
+@pytest.fixture(scope='session')
+def quick_demo(tmp_path_factory):
+    """Gives a demo of ``tools/`` that ran with ``--quick``, once for the workers of all tests."""
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
+
+    def run(name):
+        root = base / f'quick_{name}'
+        places = dict(work_dir=root / 'out', data_root=root / 'data' / 'digits')
+        output = root / 'output.json'
+        with FileLock(f'{root}.lock'):
+            if not output.exists():
+                root.mkdir(exist_ok=True)
+                tool = DATA.parents[1] / 'tools' / f'{name}.py'
+                done = subprocess.run(
+                    [sys.executable, str(tool), '--quick', '--work-dir', str(places['work_dir']),
+                     '--data-root', str(places['data_root'])], cwd=root, text=True,
+                    capture_output=True, timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+                output.write_text(json.dumps(dict(
+                    returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)))
+        return SimpleNamespace(**places, **json.loads(output.read_text()))
+
+    return run

@@ -19,7 +19,7 @@ from mmengine.config import DictAction  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from spartan_mm.datasets.check import SPLITS, Report, check_config  # noqa: E402
-from spartan_mm.datasets.findings import DataError  # noqa: E402
+from spartan_mm.datasets.data_errors import DataError  # noqa: E402
 from spartan_mm.engine import launch  # noqa: E402
 
 

@@ -8,7 +8,7 @@ model = dict(
     head=dict(num_classes=10, loss=dict(_delete_=True, type='CrossEntropyLoss')),
     train_cfg=dict(_delete_=True))
 
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=12)  # of 1438 // 32 = 44 steps
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),

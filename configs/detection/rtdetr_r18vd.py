@@ -1,15 +1,11 @@
 # RT-DETR-R18, COCO, 72 epochs: 46.5 AP (paper).
-_base_ = ['./_base_/rtdetr.py', './_base_/coco.py', './_base_/schedule_72e.py']
+_base_ = ['./_base_/rtdetr_r18vd_r34vd.py', './_base_/coco.py', './_base_/schedule_72e.py']
 
 model = dict(
     backbone=dict(
         depth=18,
-        frozen_stages=-1,
-        norm_cfg=dict(type='BN', requires_grad=True),
-        norm_eval=False,
         init_cfg=dict(
             type='ConvertedPretrained', converter='resnet_vd',
             checkpoint='https://github.com/lyuwenyu/storage/releases/download/v0.1/'
                        'ResNet18_vd_pretrained_from_paddle.pth')),
-    neck=dict(in_channels=[128, 256, 512], expansion=0.5),
     decoder=dict(num_layers=3))

@@ -10,6 +10,5 @@ model = dict(
         # A classifier to start from, for example a converted checkpoint of the authors; another
         # one: --cfg-options model.backbone.init_cfg.checkpoint=FILE
         init_cfg=dict(type='CheckedPretrained', checkpoint='checkpoints/spartan_t.pth',
-                      prefix='backbone.')),
-    neck=dict(in_channels=[64, 128, 256]))
+                      prefix='backbone.')))
 train_cfg = dict(max_epochs=70)

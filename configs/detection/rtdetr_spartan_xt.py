@@ -10,6 +10,5 @@ model = dict(
         # A classifier to start from, for example a converted checkpoint of the authors; another
         # one: --cfg-options model.backbone.init_cfg.checkpoint=FILE
         init_cfg=dict(type='CheckedPretrained', checkpoint='checkpoints/spartan_xt.pth',
-                      prefix='backbone.')),
-    neck=dict(in_channels=[64, 96, 192]))
+                      prefix='backbone.')))
 train_cfg = dict(max_epochs=70)

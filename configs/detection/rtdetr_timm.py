@@ -7,7 +7,6 @@ model = dict(
         type='TIMMFeatures',
         model_name='resnet18d.ra4_e3600_r224_in1k',  # the one line to change
         normalize=True,
-        pretrained=True),  # downloads the weights when a training starts
-    neck=dict(in_channels=None))  # the backbone's own
+        pretrained=True))  # downloads the weights when a training starts
 # NOTE: torch's conversion would lose the activations that many models of timm keep in their norms.
 sync_bn = None

@@ -120,7 +120,7 @@ def evaluate(predictions: Mapping[Any, Detections], ann_file: str | Path,
             together.
         ValueError: nothing was detected in any image.
     """
-    from ..detection.coco import CheckedCocoMetric
+    from ..detection.coco_metric import CheckedCocoMetric
     kept: list[Any] = []
     with _silence(), _keep_evaluators(kept):
         metric = CheckedCocoMetric(ann_file=str(ann_file), proposal_nums=(1, 10, 100),

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..datasets.findings import DataError
+from ..datasets.data_errors import DataError
 from ..engine.launch import UsageError
 from ..inference import Detections
 from .confusion import Outcomes, read_outcomes

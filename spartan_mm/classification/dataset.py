@@ -14,8 +14,8 @@ from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 from mmpretrain.datasets.custom import find_folders, get_samples
 from mmpretrain.registry import DATASETS
 
-from ..datasets.findings import MAX_NAMED, DataError, MissingDataError
-from ..datasets.findings import join as join_values
+from ..datasets.data_errors import MAX_NAMED, DataError, MissingDataError
+from ..datasets.data_errors import join as join_values
 from ..datasets.images import MISSING_REMEDY, BadImages, describe_picture, load_image
 
 
@@ -28,21 +28,21 @@ class CheckedImageFolder(CustomDataset):
     and its label, and ``metainfo`` or ``classes`` must name the classes.
 
     Args:
-        data_root: the folder that ``data_prefix`` and ``ann_file`` start from.
-        split: a folder in ``data_root``, in place of ``data_prefix``, such as 'train'. If there is
+        data_root: The folder that ``data_prefix`` and ``ann_file`` start from.
+        split: A folder in ``data_root``, in place of ``data_prefix``, such as 'train'. If there is
             a list ``meta/<split>.txt`` beside it, it is used; else the folder has one for each
             class.
-        ann_file: the list, if it lies elsewhere.
-        allow_empty_classes: accept class folders without pictures.
-        bad_images: what to do about pictures that cannot be decoded: 'stop', or 'replace' to take
+        ann_file: The list, if it lies elsewhere.
+        allow_empty_classes: Accept class folders without pictures.
+        bad_images: What to do about pictures that cannot be decoded: 'stop', or 'replace' to take
             another picture in training and log a warning; None for 'replace' if ``split`` is
             'train', else 'stop'. A missing picture always stops.
-        max_bad_images: the share of the pictures that may be replaced before training stops.
-        kwargs: arguments of mmpretrain's ``CustomDataset``.
+        max_bad_images: The share of the pictures that may be replaced before training stops.
+        kwargs: Arguments of mmpretrain's ``CustomDataset``.
 
     Raises:
-        FileNotFoundError: there is no such folder or list.
-        DataError: they are not what they should be; the message names the first culprits.
+        FileNotFoundError: There is no such folder or list.
+        DataError: They are not what they should be; the message names the first culprits.
     """
 
     def __init__(self,
@@ -96,8 +96,8 @@ class CheckedImageFolder(CustomDataset):
         """Run the pipeline on a picture, or on another one in place of a bad one.
 
         Raises:
-            FileNotFoundError: the picture does not exist.
-            DataError: it, or too many of them, cannot be decoded.
+            FileNotFoundError: The picture does not exist.
+            DataError: It, or too many of them, cannot be decoded.
         """
         return self.bad_images.fetch(self._prepare, idx, len(self))
 

@@ -11,12 +11,12 @@ from mmengine.registry import PARAM_SCHEDULERS
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
     """A cosine from the first to the last step, whose beginning a linear warm-up replaces.
 
-    At step t, counted from 0, with the optimiser's learning rate L:
+    At step t, counted from 0, with the optimizer's learning rate L:
 
     - t < warmup: L (start_factor + t / warmup (1 - start_factor));
     - after it: eta_min + (L - eta_min) (1 + cos(pi t / end)) / 2.
 
-    NOTE: this is what timm's ``CosineLRScheduler`` does by default, and thereby the recipe.
+    NOTE: This is what timm's ``CosineLRScheduler`` does by default, and so does the recipe.
     mmengine's ``LinearLR`` followed by ``CosineAnnealingLR`` begins the cosine when the warm-up is
     over; then the learning rate is higher from there to the end, by up to 6 % of L.
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import cv2
-import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmpretrain.registry import TRANSFORMS
 from torchvision.transforms import v2
+
+from ..datasets.images import image_of_bytes
 
 
 @TRANSFORMS.register_module()
@@ -52,12 +53,9 @@ class TorchvisionTransforms(BaseTransform):
         """Transform ``img``, (H, W, 3) in BGR order, and set ``img_shape``.
 
         Raises:
-            TypeError: the image is not of 8 bits, or has not three channels.
+            TypeError: The image is not of 8 bits, or has not three channels.
         """
-        image = results['img']
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise TypeError(f'{type(self).__name__} takes images (H, W, 3) of 8 bits, not '
-                            f'{image.shape} of {image.dtype}')
+        image = image_of_bytes(results, type(self).__name__, 3)
         rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         # Not copied to planes: resizing is faster where the channels of a pixel lie together.
         image = self.transforms(torch.from_numpy(rgb).permute(2, 0, 1))  # (3, H, W)

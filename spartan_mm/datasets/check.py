@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from .classes import describe_class_count, describe_other_classes, find_heads
 from .coco_file import MISSING_REMEDY, CocoFile, describe_image, read_json
-from .findings import (
+from .data_errors import (
     MAX_NAMED,
     DataError,
     Finding,
@@ -50,12 +50,12 @@ class Content:
     """What a dataset holds.
 
     Args:
-        infos: of each image a dict with ``img_path`` and, where they are known, ``img_id``,
+        infos: Of each image a dict with ``img_path`` and, where they are known, ``img_id``,
             ``width``, ``height``, ``ann_file``, ``gt_label``.
-        classes: names of the classes.
-        image_index: of each object, the index of its image, (A,).
-        labels: of each object, (A,); -1 for a class that is not in use.
-        crowds: whether it is a region with many objects, (A,).
+        classes: Names of the classes.
+        image_index: Of each object, the index of its image, (A,).
+        labels: Of each object, (A,); -1 for a class that is not in use.
+        crowds: Whether it is a region with many objects, (A,).
         boxes: x1, y1, x2, y2 in pixels, (A, 4); None where objects are whole images.
     """
 
@@ -88,9 +88,9 @@ class Report:
 
     Args:
         split: 'train', 'val' or 'test'.
-        name: what to call the dataset: its type and file.
-        content: what it holds, as far as it is sound.
-        findings: what is wrong or worth knowing.
+        name: What to call the dataset: its type and file.
+        content: What it holds, as far as it is sound.
+        findings: What is wrong or worth knowing.
     """
 
     split: str
@@ -125,12 +125,12 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = Fal
     A dataset that several splits share is checked once.
 
     Args:
-        cfg: the config.
-        splits: those to check, of 'train', 'val' and 'test'; one that the config has not is left
+        cfg: The config.
+        splits: Those to check, of 'train', 'val' and 'test'; one that the config has not is left
             out.
-        decode: whether to decode every image, as the loader of the config's pipeline does.
-        workers: number of processes that decode; None for one for each CPU.
-        progress: wraps an iterable with a description and its length, to show how far it is.
+        decode: Whether to decode every image, as the loader of the config's pipeline does.
+        workers: Number of processes that decode; None for one for each CPU.
+        progress: Wraps an iterable with a description and its length, to show how far it is.
 
     Returns:
         A report for each dataset; of a dataset that joins several, one for each.
@@ -168,11 +168,11 @@ def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
     """Check a dataset.
 
     Args:
-        config: its config; the default scope must be that of the config it comes from.
-        split: what to call it.
-        decode: whether to decode every image.
-        workers: number of processes that decode; None for one for each CPU.
-        progress: see :func:`check_config`.
+        config: Its config; the default scope must be that of the config it comes from.
+        split: What to call it.
+        decode: Whether to decode every image.
+        workers: Number of processes that decode; None for one for each CPU.
+        progress: See :func:`check_config`.
     """
     config = dict(config)
     loader = next((step for step in config.get('pipeline', ())
@@ -296,10 +296,10 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
     """Decode every image as a pipeline's loader does, and compare sizes with the annotations.
 
     Args:
-        content: the images.
-        loader: the config of the pipeline's step that loads images.
-        workers: number of processes; None for one for each CPU.
-        progress: see :func:`check_config`.
+        content: The images.
+        loader: The config of the pipeline's step that loads images.
+        workers: Number of processes; None for one for each CPU.
+        progress: See :func:`check_config`.
     """
     options = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'),
                    backend_args=loader.get('backend_args'))

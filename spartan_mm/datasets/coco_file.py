@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 
-from .findings import DataError, Finding, MissingDataError, join, name_culprits, show
+from .data_errors import DataError, Finding, MissingDataError, join, name_culprits, show
 
 _IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
 _ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
@@ -56,8 +56,8 @@ def read_json(path: str, backend_args: dict | None = None) -> Any:
     """Read an annotation file.
 
     Raises:
-        MissingDataError: there is no such file.
-        DataError: it is no JSON file.
+        MissingDataError: There is no such file.
+        DataError: It is no JSON file.
     """
     if not fileio.exists(path, backend_args=backend_args):
         raise MissingDataError(
@@ -85,27 +85,21 @@ class CocoFile:
     Every check goes on with what passed the ones before it, so that one reading finds all faults.
 
     Args:
-        content: what the file holds.
-        name: what to call the file in messages.
-        classes: the classes in use, in the order of the file's categories; None for all.
-        evaluation: whether predictions are to be compared with it, which needs ``iscrowd`` and can
+        content: What the file holds.
+        name: What to call the file in messages.
+        classes: The classes in use, in the order of the file's categories; None for all.
+        evaluation: Whether predictions are to be compared with it, which needs ``iscrowd`` and can
             do without annotations.
         invalid_boxes: 'error' if a box of no width or height, not finite, wholly outside its
             image, or with no area is an error; 'drop' to leave such annotations out; 'keep' to
             keep what COCO's evaluation can handle, which are those of no size or outside.
-        allow_no_objects: whether no object at all is no error.
+        allow_no_objects: Whether no object at all is no error.
     """
 
     @no_garbage_collection()
-    def __init__(
-        self,
-        content: Any,
-        name: str,
-        classes: Sequence[str] | str | None = None,
-        evaluation: bool = False,
-        invalid_boxes: str = 'error',
-        allow_no_objects: bool = False,
-    ) -> None:
+    def __init__(self, content: Any, name: str, classes: Sequence[str] | str | None = None,
+                 evaluation: bool = False, invalid_boxes: str = 'error',
+                 allow_no_objects: bool = False) -> None:
         self.name = name
         self.evaluation = evaluation
         self.invalid_boxes = invalid_boxes
@@ -140,7 +134,7 @@ class CocoFile:
         """Stop at what is wrong.
 
         Raises:
-            DataError: the first finding that is an error.
+            DataError: The first finding that is an error.
         """
         for finding in self.findings:
             if finding.level == 'error':
@@ -454,7 +448,7 @@ def _name(item: dict) -> str:
 
 
 def _in(value: Any, known: Any) -> bool:
-    """Look an id up, whatever it is; True is no 1, and 1.0 is none either."""
+    """Look an id up, whatever it is; neither True nor 1.0 is the id 1."""
     return type(value) in (int, str) and value in known
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import cv2
 
+from .atomic_folder import Stamp, is_missing, make_once, refuse_to_replace
 from .digits import share_out_digits
-from .once import Stamp, is_missing, make_once, refuse_to_replace
 
 # Goes into the stamp: raise it whenever the pictures change for the same arguments.
 _VERSION = 1
@@ -26,15 +26,15 @@ def make_digit_folder(root: str | Path, seed: int = 0) -> Path:
     0 to 9 and the samples by their index in scikit-learn's set; and ``info.json``.
 
     Args:
-        root: folder to make. One made here earlier with another seed is replaced.
-        seed: of what is held out for validation, a fifth of each class.
+        root: Folder to make. One made here earlier with another seed is replaced.
+        seed: Of what is held out for validation, a fifth of each class.
 
     Returns:
         The folder, as an absolute path.
 
     Raises:
         FileExistsError: ``root`` is there and holds something else.
-        ImportError: scikit-learn is missing.
+        ImportError: Scikit-learn is missing.
     """
     stamp = dict(version=_VERSION, seed=seed)
 
@@ -59,7 +59,7 @@ def _find_stamp(root: Path) -> Stamp | None:
     """Read with which arguments the dataset at ``root`` was made; None if there is none.
 
     Raises:
-        FileExistsError: there is something else.
+        FileExistsError: There is something else.
     """
     if is_missing(root):
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .once import Stamp, is_missing, make_once, refuse_to_replace
+from .atomic_folder import Stamp, is_missing, make_once, refuse_to_replace
 
 _NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 # gaps, so that a mistake in mapping ids to labels shows
@@ -78,14 +78,8 @@ class DigitsPaths:
         return self.root / 'annotations' / 'val.json'
 
 
-def make_digits(
-    root: str | Path,
-    num_train: int = 2000,
-    num_val: int = 200,
-    seed: int = 0,
-    image_size: tuple[int, int] = (320, 256),
-    progress: bool = True,
-) -> DigitsPaths:
+def make_digits(root: str | Path, num_train: int = 2000, num_val: int = 200, seed: int = 0,
+                image_size: tuple[int, int] = (320, 256), progress: bool = True) -> DigitsPaths:
     """Make the dataset under ``root``, unless it is there already, made with the same arguments.
 
     It is written beside ``root`` and moved there when complete, so an interrupted run leaves
@@ -93,28 +87,27 @@ def make_digits(
     pictures adds to the same ones.
 
     Args:
-        root: folder to make, with ``train/``, ``val/`` and ``annotations/{train,val}.json`` in it.
+        root: Folder to make, with ``train/``, ``val/`` and ``annotations/{train,val}.json`` in it.
             One made here earlier with other arguments is replaced.
-        num_train: number of training pictures.
-        num_val: number of validation pictures.
-        seed: of everything that is drawn.
+        num_train: Number of training pictures.
+        num_val: Number of validation pictures.
+        seed: Of everything that is drawn.
         image_size: (width, height) of most pictures, in pixels, at least 64; the others are square
             or turned.
-        progress: show a progress bar.
+        progress: Show a progress bar.
 
     Returns:
         The paths of its parts.
 
     Raises:
         FileExistsError: ``root`` is there and holds something else.
-        ValueError: no pictures asked for, or too small ones.
+        ValueError: No pictures asked for, or too small ones.
     """
     if min(num_train, num_val) < 1:
         raise ValueError(f'num_train={num_train} and num_val={num_val} must be at least 1.')
     if min(image_size) < 64:
         raise ValueError(
-            f'image_size={tuple(image_size)}: digits need pictures of at least 64x64 pixels.'
-        )
+            f'image_size={tuple(image_size)}: digits need pictures of at least 64x64 pixels.')
     counts = dict(train=num_train, val=num_val)
     stamp = dict(version=_VERSION, seed=seed, image_size=list(image_size), **counts)
 
@@ -138,22 +131,21 @@ def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]
     """Load scikit-learn's digits and share them out to the splits, disjointly.
 
     Args:
-        seed: of the shares; a fifth of each class is for validation.
+        seed: Of the shares; a fifth of each class is for validation.
 
     Returns:
         The samples (1797, 8, 8), ink from 0 to 1; and for each split and class, the indices of its
         samples.
 
     Raises:
-        ImportError: scikit-learn is missing.
+        ImportError: Scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
             'The digits dataset is made of the samples that come with scikit-learn: '
-            'pip install scikit-learn.'
-        ) from error
+            'pip install scikit-learn.') from error
     digits = load_digits()
     rng = np.random.default_rng(seed)
     indices = {split: [] for split in _SPLITS}
@@ -169,7 +161,7 @@ def _find_stamp(root: Path) -> Stamp | None:
     """Read with which arguments the dataset at ``root`` was made; None if there is none.
 
     Raises:
-        FileExistsError: there is something else.
+        FileExistsError: There is something else.
     """
     if is_missing(root):
         return None
@@ -198,8 +190,8 @@ class _Source:
 
     Attributes:
         photos: (H, W, 3) RGB uint8 each.
-        digits: for each class, (samples, 8, 8) ink from 0 to 1.
-        indices: for each class, the indices of these samples in scikit-learn's set.
+        digits: For each class, (samples, 8, 8) ink from 0 to 1.
+        indices: For each class, the indices of these samples in scikit-learn's set.
     """
 
     photos: list[np.ndarray]
@@ -214,23 +206,18 @@ def _load_sources(seed: int) -> dict[str, _Source]:
     photos = load_sample_images().images
 
     borders = [round((1 - _VAL_PHOTO) * photo.shape[1]) for photo in photos]
-    parts = dict(
-        train=[photo[:, :border] for photo, border in zip(photos, borders, strict=True)],
-        val=[photo[:, border:] for photo, border in zip(photos, borders, strict=True)],
-    )
+    parts = dict(train=[photo[:, :border] for photo, border in zip(photos, borders, strict=True)],
+                 val=[photo[:, border:] for photo, border in zip(photos, borders, strict=True)])
     return {
-        split: _Source(
-            photos=parts[split],
-            digits=[samples[of_class] for of_class in indices[split]],
-            indices=indices[split],
-        )
+        split: _Source(photos=parts[split],
+                       digits=[samples[of_class] for of_class in indices[split]],
+                       indices=indices[split])
         for split in _SPLITS
     }
 
 
-def _write_pictures(
-    folder: Path, source: _Source, rngs: Sequence[np.random.Generator], image_size: tuple[int, int]
-) -> dict:
+def _write_pictures(folder: Path, source: _Source, rngs: Sequence[np.random.Generator],
+                    image_size: tuple[int, int]) -> dict:
     """Write the pictures of a split, one for each generator, and return their annotations."""
     folder.mkdir()
     images, annotations = [], []
@@ -243,17 +230,12 @@ def _write_pictures(
         images.append(dict(id=image_id, file_name=name, width=width, height=height))
         for item in objects:
             annotations.append(dict(id=len(annotations) + 1, image_id=image_id, **item))
-    return dict(
-        info=dict(description=_DESCRIPTION),
-        images=images,
-        annotations=annotations,
-        categories=list(DIGITS_CATEGORIES),
-    )
+    return dict(info=dict(description=_DESCRIPTION), images=images, annotations=annotations,
+                categories=list(DIGITS_CATEGORIES))
 
 
-def _draw_picture(
-    rng: np.random.Generator, source: _Source, image_size: tuple[int, int]
-) -> tuple[np.ndarray, list[dict]]:
+def _draw_picture(rng: np.random.Generator, source: _Source,
+                  image_size: tuple[int, int]) -> tuple[np.ndarray, list[dict]]:
     """Draw a picture.
 
     Returns:
@@ -281,9 +263,8 @@ def _draw_picture(
     return canvas.picture(), canvas.objects()
 
 
-def _draw_background(
-    rng: np.random.Generator, photos: Sequence[np.ndarray], shape: tuple[int, int]
-) -> np.ndarray:
+def _draw_background(rng: np.random.Generator, photos: Sequence[np.ndarray],
+                     shape: tuple[int, int]) -> np.ndarray:
     """Cut a random part of a random photograph, (H, W, 3) float32 from 0 to 255."""
     photo = photos[rng.integers(len(photos))]
     fit = min(photo.shape[0] / shape[0], photo.shape[1] / shape[1])
@@ -313,9 +294,8 @@ def _draw_glyph(rng: np.random.Generator, samples: np.ndarray, size: float) -> n
     side = int(np.ceil(2 * size)) + 4
     centre = (np.array(sample.shape) - 1) / 2
     offset = (side - 1) / 2 - matrix @ centre
-    ink = cv2.warpAffine(
-        sample, np.column_stack([matrix, offset]), (side, side), flags=cv2.INTER_CUBIC
-    )
+    ink = cv2.warpAffine(sample, np.column_stack([matrix, offset]), (side, side),
+                         flags=cv2.INTER_CUBIC)
 
     # The interpolated ink is a blur; a steeper slope around the middle gives strokes with an edge.
     opacity = np.clip((ink - 0.3) / 0.3, 0, 1)
@@ -329,9 +309,8 @@ def _draw_ink(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(colour, dtype=np.float32)
 
 
-def _draw_position(
-    rng: np.random.Generator, shape: tuple[int, int], glyph: np.ndarray
-) -> tuple[int, int]:
+def _draw_position(rng: np.random.Generator, shape: tuple[int, int],
+                   glyph: np.ndarray) -> tuple[int, int]:
     """Draw the (top, left) of a glyph that fits into the picture."""
     top, left = (
         int(rng.integers(max(outer - inner, 0), endpoint=True))
@@ -361,9 +340,8 @@ def _draw_crowd(rng: np.random.Generator, source: _Source, canvas: '_Canvas') ->
         cluster |= canvas.blend(glyph, (top, left), ink)
     # the region of the cluster, gaps between the digits filled
     gap = int(np.ceil(2 * spacing)) | 1
-    region = cv2.morphologyEx(
-        np.pad(cluster, gap).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8)
-    )
+    region = cv2.morphologyEx(np.pad(cluster, gap).astype(np.uint8), cv2.MORPH_CLOSE,
+                              np.ones((gap, gap), np.uint8))
     canvas.add_crowd(label, region[gap:-gap, gap:-gap] > 0)
 
 
@@ -382,9 +360,8 @@ class _Canvas:
     def picture(self) -> np.ndarray:
         return self._pixels.round().astype(np.uint8)
 
-    def paint(
-        self, glyph: np.ndarray, label: int, position: tuple[int, int], ink: np.ndarray
-    ) -> bool:
+    def paint(self, glyph: np.ndarray, label: int, position: tuple[int, int],
+              ink: np.ndarray) -> bool:
         """Paint a digit, unless it does not fit, or would hide too much of what is there."""
         box = _box(glyph, position)
         if glyph.shape[0] > self.shape[0] or glyph.shape[1] > self.shape[1]:
@@ -437,13 +414,9 @@ class _Canvas:
         for crowd in self._crowds:
             left, top, right, bottom = crowd['box']
             crowds.append(
-                dict(
-                    category_id=_IDS[crowd['label']],
-                    bbox=[left, top, right - left, bottom - top],
-                    area=int(crowd['region'].sum()),
-                    iscrowd=1,
-                    segmentation=_run_lengths(crowd['region']),
-                )
+                dict(category_id=_IDS[crowd['label']], bbox=[left, top, right - left, bottom - top],
+                     area=int(crowd['region'].sum()), iscrowd=1,
+                     segmentation=_run_lengths(crowd['region']))
             )
         return digits + crowds
 

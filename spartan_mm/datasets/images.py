@@ -12,7 +12,7 @@ from mmengine import fileio
 from mmengine.logging import print_log
 from PIL import Image
 
-from .findings import DataError, MissingDataError, UndecodableError
+from .data_errors import DataError, MissingDataError, UndecodableError
 
 #: What to do about pictures of a classifier's dataset that do not exist.
 MISSING_REMEDY = 'check `data_root`, `split` and `ann_file` of the dataset in the config.'
@@ -39,7 +39,7 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
     decodes it here.
 
     Args:
-        content: what the file holds.
+        content: What the file holds.
         flag: mmcv's, such as 'color' or 'color_ignore_orientation'.
         backend: mmcv's, such as 'cv2' or 'pillow'; None for the one mmcv is set to.
 
@@ -47,7 +47,7 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
         The image, (H, W, 3) unless the flag says otherwise.
 
     Raises:
-        UndecodableError: there is no image in it, or a damaged one; the message is the reason.
+        UndecodableError: There is no image in it, or a damaged one; the message is the reason.
     """
     if not content:
         raise UndecodableError('the file is empty')
@@ -69,21 +69,21 @@ def load_image(path: str, described: str, remedy: str, flag: str = 'color',
     """Load an image, or say in one sentence why not.
 
     Args:
-        path: where it is.
-        described: what to call it in messages.
-        remedy: what to check if it does not exist.
+        path: Where it is.
+        described: What to call it in messages.
+        remedy: What to check if it does not exist.
         flag: mmcv's, see :func:`decode_image`.
         backend: mmcv's, see :func:`decode_image`.
-        annotated_size: the width and height that it must have, if they are known.
+        annotated_size: The width and height that it must have, if they are known.
         backend_args: mmengine's, of the storage.
 
     Returns:
         The image, (H, W, 3) unless the flag says otherwise.
 
     Raises:
-        MissingDataError: there is no such file.
-        UndecodableError: it cannot be read or decoded.
-        DataError: it has another size than annotated.
+        MissingDataError: There is no such file.
+        UndecodableError: It cannot be read or decoded.
+        DataError: It has another size than annotated.
     """
     try:
         content = fileio.get(path, backend_args=backend_args)
@@ -107,6 +107,27 @@ def load_image(path: str, described: str, remedy: str, flag: str = 'color',
     return image
 
 
+def image_of_bytes(results: dict, transform: str, channels: int | None = None) -> np.ndarray:
+    """Take the image of a pipeline's results, if it is what a transform can work on.
+
+    Args:
+        results: ``img`` is the image.
+        transform: What to call the transform in the message.
+        channels: The number of channels that it needs; None for any.
+
+    Raises:
+        TypeError: The image is not (H, W, channels) uint8.
+    """
+    image = results['img']
+    if image.dtype != np.uint8 or image.ndim != 3 or channels not in (None, image.shape[2]):
+        raise TypeError(
+            f'{transform} needs a (H, W, {channels or "C"}) uint8 image, but '
+            f'{results.get("img_path", "the image")} is {image.shape} {image.dtype}: put it before '
+            'every transform that makes floats, and load with `to_float32=False` and '
+            '`color_type="color"`.')
+    return image
+
+
 class BadImages:
     """What a dataset does about images that cannot be decoded.
 
@@ -115,11 +136,11 @@ class BadImages:
     Args:
         action: 'stop' to raise, 'replace' to take another image of the dataset and warn. Which one
             depends on nothing but the index of the bad one, so a run can be repeated.
-        max_share: the share of the dataset's images that may be bad before 'replace' raises, too;
+        max_share: The share of the dataset's images that may be bad before 'replace' raises, too;
             from 0 to 1. One is always allowed.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: An argument has another value.
     """
 
     def __init__(self, action: str, max_share: float) -> None:
@@ -145,13 +166,13 @@ class BadImages:
         """Prepare an image, or another one in its place.
 
         Args:
-            prepare: prepares the image of an index.
-            index: which image is wanted; negative ones count from the end.
-            total: number of images.
+            prepare: Prepares the image of an index.
+            index: Which image is wanted; negative ones count from the end.
+            total: Number of images.
 
         Raises:
-            UndecodableError: it cannot be decoded, and the action is 'stop'.
-            DataError: too many cannot.
+            UndecodableError: It cannot be decoded, and the action is 'stop'.
+            DataError: Too many cannot.
         """
         if self.action == 'stop':
             return prepare(index)

@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from .check import Content, check_content, read_built
-from .findings import DataError, Finding
+from .data_errors import DataError, Finding
 
 
 @HOOKS.register_module()

@@ -10,23 +10,19 @@ require('mmdet', '3.3.0', 'detection')
 # ruff: noqa: E402 - the packages' versions are checked before anything of theirs is touched
 from .. import engine  # noqa: F401
 from .batch_resize import BatchRandomResize
-from .coco import CheckedCocoDataset, CheckedCocoMetric, LoadCheckedImage
+from .coco_dataset import CheckedCocoDataset, LoadCheckedImage
+from .coco_metric import CheckedCocoMetric
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
+from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
 from .losses import IoUAwareVarifocalLoss
+from .photometric import RandomPhotometricDistort
 from .resnet_vd import ResNetVd
 from .rtdetr import RTDETR
 from .rtdetr_decoder import RTDETRDecoder
 from .rtdetr_head import RTDETRHead
-from .transforms import (
-    AntialiasedResize,
-    FilterSmallBoxes,
-    RandomIoUCrop,
-    RandomPhotometricDistort,
-    RandomZoomOut,
-)
 
 __all__ = [
     'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',

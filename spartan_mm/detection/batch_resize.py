@@ -29,35 +29,29 @@ class BatchRandomResize(nn.Module):
     the size of the input.
 
     Args:
-        sizes: sizes to draw from, repeated ones more likely; a number for a square, (height, width)
+        sizes: Sizes to draw from, repeated ones more likely; a number for a square, (height, width)
             else.
-        interpolation: mode of ``torch.nn.functional.interpolate``: 'nearest', 'bilinear', 'bicubic'
+        interpolation: Mode of ``torch.nn.functional.interpolate``: 'nearest', 'bilinear', 'bicubic'
             or 'area'. RT-DETR uses 'nearest'.
-        stop_epoch: first epoch (from 0) that keeps the size of the input; None for never. RT-DETRv2
+        stop_epoch: First epoch (from 0) that keeps the size of the input; None for never. RT-DETRv2
             switches multi-scale off for its last epochs.
-        seed: seed of the draws; None takes the run's.
+        seed: Seed of the draws; None takes the run's.
 
     Raises:
-        ValueError: no sizes, or an unknown interpolation.
+        ValueError: No sizes, or an unknown interpolation.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int | Sequence[int]] = RTDETR_SIZES,
-        interpolation: str = 'nearest',
-        stop_epoch: int | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, sizes: Sequence[int | Sequence[int]] = RTDETR_SIZES,
+                 interpolation: str = 'nearest', stop_epoch: int | None = None,
+                 seed: int | None = None) -> None:
         super().__init__()
         if not sizes:
             raise ValueError(
-                'BatchRandomResize: `sizes` is empty; leave the batch augment out instead.'
-            )
+                'BatchRandomResize: `sizes` is empty; leave the batch augment out instead.')
         allowed = ('nearest', 'bilinear', 'bicubic', 'area')
         if interpolation not in allowed:
             raise ValueError(
-                f'BatchRandomResize: interpolation={interpolation!r} is none of {allowed}.'
-            )
+                f'BatchRandomResize: interpolation={interpolation!r} is none of {allowed}.')
         self.sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
         self.interpolation = interpolation
         self.stop_epoch = stop_epoch
@@ -73,14 +67,13 @@ class BatchRandomResize(nn.Module):
             self._random = random.Random(f'{seed} {get_rank()}')
         return self._random.choice(self.sizes)
 
-    def forward(
-        self, inputs: Tensor, data_samples: list[DetDataSample]
-    ) -> tuple[Tensor, list[DetDataSample]]:
+    def forward(self, inputs: Tensor,
+                data_samples: list[DetDataSample]) -> tuple[Tensor, list[DetDataSample]]:
         """Resize.
 
         Args:
-            inputs: images (N, C, H, W), float.
-            data_samples: their N samples; boxes and sizes in them are rescaled in place.
+            inputs: Images (N, C, H, W), float.
+            data_samples: Their N samples; boxes and sizes in them are rescaled in place.
 
         Returns:
             Images (N, C, h, w) and the samples.
@@ -91,9 +84,8 @@ class BatchRandomResize(nn.Module):
             return inputs, data_samples
 
         align_corners = False if self.interpolation in ('bilinear', 'bicubic') else None
-        inputs = F.interpolate(
-            inputs, size=size, mode=self.interpolation, align_corners=align_corners
-        )
+        inputs = F.interpolate(inputs, size=size, mode=self.interpolation,
+                               align_corners=align_corners)
         for sample in data_samples:
             _rescale_sample(sample, size, size[0] / height, size[1] / width)
         return inputs, data_samples
@@ -106,13 +98,11 @@ class BatchRandomResize(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'sizes={self.sizes}, interpolation={self.interpolation!r}, '
-            f'stop_epoch={self.stop_epoch}'
-        )
+            f'stop_epoch={self.stop_epoch}')
 
 
-def _rescale_sample(
-    sample: DetDataSample, size: tuple[int, int], scale_height: float, scale_width: float
-) -> None:
+def _rescale_sample(sample: DetDataSample, size: tuple[int, int], scale_height: float,
+                    scale_width: float) -> None:
     """Rescale boxes and sizes of a sample whose batch was resized to ``size``."""
     for instances in (sample.get('gt_instances'), sample.get('ignored_instances')):
         if instances is None:
@@ -120,8 +110,7 @@ def _rescale_sample(
         if 'masks' in instances:
             raise NotImplementedError(
                 'BatchRandomResize does not resize instance masks: leave `with_mask` out of '
-                'LoadAnnotations.'
-            )
+                'LoadAnnotations.')
         if 'bboxes' not in instances:
             continue
         if isinstance(instances.bboxes, BaseBoxes):

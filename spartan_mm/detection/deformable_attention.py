@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .size_cache import cached_by_size
+from .forms import join_query_projections
+from .shape_cache import cached_by_shape
 
 
 class LevelGrid(NamedTuple):
@@ -21,7 +22,7 @@ class LevelGrid(NamedTuple):
     Attributes:
         size: (levels, 1, 2), width and height.
         last: (levels, 1, 2), column and row of the last cell, int32.
-        row_step: (levels, 1), rows from a cell to the one below it, int32.
+        step: (levels, 1, 2), rows from a cell to the ones right of it and below it.
         start: (N, 1, M, levels, 1), row of each image's, head's and level's first cell, int32.
     """
 
@@ -31,7 +32,7 @@ class LevelGrid(NamedTuple):
     start: Tensor
 
 
-@cached_by_size
+@cached_by_shape
 def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ...],
                device: torch.device | None = None) -> LevelGrid:
     """See :class:`LevelGrid`.
@@ -127,6 +128,7 @@ class MultiScaleDeformableAttention(BaseModule):
     """
 
     deploy = False
+    switch_to_deploy = join_query_projections
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 4,
                  num_points: int = 4, dropout: float = 0.1, batch_first: bool = False,
@@ -237,19 +239,3 @@ class MultiScaleDeformableAttention(BaseModule):
         if not self.batch_first:
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
-
-    @torch.no_grad()
-    def switch_to_deploy(self) -> None:
-        """Join the two projections of the queries, for inference.
-
-        Doing it again changes nothing.
-        """
-        if self.deploy:
-            return
-        parts = self.sampling_offsets, self.attention_weights
-        self.sampling_split = [part.out_features for part in parts]
-        self.sampling = nn.Linear(self.embed_dims, sum(self.sampling_split)).to(parts[0].weight)
-        self.sampling.weight.copy_(torch.cat([part.weight for part in parts]))
-        self.sampling.bias.copy_(torch.cat([part.bias for part in parts]))
-        del self.sampling_offsets, self.attention_weights
-        self.deploy = True

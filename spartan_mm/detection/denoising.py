@@ -35,7 +35,7 @@ class DenoisingQueries(NamedTuple):
 class DenoisingGenerator(BaseModule):
     """Makes the denoising queries of a batch.
 
-    NOTE mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in
+    NOTE: mmdet's CdnQueryGenerator differs where attention can see it: its padding queries sit in
     the middle of the image (here: a tiny box in the corner), and its boxes' logits are cut at 1e-3
     (here: 1e-5).
 
@@ -74,7 +74,7 @@ class DenoisingGenerator(BaseModule):
             num_matching: Queries Q that follow the denoising ones.
 
         Returns:
-            The queries, or None where there are none to be made.
+            The queries, or None where denoising is off or an empty batch has none.
         """
         batch, largest = len(targets.counts), max(targets.counts)
         if not self.num_queries or (self.skip_empty_batch and not largest):

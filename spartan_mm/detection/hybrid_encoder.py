@@ -1,7 +1,7 @@
 """RT-DETR's hybrid encoder: attention within the coarsest map, convolutions across the maps.
 
 Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_,
-section 4.2. Everything here starts from PyTorch's default initialisation, as the official code
+section 4.2. Everything here starts from PyTorch's default initialization, as the official code
 does: mmcv's ConvModule draws kernels about 2.5 to 5 times as large.
 """
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .folding import fold_batch_norms
-from .size_cache import cached_by_size
+from .forms import fuse_branches, fuse_encoder, fuse_paths
+from .shape_cache import cached_by_shape
 
 
 class ConvNorm(nn.Module):
@@ -69,6 +69,7 @@ class RepVGGBlock(nn.Module):
     """
 
     deploy = False
+    switch_to_deploy = fuse_branches
 
     def __init__(self, channels: int):
         super().__init__()
@@ -81,22 +82,6 @@ class RepVGGBlock(nn.Module):
         if self.deploy:
             return self.act(self.fused(x))
         return self.act(self.dense(x) + self.pointwise(x))
-
-    @torch.no_grad()
-    def switch_to_deploy(self) -> None:
-        """Replace both branches by the one convolution that equals them in eval mode.
-
-        The branches are gone afterwards, and with them what training needs. Doing it again changes
-        nothing.
-        """
-        if self.deploy:
-            return
-        fold_batch_norms(self)
-        self.fused = self.dense.conv
-        self.fused.weight += F.pad(self.pointwise.conv.weight, [1] * 4)
-        self.fused.bias += self.pointwise.conv.bias
-        del self.dense, self.pointwise
-        self.deploy = True
 
 
 class CSPRepLayer(nn.Module):
@@ -113,6 +98,7 @@ class CSPRepLayer(nn.Module):
     """
 
     deploy = False
+    switch_to_deploy = fuse_paths
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int,
                  num_blocks: int = 3):
@@ -143,37 +129,6 @@ class CSPRepLayer(nn.Module):
             left, right = self.conv1(both), self.conv2(both)
         return self.conv3(self.blocks(left) + right)
 
-    @torch.no_grad()
-    def switch_to_deploy(self, projection: nn.Conv2d | None = None) -> None:
-        """Fuse the blocks' branches and join both paths, one convolution a map, for inference.
-
-        Args:
-            projection: A 1x1 convolution before `own`, to be folded in.
-        """
-        for block in self.blocks:
-            block.switch_to_deploy()
-        fold_batch_norms(self)
-        paths = self.conv1.conv, self.conv2.conv
-        weight, bias = torch.cat([path.weight for path in paths]), torch.cat(
-            [path.bias for path in paths])
-        other, own = weight.chunk(2, 1)
-        if projection is not None:
-            bias = bias + own.flatten(1) @ projection.bias
-            own = (own.flatten(1) @ projection.weight.flatten(1))[..., None, None]
-        self.other = pointwise_conv(other)
-        self.own = pointwise_conv(own, bias)
-        del self.conv1, self.conv2
-        self.deploy = True
-
-
-def pointwise_conv(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
-    """The 1x1 convolution of this weight (C', C, 1, 1) and bias (C',)."""
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None).to(weight)
-    conv.weight.copy_(weight)
-    if bias is not None:
-        conv.bias.copy_(bias)
-    return conv
-
 
 def resized(x: Tensor, other: Tensor) -> Tensor:
     """A map (N, C, h, w) in the size (H, W) of another, each cell a copy of the nearest one.
@@ -184,7 +139,7 @@ def resized(x: Tensor, other: Tensor) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='nearest')
 
 
-@cached_by_size
+@cached_by_shape
 def position_embedding(height: int, width: int, dims: int, temperature: float = 10000.,
                        legacy: bool = False, dtype: torch.dtype = torch.float32,
                        device: torch.device | None = None) -> Tensor:
@@ -324,6 +279,7 @@ class HybridEncoder(BaseModule):
     """
 
     deploy = False
+    switch_to_deploy = fuse_encoder
 
     def __init__(self, in_channels: Sequence[int], embed_dims: int = 256, ffn_dims: int = 1024,
                  num_heads: int = 8, dropout: float = 0., expansion: float = 1.,
@@ -383,28 +339,3 @@ class HybridEncoder(BaseModule):
             downsampled = self.downsample_convs[level](maps[level])
             maps[level + 1] = self.bottom_up_blocks[level](downsampled, maps[level + 1])
         return tuple(maps)
-
-    def switch_to_deploy(self) -> None:
-        """Fold every BatchNorm, fuse the blocks' branches and join what is linear, for inference.
-
-        Doing it again changes nothing.
-        """
-        if self.deploy:
-            return
-        fold_batch_norms(self.input_projs)
-        for step, block in enumerate(self.top_down_blocks):
-            # The projection of a finer map has no other use. Folding saves work but for maps with
-            # several times the neck's channels.
-            level = len(self.input_projs) - 2 - step
-            projection = self.input_projs[level].conv
-            given, projected = projection.in_channels, projection.out_channels
-            paths = 2 * block.conv1.conv.out_channels
-            if given * paths <= projected * (given + paths):
-                block.switch_to_deploy(projection)
-                self.input_projs[level] = nn.Identity()
-            else:
-                block.switch_to_deploy()
-        for block in self.bottom_up_blocks:
-            block.switch_to_deploy()
-        fold_batch_norms(self)
-        self.deploy = True

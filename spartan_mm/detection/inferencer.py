@@ -12,10 +12,10 @@ from ..zoo import UnknownModelError, get_config
 class DetInferencer(MMDetInferencer):
     """mmdet's DetInferencer, whose `model` may also be a name of :func:`spartan_mm.list_models`.
 
-    NOTE mmdet's own looks names up in the files of mmdet alone. There are no weights to go with
+    NOTE: mmdet's own looks names up in the files of mmdet alone. There are no weights to go with
     these names: give `weights`, or they are random.
 
-    NOTE Of weights that do not fit, mmdet's own loads what does, be it nothing, and predicts with
+    NOTE: Of weights that do not fit, mmdet's own loads what does, be it nothing, and predicts with
     random numbers for the rest; nor does it know the deploy form.
 
     Raises:

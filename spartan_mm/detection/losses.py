@@ -12,7 +12,7 @@ class IoUAwareVarifocalLoss(nn.Module):
     Sources: `VarifocalNet <https://arxiv.org/abs/2008.13367>`_, equation 2, as RT-DETR (section
     4.3) weighs it: t for the matched class, alpha * p^gamma for all others.
 
-    NOTE mmdet's VarifocalLoss differs twice: it lets gradients through the weight p^gamma, which
+    NOTE: mmdet's VarifocalLoss differs twice: it lets gradients through the weight p^gamma, which
     makes those of easy negatives three times as large, and it treats a matched pair of IoU 0 as a
     negative, where RT-DETR gives it weight 0.
 
@@ -57,7 +57,7 @@ class IoUAwareVarifocalLoss(nn.Module):
 
 
 def paired_overlaps(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of each box with its target.
+    """IoU and generalized IoU of each box with its target.
 
     NOTE: mmdet's ``bbox_overlaps`` gives the same values, one of both a call, and makes the host
     wait for the device.

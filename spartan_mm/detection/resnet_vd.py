@@ -12,7 +12,7 @@ from torch import nn
 class ResNetVd(ResNetV1d):
     """Variant d of `ResNet <https://arxiv.org/abs/1812.01187>`_, with a projection in every stage.
 
-    NOTE mmdet's ResNetV1d leaves the first stage's shortcut an identity in depths 18 and 34.
+    NOTE: mmdet's ResNetV1d leaves the first stage's shortcut an identity in depths 18 and 34.
     RT-DETR's (and PaddlePaddle's) has a 1x1 convolution there as well. Depths 50 and up are
     mmdet's.
 
@@ -36,7 +36,7 @@ class ResNetVd(ResNetV1d):
         strides = [4 * stride for stride in accumulate(self.strides, mul)]  # the stem's is 4
         self.out_channels = tuple(
             self.base_channels * 2**stage * self.block.expansion for stage in self.out_indices)
-        # NOTE mmdet's attribute of this name has the stride of each stage, and is read no more.
+        # NOTE: mmdet's attribute of this name has the stride of each stage, and is read no more.
         self.strides = tuple(strides[stage] for stage in self.out_indices)
 
     def make_res_layer(self, **kwargs) -> nn.Sequential:

@@ -12,13 +12,13 @@ from mmdet.structures import OptSampleList, SampleList
 from torch import Tensor, nn
 
 from .denoising import DenoisingGenerator, DenoisingQueries
-from .folding import fold_batch_norms
+from .forms import done_once, fold_batch_norms
 from .rtdetr_decoder import RTDETRDecoder
-from .size_cache import cached_by_size
+from .shape_cache import cached_by_shape
 from .targets import gather_targets
 
 
-@cached_by_size
+@cached_by_shape
 def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float = 0.05,
                  device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """One square box a token, from which the encoder's boxes start.
@@ -82,10 +82,9 @@ DEPLOYED = ('RTDETR is in deploy form, whose folded weights cannot be trained: b
 class RTDETR(DetectionTransformer):
     """Real-time detection transformer on any backbone.
 
-    NOTE: In mmdet's scheme (pre_transformer, encoder, pre_decoder, decoder) the neck is the
-    encoder: what attention RT-DETR has before the decoder is part of it. There is no padding mask,
-        hence
-    `img_shape` may differ within a batch, but the padding is looked at.
+    NOTE: mmdet's scheme is pre_transformer, encoder, pre_decoder, decoder. The neck is the encoder
+    here: it has all the attention before the decoder. There is no padding mask: images of a batch
+    may differ in `img_shape`, but their padding is seen.
 
     Args:
         backbone: Gives the maps that `neck` fuses.
@@ -111,20 +110,21 @@ class RTDETR(DetectionTransformer):
                  num_queries: int = 300, dn_cfg: dict | None = None,
                  train_cfg: dict | None = None, test_cfg: dict | None = None,
                  data_preprocessor: dict | None = None, init_cfg: dict | None = None):
-        # The config is the caller's: what is filled in here goes into copies.
+        self.dn_cfg = dict(dn_cfg or {})
+        # The config is the caller's: what is filled in goes into a copy.
         bbox_head = copy.deepcopy(bbox_head)
         bbox_head['num_pred_layer'] = decoder.get('num_layers', 6) + 1
-        self.dn_cfg = dict(dn_cfg or {})
-        bbox_head.update(train_cfg=train_cfg, test_cfg=test_cfg)
-        # NOTE: DetectionTransformer's own __init__ builds the neck from what the config says alone;
-        # here the backbone is asked for its channels first. All else is built in its order.
-        super(DetectionTransformer, self).__init__(data_preprocessor, init_cfg)
-        self.train_cfg, self.test_cfg = train_cfg, test_cfg
-        self.decoder, self.num_queries = dict(decoder), num_queries
-        self.backbone = MODELS.build(backbone)
-        self.neck = MODELS.build(with_in_channels(neck, self.backbone))
-        self.bbox_head = MODELS.build(bbox_head)
-        self._init_layers()
+        super().__init__(
+            backbone=backbone,
+            # Built by the parent in its turn, when the backbone can be asked for its channels.
+            neck=dict(type=self._build_neck, config=neck),
+            decoder=dict(decoder), bbox_head=bbox_head, num_queries=num_queries,
+            train_cfg=train_cfg, test_cfg=test_cfg, data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg)
+
+    def _build_neck(self, config: dict) -> nn.Module:
+        """Build the neck for the maps of the backbone."""
+        return MODELS.build(with_in_channels(config, self.backbone))
 
     def _init_layers(self) -> None:
         """Build what lies between neck and head."""
@@ -173,7 +173,7 @@ class RTDETR(DetectionTransformer):
 
     def forward_encoder(self, memory: Tensor,
                         spatial_shapes: tuple[tuple[int, int], ...]) -> dict:
-        """Rate every token as a possible object.
+        """Score every token as a possible object.
 
         Args:
             memory: (N, L, C).
@@ -184,10 +184,10 @@ class RTDETR(DetectionTransformer):
             and their class logits (N, L, classes).
         """
         anchors, valid = make_anchors(spatial_shapes, device=memory.device)
-        tokens, logits = self.rate(memory, valid)
+        tokens, logits = self.score_tokens(memory, valid)
         return dict(memory=memory, anchors=anchors, valid=valid, tokens=tokens, logits=logits)
 
-    def rate(self, memory: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def score_tokens(self, memory: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (..., C) made of memory (..., C), and their class logits (..., classes)."""
         tokens = self.memory_trans_norm(self.memory_trans_fc(memory * valid))
         # The last branches of the head are the encoder's.
@@ -199,7 +199,7 @@ class RTDETR(DetectionTransformer):
 
         NOTE: The official code predicts the boxes of all tokens, and its backward pass runs through
         all of them, although that of the others is zero. Here only the selected ones have boxes,
-        and in training they are made and rated once more, which is all that the gradient sees.
+        and in training they are made and scored once more, which is all that the gradient sees.
 
         Args:
             memory: (N, L, C).
@@ -223,7 +223,7 @@ class RTDETR(DetectionTransformer):
             return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
         if self.training:
-            query, logits = self.rate(select(memory), valid[index])
+            query, logits = self.score_tokens(select(memory), valid[index])
         else:
             query = select(tokens)
         reference = self.bbox_head.reg_branches[-1](query).float() + anchors[index]
@@ -307,7 +307,7 @@ class RTDETR(DetectionTransformer):
         results = self.bbox_head.predict_by_feat(*self.infer(batch_inputs), metas, rescale)
         return self.add_pred_to_datasample(batch_data_samples, results)
 
-    @torch.no_grad()
+    @done_once
     def switch_to_deploy(self) -> None:
         """Take the form that only predicts: fewer layers and operations, the same outputs.
 
@@ -316,8 +316,6 @@ class RTDETR(DetectionTransformer):
         backbone (or neck) with a method of this name takes its own such form. Doing it again
         changes nothing.
         """
-        if self.deploy:
-            return
         for part in (self.backbone, self.neck):
             if hasattr(part, 'switch_to_deploy'):
                 part.switch_to_deploy()
@@ -326,7 +324,6 @@ class RTDETR(DetectionTransformer):
         self.decoder.switch_to_deploy()
         self.bbox_head.switch_to_deploy(self.decoder.eval_idx)
         del self.dn_query_generator
-        self.deploy = True
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'RTDETR':

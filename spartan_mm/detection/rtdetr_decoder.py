@@ -13,14 +13,14 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .deformable_attention import MultiScaleDeformableAttention
-from .folding import fold_batch_norms
+from .forms import trim_decoder
 from .hybrid_encoder import ConvNorm, SelfAttention, to_tokens
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """The logit of `x` in float32, with `x` clipped to 0 .. 1 and both sides to at least `eps`.
 
-    NOTE mmdet's decoder uses an eps of 1e-3, which keeps boxes 0.64 pixels away from the border of
+    NOTE: mmdet's decoder uses an eps of 1e-3, which keeps boxes 0.64 pixels away from the border of
     a 640 pixel image; in float16, 1 / 1e-5 would overflow.
     """
     x = x.float().clamp(0, 1)
@@ -101,6 +101,9 @@ class RTDETRDecoder(BaseModule):
         ValueError: `eval_idx` names no layer.
     """
 
+    deploy = False
+    switch_to_deploy = trim_decoder
+
     def __init__(self, in_channels: Sequence[int] = (256, 256, 256), embed_dims: int = 256,
                  num_layers: int = 6, eval_idx: int = -1, num_heads: int = 8, num_points: int = 4,
                  ffn_dims: int = 1024, dropout: float = 0., init_cfg: dict | None = None):
@@ -173,14 +176,3 @@ class RTDETRDecoder(BaseModule):
             states.append(query)
             boxes.append(box)
         return states, boxes
-
-    def switch_to_deploy(self) -> None:
-        """Drop the layers after `eval_idx`, fold the BatchNorms, join projections, for inference.
-
-        Doing it again changes nothing.
-        """
-        self.num_layers = self.eval_idx + 1
-        self.layers = self.layers[:self.num_layers]
-        fold_batch_norms(self.input_projs)
-        for layer in self.layers:
-            layer.cross_attn.switch_to_deploy()

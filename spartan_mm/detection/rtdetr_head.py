@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .denoising import DenoisingQueries
+from .forms import trim_head
 from .losses import paired_overlaps
 from .targets import Targets, input_shape, to_device
 
@@ -32,7 +33,7 @@ class RTDETRHead(BaseModule):
 
     NOTE: The costs of the matching are mmdet's own parts. DINOHead's loss is not reused: it divides
     denoising terms by the ranks' mean of objects times groups (officially: the ranks' mean of
-    objects, times the own groups), takes IoU targets from normalised boxes with an eps that biases
+    objects, times the own groups), takes IoU targets from normalized boxes with an eps that biases
     small ones, and its box branch runs in float16 under autocast.
 
     Args:
@@ -46,6 +47,9 @@ class RTDETRHead(BaseModule):
         test_cfg: `max_per_img` is the number of detections that an image keeps.
         init_cfg: See mmengine's BaseModule.
     """
+
+    deploy = False
+    switch_to_deploy = trim_head
 
     def __init__(self, num_classes: int, embed_dims: int = 256, num_pred_layer: int = 7,
                  loss_cls: dict | None = None, loss_bbox: dict | None = None,
@@ -159,7 +163,7 @@ class RTDETRHead(BaseModule):
             terms = self.loss_by_set(
                 logits[:, :, :num_denoising], boxes[:, :, :num_denoising],
                 self.denoising_matches(targets, denoising, len(logits)), targets,
-                # NOTE: each rank counts its own groups, on top of the ranks' mean of objects.
+                # NOTE: Each rank counts its own groups, on top of the ranks' mean of objects.
                 num_objects * denoising.num_groups)
             terms = {name: term.unbind() for name, term in terms.items()}
             losses |= {f'{prefix}dn_{name}': term[layer]
@@ -334,17 +338,3 @@ class RTDETRHead(BaseModule):
         return [InstanceData(bboxes=image_boxes, scores=image_scores, labels=image_labels)
                 for image_boxes, image_scores, image_labels in zip(
                     bboxes, scores, labels, strict=True)]
-
-    def switch_to_deploy(self, eval_idx: int) -> None:
-        """Drop the branches that no prediction comes from; the others keep their names.
-
-        Doing it again changes nothing.
-
-        Args:
-            eval_idx: The decoder layer whose output is the prediction.
-        """
-        for branches in (self.cls_branches, self.reg_branches):
-            del branches[eval_idx + 1:-1]
-        # Boxes are refined in every layer, classes are read from the last alone.
-        for layer in range(eval_idx):
-            self.cls_branches[layer] = nn.Identity()

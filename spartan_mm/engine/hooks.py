@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..datasets.classes import describe_class_count, describe_other_classes, find_heads
-from ..datasets.findings import DataError
+from ..datasets.data_errors import DataError
 
 
 @HOOKS.register_module()

@@ -13,7 +13,7 @@ from spartan_mm.analysis.coco_curves import (
     draw_precision_recall,
     evaluate,
 )
-from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.inference import Detections
 
 # The order of the file, which is that of the labels; ids are in another one.

@@ -18,7 +18,7 @@ from spartan_mm.analysis.model_inputs import (
     split_checkpoint,
 )
 from spartan_mm.analysis.named_models import load_named_model
-from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.engine.launch import UsageError
 from spartan_mm.inference import load_model
 from spartan_mm.zoo import UnknownModelError

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
 from spartan_mm.classification.dataset import CheckedImageFolder, CheckedImageNet
-from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.data_errors import DataError
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=8), dict(type='PackInputs')]
 

@@ -59,7 +59,7 @@ def tensor(image):
     return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
 
 
-def normalised(image, name='spartan_xt_224'):
+def normalized(image, name='spartan_xt_224'):
     """What the model's data preprocessor makes of a BGR array."""
     preprocessor = MODELS.build(load(name).model.data_preprocessor)
     inputs = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -80,7 +80,7 @@ def test_training_equals_torchvisions_recipe(name, size):
         expected = recipe(tensor(picture()))
         torch.manual_seed(seed)
         results = ours(dict(img=picture()))
-        found = normalised(results['img'], name)
+        found = normalized(results['img'], name)
         assert results['img_shape'] == found.shape[1:] == (size, size)
         # Erased to the mean in whole levels, not to the mean itself.
         is_erased = (expected == 0).all(0)

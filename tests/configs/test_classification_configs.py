@@ -225,7 +225,7 @@ def test_recipe(name):
         dict(type='CutMix', alpha=1.0), dict(type='Mixup', alpha=0.2)]
 
 
-def test_initialisation_of_the_head():
+def test_initialization_of_the_head():
     model = MODELS.build(load('spartan_xt').model)
     model.init_weights()
     assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -270,9 +270,10 @@ def loader(settings, root, batch_size=4):
     return Runner.build_dataloader(settings, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ALL)
 def test_takes_a_training_step(name, imagenet):
-    """From the files through the pipeline, mixing, the loss and the optimiser."""
+    """From the files through the pipeline, mixing, the loss and the optimizer."""
     config = load(name)
     # The configs that are not in the table are variations of the 256 x 256 ones.
     size = MAIN[name][0] if name in MAIN else 224 if 'ablations' in name else 256

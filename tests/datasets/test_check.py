@@ -12,7 +12,7 @@ import spartan_mm.classification
 import spartan_mm.detection  # noqa: F401 - registers the datasets
 from spartan_mm.analysis.data_sheets import draw_box_sizes, draw_class_counts, draw_suspects
 from spartan_mm.datasets.check import Content, Report, check_config
-from spartan_mm.datasets.findings import DataError, MissingDataError, UndecodableError
+from spartan_mm.datasets.data_errors import DataError, MissingDataError, UndecodableError
 
 CONTENT = dict(
     images=[dict(id=number, file_name=f'{number}.png', width=64, height=48) for number in range(6)],
@@ -232,7 +232,7 @@ class TestSheets:
 
 def test_errors_of_workers_lose_the_traceback():
     text = ('Caught UndecodableError in DataLoader worker process 0.\nOriginal Traceback (most '
-            'recent call last):\n  File "x.py", line 1, in f\nspartan_mm.datasets.findings.'
+            'recent call last):\n  File "x.py", line 1, in f\nspartan_mm.datasets.data_errors.'
             "UndecodableError: The image 'a: b.png' cannot be decoded: empty.\n")
     assert str(UndecodableError(text)) == "The image 'a: b.png' cannot be decoded: empty."
     assert isinstance(MissingDataError('gone'), FileNotFoundError)

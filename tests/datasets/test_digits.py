@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from spartan_mm.datasets import DIGITS_CATEGORIES, DIGITS_METAINFO, make_digits
 from spartan_mm.datasets import digits as module
-from spartan_mm.detection.coco import CheckedCocoDataset
+from spartan_mm.detection import CheckedCocoDataset
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digits.py'
 ARGUMENTS = dict(num_train=40, num_val=12, seed=3, image_size=(160, 128), progress=False)
@@ -76,12 +76,8 @@ def test_has_what_coco_has(paths):
 
 
 def test_mmdet_maps_the_ids(paths):
-    dataset = CocoDataset(
-        data_root=str(paths.root),
-        ann_file='annotations/val.json',
-        data_prefix=dict(img='val/'),
-        metainfo=DIGITS_METAINFO,
-    )
+    dataset = CocoDataset(data_root=str(paths.root), ann_file='annotations/val.json',
+                          data_prefix=dict(img='val/'), metainfo=DIGITS_METAINFO)
     coco = COCO(paths.val_annotations)
     seen = 0
     for index in range(len(dataset)):
@@ -98,12 +94,8 @@ def test_mmdet_maps_the_ids(paths):
 @pytest.mark.parametrize('shift, expected', [(0, 1.0), (1, 0.0)])
 def test_mmdet_evaluates_it(paths, shift, expected):
     """The ground truth scores 1, and 0 with each label replaced by the next."""
-    dataset = CheckedCocoDataset(
-        data_root=str(paths.root),
-        ann_file='annotations/val.json',
-        data_prefix=dict(img='val/'),
-        test_mode=True,
-    )
+    dataset = CheckedCocoDataset(data_root=str(paths.root), ann_file='annotations/val.json',
+                                 data_prefix=dict(img='val/'), test_mode=True)
     metric = CocoMetric(ann_file=str(paths.val_annotations), metric='bbox')
     metric.dataset_meta = dataset.metainfo
     for index in range(len(dataset)):
@@ -114,11 +106,8 @@ def test_mmdet_evaluates_it(paths, shift, expected):
             labels=torch.tensor([(item['bbox_label'] + shift) % 10 for item in objects]),
             scores=torch.ones(len(objects)),
         )
-        sample = dict(
-            img_id=info['img_id'],
-            ori_shape=(info['height'], info['width']),
-            pred_instances=predictions,
-        )
+        sample = dict(img_id=info['img_id'], ori_shape=(info['height'], info['width']),
+                      pred_instances=predictions)
         metric.process({}, [sample])
     assert metric.evaluate(len(dataset))['coco/bbox_mAP'] == pytest.approx(expected, abs=0.01)
 
@@ -141,9 +130,8 @@ def test_box_is_tight_around_the_ink(sources, seed):
     rng = np.random.default_rng(seed)
     canvas = make_canvas()
     glyph = module._draw_glyph(rng, sources['train'].digits[seed], rng.uniform(15, 80))
-    assert canvas.paint(
-        glyph, seed, module._draw_position(rng, canvas.shape, glyph), np.full(3, 254.0)
-    )
+    assert canvas.paint(glyph, seed, module._draw_position(rng, canvas.shape, glyph),
+                        np.full(3, 254.0))
     rows, columns = (canvas.picture()[..., 0] >= 127).nonzero()
     (item,) = canvas.objects()
     left, top, width, height = item['bbox']

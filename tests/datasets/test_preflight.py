@@ -12,7 +12,7 @@ import pytest
 from mmengine.dataset import ConcatDataset
 
 from spartan_mm.cli import main
-from spartan_mm.datasets.findings import DataError
+from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.datasets.preflight import PreflightHook
 from spartan_mm.detection import CheckedCocoDataset
 

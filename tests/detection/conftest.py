@@ -1,5 +1,6 @@
 """Small RT-DETRs and batches for the tests of the detector."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,31 +10,22 @@ from mmengine.structures import InstanceData
 
 import spartan_mm.detection  # noqa: F401 - registers what the configs name
 
-ASSIGNER = dict(
-    type='HungarianAssigner',
-    match_costs=[
-        dict(type='FocalLossCost', weight=2.),
-        dict(type='BBoxL1Cost', weight=5., box_format='xywh'),
-        dict(type='IoUCost', iou_mode='giou', weight=2.),
-    ])
+USER_DETECTOR = Path(__file__).parents[1] / 'data' / 'user_detector.py'
+# Numbers that differ from each other where they mean different things.
+CHANGES = {'backbone.drop_path_rate': 0., 'neck.ffn_dims': 48, 'decoder.ffn_dims': 48,
+           'bbox_head.num_classes': 5, 'test_cfg.max_per_img': 10}
 
-SMALL = dict(
-    type='RTDETR',
-    num_queries=20,
-    data_preprocessor=dict(type='DetDataPreprocessor', mean=[0] * 3, std=[255] * 3,
-                           bgr_to_rgb=True),
-    backbone=dict(
-        type='SpaRTAN', out_indices=(1, 2, 3), drop_path_rate=0.,
-        arch=dict(stem_channels=8, depths=(1, 1, 1, 1), channels=(8, 16, 24, 32),
-                  expand_ratios=(2, 2, 2, 2),
-                  conv_types=('full', 'full', 'depthwise', 'depthwise'))),
-    neck=dict(type='HybridEncoder', in_channels=[16, 24, 32], embed_dims=32, ffn_dims=48,
-              expansion=0.5, num_blocks=1),
-    decoder=dict(in_channels=[32] * 3, embed_dims=32, num_layers=2, num_heads=4, ffn_dims=48),
-    bbox_head=dict(type='RTDETRHead', num_classes=5, embed_dims=32),
-    dn_cfg=dict(num_queries=8),
-    train_cfg=dict(assigner=ASSIGNER),
-    test_cfg=dict(max_per_img=10))
+CONTENT = dict(
+    images=[dict(id=7, file_name='cat.jpg', width=64, height=48),
+            dict(id=3, file_name='dog.jpg', width=48, height=64),
+            dict(id=9, file_name='none.jpg', width=40, height=40)],
+    annotations=[
+        dict(id=11, image_id=7, category_id=30, bbox=[1, 2, 30, 20], area=600, iscrowd=0),
+        dict(id=12, image_id=3, category_id=5, bbox=[0, 0, 48, 64], area=100.5, iscrowd=1),
+        dict(id=13, image_id=7, category_id=8, bbox=[5.5, 6, 10, 10], area=100, iscrowd=0),
+    ],
+    categories=[dict(id=5, name='dog'), dict(id=30, name='cat'), dict(id=8, name='bird')],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +37,13 @@ def mmdet_scope():
 
 @pytest.fixture
 def build():
-    """Builds the small RT-DETR with some settings changed, its weights initialised."""
+    """Builds the small RT-DETR with some settings changed, its weights initialized."""
     from mmdet.registry import MODELS
 
     def build(**changes):
-        config = Config(dict(model=copy.deepcopy(SMALL)))
-        config.merge_from_dict({f'model.{name}': value for name, value in changes.items()})
+        config = Config.fromfile(USER_DETECTOR)
+        config.merge_from_dict({f'model.{name}': value
+                                for name, value in (CHANGES | changes).items()})
         model = MODELS.build(config.model)
         model.init_weights()
         return model
@@ -60,7 +53,7 @@ def build():
 @pytest.fixture
 def assigner():
     """Settings of RT-DETR's matcher."""
-    return copy.deepcopy(ASSIGNER)
+    return Config.fromfile(USER_DETECTOR).model.train_cfg.assigner
 
 
 @pytest.fixture
@@ -81,3 +74,9 @@ def make_samples():
                               batch_input_shape=(height, width), scale_factor=(1., 1.))))
         return samples
     return make
+
+
+@pytest.fixture
+def content():
+    """An annotation file of three images, one of them without objects."""
+    return copy.deepcopy(CONTENT)

@@ -19,12 +19,8 @@ BOX = [10.0, 8.0, 40.0, 32.0]
 def make_sample(num_boxes, img_shape=(64, 64), box_type=torch.tensor):
     boxes = torch.tensor([BOX] * num_boxes).reshape(-1, 4)
     sample = DetDataSample(
-        metainfo=dict(
-            img_shape=img_shape,
-            pad_shape=(64, 64),
-            batch_input_shape=(64, 64),
-            scale_factor=(0.5, 0.25),
-        )
+        metainfo=dict(img_shape=img_shape, pad_shape=(64, 64), batch_input_shape=(64, 64),
+                      scale_factor=(0.5, 0.25))
     )
     for name in ('gt_instances', 'ignored_instances'):
         boxes_of = boxes.clone() if box_type is torch.tensor else box_type(boxes.clone())
@@ -105,13 +101,8 @@ def test_stop_epoch():
 def test_in_the_data_preprocessor():
     """In training only, on a batch padded to one size."""
     preprocessor = MODELS.build(
-        dict(
-            type='DetDataPreprocessor',
-            std=[255, 255, 255],
-            mean=[0, 0, 0],
-            bgr_to_rgb=True,
-            batch_augments=[dict(type='BatchRandomResize', sizes=[32])],
-        )
+        dict(type='DetDataPreprocessor', std=[255, 255, 255], mean=[0, 0, 0], bgr_to_rgb=True,
+             batch_augments=[dict(type='BatchRandomResize', sizes=[32])])
     )
     inputs = [torch.full((3, 64, 64), 255, dtype=torch.uint8)] * 2
     for training, side in ((True, 32), (False, 64)):

@@ -15,8 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spartan_mm.datasets.check import check_dataset
-from spartan_mm.datasets.findings import DataError
-from spartan_mm.detection.coco import CheckedCocoDataset, CheckedCocoMetric
+from spartan_mm.datasets.data_errors import DataError
+from spartan_mm.detection import CheckedCocoDataset, CheckedCocoMetric
 
 CONTENT = dict(
     info=dict(description='three pictures'),

@@ -39,7 +39,7 @@ def test_legacy_option_reaches_the_attention():
     assert (fixed(wide) - legacy(wide)).abs().max() > 1e-2
 
 
-def test_starts_from_pytorchs_initialisation():
+def test_starts_from_pytorchs_initialization():
     neck = HybridEncoder(in_channels=[512, 1024, 2048])
     neck.init_weights()
     for name, std in {'input_projs.0.conv': 0.0255,

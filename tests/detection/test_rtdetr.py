@@ -98,11 +98,11 @@ def test_anchors_at_the_border_are_invalid(size, invalid):
     assert logits[~valid[:, 0]].isposinf().all() and logits[valid[:, 0]].isfinite().all()
 
 
-def rated(model, **requires_grad):
+def scored(model, **requires_grad):
     """What the encoder hands over for a memory of 6 tokens, with three that stand out."""
     memory = torch.randn(1, 6, 32, **requires_grad)
     anchors, valid = make_anchors(((1, 4), (1, 2)))
-    tokens, _ = model.rate(memory, valid)
+    tokens, _ = model.score_tokens(memory, valid)
     logits = torch.full((1, 6, 5), -9.)
     logits[0, [4, 1, 3], [0, 2, 2]] = torch.tensor([3., 2., 1.])
     return dict(memory=memory, anchors=anchors, valid=valid, tokens=tokens, logits=logits)
@@ -110,7 +110,7 @@ def rated(model, **requires_grad):
 
 def test_selects_the_tokens_of_the_highest_score(build):
     model = build(num_queries=3).eval()
-    encoded = rated(model)
+    encoded = scored(model)
     inputs, loss_inputs = model.pre_decoder(**encoded)
     assert_close(inputs['query'], encoded['tokens'][:, [4, 1, 3]])
     boxes = model.bbox_head.reg_branches[-1](encoded['tokens']) + encoded['anchors']
@@ -120,9 +120,9 @@ def test_selects_the_tokens_of_the_highest_score(build):
 
 def test_selected_tokens_are_those_of_the_whole_memory_in_training_too(build, make_samples):
     model = build(num_queries=3, **{'dn_cfg.num_queries': 0}).train()
-    encoded = rated(model)
+    encoded = scored(model)
     inputs, loss_inputs = model.pre_decoder(**encoded, batch_data_samples=make_samples([2]))
-    expected, logits = model.rate(encoded['memory'], encoded['valid'])
+    expected, logits = model.score_tokens(encoded['memory'], encoded['valid'])
     assert_close(inputs['query'], expected[:, [4, 1, 3]])
     assert_close(loss_inputs['enc_logits'], logits[:, [4, 1, 3]])
     assert_close(loss_inputs['enc_boxes'], inputs['reference'].sigmoid())
@@ -131,7 +131,7 @@ def test_selected_tokens_are_those_of_the_whole_memory_in_training_too(build, ma
 def test_queries_are_cut_off_from_the_encoder_but_its_own_loss_is_not(build, make_samples):
     model = build(num_queries=3).train()
     nn.init.normal_(model.bbox_head.reg_branches[-1][-1].weight)
-    encoded = rated(model, requires_grad=True)
+    encoded = scored(model, requires_grad=True)
     inputs, loss_inputs = model.pre_decoder(**encoded, batch_data_samples=make_samples([2]))
     assert inputs['query'].shape[1] == 3 + 2 * 4 * 2
     inputs['query'].sum().backward()
@@ -331,20 +331,17 @@ def test_step_under_autocast_is_finite_with_boxes_in_float32(build, make_samples
         assert parameter.grad.isfinite().all(), name
 
 
-def test_initialisation(build):
+def test_initialization(build):
     model = build(**{'neck.embed_dims': 256, 'decoder.embed_dims': 256, 'decoder.ffn_dims': 1024,
                      'decoder.in_channels': [256] * 3, 'bbox_head.embed_dims': 256})
-    deviations = {
-        'decoder.layers.0.self_attn.in_proj_weight': 0.0441,
-        'decoder.layers.0.self_attn.out_proj.weight': 0.0361,
-        'decoder.layers.1.linear1.weight': 0.0361,
-        'decoder.layers.0.cross_attn.value_proj.weight': 0.0625,
-        'decoder.input_projs.0.conv.weight': 0.0361,
-        'decoder.query_pos_head.2.weight': (2 / (512 + 256)) ** 0.5,
-        'memory_trans_fc.weight': 0.0625,
-        'bbox_head.reg_branches.0.0.weight': 0.0361,
-        'bbox_head.cls_branches.0.weight': 0.0361,
-    }
+    deviations = {'decoder.layers.0.self_attn.in_proj_weight': 0.0441,
+                  'decoder.layers.0.self_attn.out_proj.weight': 0.0361,
+                  'decoder.layers.1.linear1.weight': 0.0361,
+                  'decoder.layers.0.cross_attn.value_proj.weight': 0.0625,
+                  'decoder.input_projs.0.conv.weight': 0.0361,
+                  'decoder.query_pos_head.2.weight': (2 / (512 + 256)) ** 0.5,
+                  'memory_trans_fc.weight': 0.0625, 'bbox_head.reg_branches.0.0.weight': 0.0361,
+                  'bbox_head.cls_branches.0.weight': 0.0361}
     for name, std in deviations.items():
         assert_close(model.get_parameter(name).std().item(), std, rtol=0.04, atol=0)
     for branch in model.bbox_head.cls_branches:
@@ -417,8 +414,7 @@ def test_waiting_is_noticed(wait):
 # ------------------------------------------------------------------------------------- deploy form
 
 RESNET = {'backbone': dict(_delete_=True, type='ResNetVd', depth=18, out_indices=(1, 2, 3),
-                           base_channels=8, stem_channels=8),
-          'neck.in_channels': [16, 32, 64]}
+                           base_channels=8, stem_channels=8)}
 CASES = {'spartan': {}, 'resnet_vd': RESNET, 'evaluated_before_the_last': {'decoder.eval_idx': 0}}
 
 
@@ -506,6 +502,7 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, RESNET])
 @torch.no_grad()
 def test_inference_compiles_to_one_graph(build, counter, changes):
@@ -519,6 +516,7 @@ def test_inference_compiles_to_one_graph(build, counter, changes):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_training_at_many_sizes_compiles_each_part_at_most_twice(build, make_samples, counter):
     # Twice where sizes happen to be equal at first, which torch.compile takes for one and the same.
     # Not 20 queries: with 12 for denoising they are 32, as are the channels.

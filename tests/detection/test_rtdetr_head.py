@@ -189,7 +189,7 @@ def test_positives_of_every_group_get_their_object(make_samples):
 
 
 def test_small_boxes_have_an_unbiased_iou(head):
-    """An eps of 1e-6 on normalised boxes would halve the target of a box of 0.001 x 0.001."""
+    """An eps of 1e-6 on normalized boxes would halve the target of a box of 0.001 x 0.001."""
     box = torch.tensor([[[.5, .5, .001, .001]]])
     sample = DetDataSample(metainfo=dict(img_shape=(640, 640)), gt_instances=InstanceData(
         labels=torch.tensor([0]), bboxes=bbox_cxcywh_to_xyxy(box[0]) * 640))

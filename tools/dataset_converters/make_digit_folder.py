@@ -1,13 +1,7 @@
 """Make the folder of digits: handwritten digits, a folder for each class, no download."""
-
 import argparse
-import sys
-from pathlib import Path
 
-# A checkout that is not installed; what is installed comes first.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from spartan_mm.datasets import make_digit_folder  # noqa: E402
+from spartan_mm.datasets import make_digit_folder
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ moved = dict(magnitude_std='inf', pad_val=0, interpolation='bilinear', prob=0.7)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     resize,
-    # Up to these, either way. No flip: a mirrored digit is none.
+    # Up to these, either way. No flip: a mirrored digit is no digit.
     dict(type='Rotate', magnitude_range=(0, 12), **moved),  # degrees
     dict(type='Shear', magnitude_range=(0, 0.15), direction='horizontal', **moved),
     dict(type='Translate', magnitude_range=(0, 0.12), direction='horizontal', **moved),

@@ -4,29 +4,29 @@ data_root = 'data/imagenet/'
 batch_size = 256  # per GPU; with 8 of them the recipe's 2048
 num_workers = 8
 
-# NOTE torchvision's transforms, as in the authors' code; mmpretrain's of these names differ in
+# NOTE: torchvision's transforms, as in the authors' code; mmpretrain's of these names differ in
 # magnitudes, fill, interpolation and antialiasing, see TorchvisionTransforms.
+crop = dict(type='RandomResizedCrop', size=224, interpolation='bilinear', antialias=True)
+augments = [
+    dict(type='RandomHorizontalFlip', p=0.5),
+    # A magnitude of 7 from 0 to 30; black where nothing is left.
+    dict(type='RandAugment', num_ops=2, magnitude=7, num_magnitude_bins=31,
+         interpolation='bilinear'),
+    # NOTE: The authors erase to zero after normalization. This is the mean in whole levels, which
+    # becomes less than 0.01, so that images stay bytes on the way to the GPU.
+    dict(type='RandomErasing', p=0.25, value=[124, 116, 104]),
+]
+# The shorter side. NOTE: To the size of the crop, not 256 for 224 as is usual.
+resize = dict(type='Resize', size=224, interpolation='bilinear', antialias=True)
+
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='TorchvisionTransforms', transforms=[
-        dict(type='RandomResizedCrop', size=224, interpolation='bilinear', antialias=True),
-        dict(type='RandomHorizontalFlip', p=0.5),
-        # A magnitude of 7 from 0 to 30; black where nothing is left.
-        dict(type='RandAugment', num_ops=2, magnitude=7, num_magnitude_bins=31,
-             interpolation='bilinear'),
-        # NOTE The authors erase to zero after normalisation. This is the mean in whole levels,
-        # which becomes less than 0.01, so that images stay bytes on the way to the GPU.
-        dict(type='RandomErasing', p=0.25, value=[124, 116, 104]),
-    ]),
+    dict(type='TorchvisionTransforms', transforms=[crop, *augments]),
     dict(type='PackInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='TorchvisionTransforms', transforms=[
-        # The shorter side. NOTE To the size of the crop, not 256 for 224 as is usual.
-        dict(type='Resize', size=224, interpolation='bilinear', antialias=True),
-        dict(type='CenterCrop', size=224),
-    ]),
+    dict(type='TorchvisionTransforms', transforms=[resize, dict(type='CenterCrop', size=224)]),
     dict(type='PackInputs'),
 ]
 

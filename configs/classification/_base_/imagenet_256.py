@@ -1,11 +1,18 @@
 # The same at 256 x 256.
 _base_ = './imagenet_224.py'
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[1].transforms[0].size = 256
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].transforms[0].size = 256
-test_pipeline[1].transforms[1].size = 256
+crop = dict(_base_.crop, size=256)
+resize = dict(_base_.resize, size=256)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TorchvisionTransforms', transforms=[crop, *_base_.augments]),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TorchvisionTransforms', transforms=[resize, dict(type='CenterCrop', size=256)]),
+    dict(type='PackInputs'),
+]
 
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -20,7 +20,7 @@ optim_wrapper = dict(
         dict(pattern=r'\.bias$|\.gamma$', decay_mult=0.),
     ]))
 # For each whole epoch e: from 1e-4 up to 2.5e-3, and 1e-6 + 2.499e-3 (1 + cos(pi e / 300)) / 2
-# from e = 20 on. NOTE The authors' loop sets an epoch's rate one epoch late, by a slip.
+# from e = 20 on. NOTE: The authors' loop sets an epoch's rate one epoch late, by a slip.
 param_scheduler = dict(
     type='WarmupCosineLR', warmup=20, start_factor=1e-4 / 2.5e-3, eta_min=1e-6, end=300)
 

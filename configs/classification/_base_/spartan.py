@@ -15,10 +15,10 @@ model = dict(
         type='LinearClsHead',
         num_classes=1000,
         in_channels=192,
-        # NOTE Never smooths as long as every batch is mixed.
+        # NOTE: Never smooths as long as every batch is mixed.
         loss=dict(type='HardLabelSmoothLoss', label_smooth_val=0.2),
         topk=(1, 5),
         init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02)),
-    # One of the two for every batch, with equal chance. NOTE torchvision's, in the authors' code,
+    # One of the two for every batch, with equal chance. NOTE: torchvision's, in the authors' code,
     # mix each image with its neighbour in the batch, mmpretrain's with a random one.
     train_cfg=dict(augments=[dict(type='CutMix', alpha=1.0), dict(type='Mixup', alpha=0.2)]))

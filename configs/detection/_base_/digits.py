@@ -8,7 +8,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomPhotometricDistort', prob=0.5),
-    # No flip: a mirrored digit is none. No crop: every picture is seen a few times only.
+    # No flip: a mirrored digit is no digit. No crop: every picture is seen a few times only.
     resize,
     dict(type='FilterSmallBoxes'),
     dict(type='PackDetInputs'),

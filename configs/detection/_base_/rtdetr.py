@@ -20,8 +20,7 @@ model = dict(
         norm_cfg=dict(type='BN', requires_grad=False),
         norm_eval=True),
     neck=dict(
-        type='HybridEncoder',
-        in_channels=[512, 1024, 2048],
+        type='HybridEncoder',  # takes in_channels from the backbone
         embed_dims=256,
         ffn_dims=1024,
         expansion=1.0),

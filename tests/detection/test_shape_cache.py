@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from spartan_mm.detection.size_cache import MAX_SIZES, cached_by_size
+from spartan_mm.detection.shape_cache import MAX_SHAPES, cached_by_shape
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def made():
     """A cached function and the list of sizes that it was really called with."""
     calls = []
 
-    @cached_by_size
+    @cached_by_shape
     def ramp(size, device=None):
         calls.append(size)
         return torch.arange(float(size), device=device)
@@ -22,18 +22,18 @@ def made():
     return ramp
 
 
-def test_a_size_is_made_once(made):
+def test_a_shape_is_made_once(made):
     assert made(3) is made(3) and made(4) is not made(3)
     assert made.calls == [3, 4]
     assert_close(made(3), torch.tensor([0., 1., 2.]))
 
 
-def test_number_of_sizes_is_bounded(made):
-    for size in range(MAX_SIZES + 1):
+def test_number_of_shapes_is_bounded(made):
+    for size in range(MAX_SHAPES + 1):
         made(size)
-    made(MAX_SIZES)
+    made(MAX_SHAPES)
     made(0)
-    assert made.calls[MAX_SIZES:] == [MAX_SIZES, 0]
+    assert made.calls[MAX_SHAPES:] == [MAX_SHAPES, 0]
 
 
 def test_devices_have_their_own(made):

@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from spartan_mm.detection import ResNetVd
-from spartan_mm.detection.folding import fold_batch_norms
+from spartan_mm.detection.forms import fold_batch_norms
 
 
 def randomize_norms(module):

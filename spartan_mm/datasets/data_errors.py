@@ -40,10 +40,10 @@ class Finding:
     Args:
         level: 'error' for what surely fails or gives wrong results, 'warning' for what may, 'note'
             for what is right and worth knowing.
-        kind: a few words for what was found, the same for every dataset.
-        message: one line that names the first culprits.
-        count: number of culprits.
-        images: paths of the first images concerned.
+        kind: A few words for what was found, the same for every dataset.
+        message: One line that names the first culprits.
+        count: Number of culprits.
+        images: Paths of the first images concerned.
     """
 
     level: str
@@ -98,9 +98,9 @@ def find_missing_images(paths: Sequence[str], what: str, remedy: str) -> list[Fi
     folder lies on another machine. Paths with a protocol, such as s3://, are left alone.
 
     Args:
-        paths: where the images should be.
-        what: what to call the images, such as 'images of train.json'.
-        remedy: what to do about missing ones.
+        paths: Where the images should be.
+        what: What to call the images, such as 'images of train.json'.
+        remedy: What to do about missing ones.
     """
     present: dict[str, set[str]] = {}
     missing = []

@@ -1,41 +1,16 @@
 """COCO-format data: mmdet's meaning where the file is right, a clear error where it is not."""
 
-import copy
 import json
 import math
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 
-from spartan_mm.datasets.findings import DataError
-from spartan_mm.detection.coco import CheckedCocoDataset, CheckedCocoMetric, LoadCheckedImage
-
-CONTENT = dict(
-    images=[
-        dict(id=7, file_name='cat.jpg', width=64, height=48),
-        dict(id=3, file_name='dog.jpg', width=48, height=64),
-        dict(id=9, file_name='none.jpg', width=40, height=40),
-    ],
-    annotations=[
-        dict(id=11, image_id=7, category_id=30, bbox=[1, 2, 30, 20], area=600, iscrowd=0),
-        dict(id=12, image_id=3, category_id=5, bbox=[0, 0, 48, 64], area=100.5, iscrowd=1),
-        dict(id=13, image_id=7, category_id=8, bbox=[5.5, 6, 10, 10], area=100, iscrowd=0),
-    ],
-    categories=[
-        dict(id=5, name='dog'),
-        dict(id=30, name='cat'),
-        dict(id=8, name='bird'),
-    ],
-)
-
-
-@pytest.fixture
-def content():
-    return copy.deepcopy(CONTENT)
+from spartan_mm.datasets.data_errors import DataError
+from spartan_mm.detection import CheckedCocoDataset, LoadCheckedImage
 
 
 @pytest.fixture
@@ -44,13 +19,8 @@ def build(tmp_path):
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / 'set.json').write_text(text)
         return DATASETS.build(
-            dict(
-                type=dataset_type,
-                data_root=str(tmp_path),
-                ann_file='set.json',
-                data_prefix=dict(img='images/'),
-                **kwargs,
-            )
+            dict(type=dataset_type, data_root=str(tmp_path), ann_file='set.json',
+                 data_prefix=dict(img='images/'), **kwargs)
         )
 
     return build
@@ -107,14 +77,11 @@ def test_protruding_box_is_clipped(build, content, messages):
     assert len(messages) == 1 and '1 of 3 boxes reach' in messages[0] and '13' in messages[0]
 
 
-INVALID_BOXES = [
-    ([1, 2, 0, 20], 'no width or no height'),
-    ([1, 2, 10, -3], 'no width or no height'),
-    ([70, 2, 10, 10], 'wholly outside the image, which is 64x48'),
-    ([-20, 2, 20, 10], 'wholly outside'),
-    ([math.nan, 2, 10, 10], 'not finite'),
-    ([0, 2, math.inf, 10], 'not finite'),
-]
+INVALID_BOXES = [([1, 2, 0, 20], 'no width or no height'),
+                 ([1, 2, 10, -3], 'no width or no height'),
+                 ([70, 2, 10, 10], 'wholly outside the image, which is 64x48'),
+                 ([-20, 2, 20, 10], 'wholly outside'), ([math.nan, 2, 10, 10], 'not finite'),
+                 ([0, 2, math.inf, 10], 'not finite')]
 
 
 @pytest.mark.parametrize('bbox, fault', INVALID_BOXES)
@@ -181,12 +148,8 @@ def test_bad_file(build, content, change, message):
 
 @pytest.mark.parametrize(
     'text, message',
-    [
-        ('', 'not a JSON file'),
-        ('{"images": [', 'not a JSON file'),
-        ('[]', 'holds a list'),
-        ('{}', 'has no images, categories, annotations'),
-    ],
+    [('', 'not a JSON file'), ('{"images": [', 'not a JSON file'), ('[]', 'holds a list'),
+     ('{}', 'has no images, categories, annotations')],
 )
 def test_not_an_annotation_file(build, text, message):
     with pytest.raises(ValueError, match=f'set.json: .*{message}'):
@@ -200,11 +163,8 @@ def test_missing_annotation_file(tmp_path):
 
 @pytest.mark.parametrize(
     'classes, message',
-    [
-        (('dog', 'cow'), 'no category cow.*dog, cat, bird'),
-        (('cat', 'dog'), r"write classes=\('dog', 'cat'\)"),
-        ('dog', r"classes=\('dog',\)"),
-    ],
+    [(('dog', 'cow'), 'no category cow.*dog, cat, bird'),
+     (('cat', 'dog'), r"write classes=\('dog', 'cat'\)"), ('dog', r"classes=\('dog',\)")],
 )
 def test_bad_classes(build, content, classes, message):
     with pytest.raises(ValueError, match=message):
@@ -212,12 +172,12 @@ def test_bad_classes(build, content, classes, message):
 
 
 def test_set_without_objects(build, content, messages):
+    only_cats = dict(content, annotations=content['annotations'][:1])
     content['annotations'] = []
     assert len(build(content, allow_no_objects=True)) == 3
     del content['annotations']
     assert len(build(content, test_mode=True)) == 3
     assert 'no AP' in messages[0]
-    only_cats = dict(content, annotations=CONTENT['annotations'][:1])
     with pytest.raises(ValueError, match='none of the 1 annotations is of the classes dog, bird'):
         build(only_cats, metainfo=dict(classes=('dog', 'bird')))
 
@@ -271,9 +231,7 @@ class TestLoadCheckedImage:
     @pytest.mark.parametrize('content_of_file', [b'', b'<html>not found</html>', b'\xff\xd8\xff'])
     def test_not_decodable(self, dataset, path, content_of_file):
         path.write_bytes(content_of_file)
-        with pytest.raises(
-            DataError, match='cat.jpg.*image id 7 of .*set.json.*cannot be decoded'
-        ):
+        with pytest.raises(DataError, match='cat.jpg.*image id 7 of .*set.json.*cannot be decoded'):
             dataset[0]
 
     def test_other_size_than_annotated(self, dataset, path):
@@ -356,101 +314,3 @@ class TestBadImages:
             build(content, bad_images='skip')
         with pytest.raises(ValueError, match='max_bad_images=2 must be a share'):
             build(content, max_bad_images=2)
-
-
-class TestMetric:
-    """Of all images or not at all."""
-
-    @pytest.fixture
-    def metric(self, tmp_path):
-        def metric(content, **kwargs):
-            (tmp_path / 'set.json').write_text(json.dumps(content))
-            metric = CheckedCocoMetric(str(tmp_path / 'set.json'), **kwargs)
-            metric.dataset_meta = dict(classes=[item['name'] for item in content['categories']])
-            return metric
-        return metric
-
-    def predict(self, content, images=None):
-        """The annotated boxes themselves, of the images with these ids."""
-        labels = {item['id']: label for label, item in enumerate(content['categories'])}
-        samples = []
-        for image in content['images']:
-            own = [item for item in content['annotations']
-                   if item['image_id'] == image['id'] and not item['iscrowd']]
-            boxes = torch.tensor([item['bbox'] for item in own]).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            samples.append(dict(
-                img_id=image['id'], ori_shape=(image['height'], image['width']),
-                pred_instances=dict(bboxes=boxes, scores=torch.ones(len(own)), labels=torch.tensor(
-                    [labels[item['category_id']] for item in own], dtype=torch.long))))
-        return [sample for sample in samples if images is None or sample['img_id'] in images]
-
-    def evaluate(self, metric, samples):
-        metric.process({}, samples)
-        return metric.evaluate(len(samples))
-
-    def test_all_images(self, metric, content):
-        assert self.evaluate(metric(content), self.predict(content))['coco/bbox_mAP'] == 1
-
-    def test_annotation_id_0_is_found_like_any_other(self, metric, content):
-        content['annotations'][0]['id'] = 0
-        assert self.evaluate(metric(content), self.predict(content))['coco/bbox_mAP'] == 1
-
-    def test_missing_images(self, metric, content):
-        with pytest.raises(DataError, match=r'set.json: 2 of 3 images have no predictions '
-                                            r"\(image ids 3, 9\).*missing_images='leave_out'"):
-            self.evaluate(metric(content), self.predict(content, [7]))
-        # The rest alone: what is missing does not count as not found.
-        content['annotations'][1]['iscrowd'] = 0
-        found = self.evaluate(metric(content, missing_images='leave_out'),
-                              self.predict(content, [7]))
-        assert found['coco/bbox_mAP'] == 1
-
-    def test_other_images(self, metric, content):
-        samples = self.predict(content)
-        with pytest.raises(DataError, match='more than once.*image ids 7'):
-            self.evaluate(metric(content), [*samples, samples[0]])
-        samples[0]['img_id'] = 8
-        with pytest.raises(DataError, match='predictions of 1 images that it does not have '
-                                            r'\(image ids 8\)'):
-            self.evaluate(metric(content), samples)
-        with pytest.raises(DataError, match='no predictions to evaluate'):
-            metric(content).compute_metrics([])
-
-    def test_nan(self, metric, content):
-        samples = self.predict(content)
-        samples[0]['pred_instances']['scores'][0] = float('nan')
-        with pytest.raises(DataError, match=r'1 of 3 images contain NaN .*image ids 7'):
-            self.evaluate(metric(content), samples)
-
-    def test_classes_of_another_file(self, metric, content):
-        with pytest.raises(DataError, match='reads the categories dog, cat, bird, but the dataset '
-                                            'to evaluate has the classes cat, dog'):
-            metric(content).dataset_meta = dict(classes=('cat', 'dog'))
-
-    def test_boxes_as_in_coco(self, metric, content):
-        """One of no size is an object that nobody finds; one that is no number stops."""
-        content['annotations'][2].update(bbox=[5, 6, 0, 10], area=0)
-        found = self.evaluate(metric(content), self.predict(content))
-        assert found['coco/bbox_mAP'] == pytest.approx(0.5)
-        content['annotations'][2].update(bbox=[5, 6, math.nan, 10])
-        with pytest.raises(DataError, match='annotation 13 of image 7 .*not finite'):
-            metric(content)
-
-    def test_ground_truth_from_the_samples(self, content):
-        metric = CheckedCocoMetric()
-        metric.dataset_meta = dict(classes=('dog', 'cat', 'bird'))
-        samples = self.predict(content)
-        for sample in samples:
-            found = sample['pred_instances']
-            sample['instances'] = [dict(bbox=box, bbox_label=label) for box, label in zip(
-                found['bboxes'].tolist(), found['labels'].tolist(), strict=True)]
-        assert self.evaluate(metric, samples)['coco/bbox_mAP'] == 1
-
-    def test_bad_options(self, metric, content):
-        with pytest.raises(ValueError, match="missing_images='skip' must be"):
-            metric(content, missing_images='skip')
-        with pytest.raises(ValueError, match='sort_categories'):
-            metric(content, sort_categories=True)
-        with pytest.raises(FileNotFoundError, match='no annotation file'):
-            CheckedCocoMetric('none.json')

@@ -10,23 +10,19 @@ from typing import Any
 Stamp = dict[str, Any]
 
 
-def make_once(
-    root: str | Path,
-    stamp: Stamp,
-    find_stamp: Callable[[Path], Stamp | None],
-    write: Callable[[Path], None],
-) -> Path:
+def make_once(root: str | Path, stamp: Stamp, find_stamp: Callable[[Path], Stamp | None],
+              write: Callable[[Path], None]) -> Path:
     """Make a folder, unless it is there already, made with the same arguments.
 
     It is written beside ``root`` and moved there when complete, so an interrupted run leaves
     nothing half-made.
 
     Args:
-        root: the folder; one made earlier with other arguments is replaced.
-        stamp: what the content depends on, fit for JSON.
-        find_stamp: reads the stamp of a folder; None if the folder is missing or incomplete. It
+        root: The folder; one made earlier with other arguments is replaced.
+        stamp: What the content depends on, fit for JSON.
+        find_stamp: Reads the stamp of a folder; None if the folder is missing or incomplete. It
             raises if the folder holds something else.
-        write: writes everything, the stamp too, to the empty folder that it is given.
+        write: Writes everything, the stamp too, to the empty folder that it is given.
 
     Returns:
         The folder, as an absolute path.
@@ -55,20 +51,18 @@ def refuse_to_replace(root: Path, strange: set[str], kind: str) -> FileExistsErr
     """Make the error for a folder that holds something else.
 
     Args:
-        root: the folder.
-        strange: names of what does not belong there, if anything is known.
-        kind: what is expected there.
+        root: The folder.
+        strange: Names of what does not belong there, if anything is known.
+        kind: What is expected there.
     """
     holds = f'has {", ".join(sorted(strange))} in it' if strange else f'is no {kind}'
     return FileExistsError(
         f'{root} is there already and {holds}, so it is not replaced: '
-        'name another folder, or remove it.'
-    )
+        'name another folder, or remove it.')
 
 
-def _move(
-    partial: Path, root: Path, stamp: Stamp, find_stamp: Callable[[Path], Stamp | None]
-) -> None:
+def _move(partial: Path, root: Path, stamp: Stamp,
+          find_stamp: Callable[[Path], Stamp | None]) -> None:
     """Move the complete folder to ``root``, in place of an earlier one."""
     if not is_missing(root):
         # Another process may have made the same in the meantime.

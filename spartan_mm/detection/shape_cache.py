@@ -1,4 +1,4 @@
-"""Tensors that follow from sizes alone, made once for each size."""
+"""Tensors that follow from shapes alone, made once for each shape."""
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import TypeVar
@@ -8,25 +8,25 @@ from torch import Tensor
 
 Made = TypeVar('Made', bound=Tensor | tuple[Tensor, ...])
 
-MAX_SIZES = 32
-"""Sizes whose tensors are kept; multi-scale training draws from about a dozen."""
+MAX_SHAPES = 32
+"""Shapes whose tensors are kept; multi-scale training draws from about a dozen."""
 
 
-def cached_by_size(function: Callable[..., Made]) -> Callable[..., Made]:
-    """Keep what a function makes of its arguments, sizes above all.
+def cached_by_shape(function: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what a function makes of its arguments, shapes above all.
 
     What is kept belongs to no model: no state dict has it, copies of a model share it, and a model
     that is moved finds another, since device and type are arguments. It can be part of a later
     training even if inference mode was on when it was made.
 
     NOTE: Nothing is looked up or kept where operations are recorded instead of run once:
-    torch.compile then keeps the sizes symbolic, and the memory of a CUDA graph stays its own.
+    torch.compile then keeps the shapes symbolic, and the memory of a CUDA graph stays its own.
 
     Args:
         function: Makes tensors, which nobody may change, from arguments that can be hashed; the
             keyword `device` says where.
     """
-    @lru_cache(MAX_SIZES)
+    @lru_cache(MAX_SHAPES)
     def keep(*args, **kwargs) -> Made:
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)

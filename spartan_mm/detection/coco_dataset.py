@@ -1,0 +1,211 @@
+"""COCO-format data that is checked before it is used, for COCO and for anybody's own set.
+
+mmdet's ``CocoDataset`` drops what it does not understand: a box outside its image, an annotation of
+a category it does not know, classes it cannot find. Here each of these is an error that names the
+culprit, or, where the user says so, is dropped and counted in the log.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS, TRANSFORMS
+from mmengine.logging import print_log
+
+from ..datasets.coco_file import (
+    MISSING_REMEDY,
+    CocoFile,
+    describe_image,
+    no_garbage_collection,
+    read_json,
+)
+from ..datasets.data_errors import DataError
+from ..datasets.images import BadImages, load_image
+
+
+@DATASETS.register_module()
+class CheckedCocoDataset(CocoDataset):
+    """A COCO-format dataset whose annotation file is checked when it is loaded.
+
+    For COCO itself it gives what mmdet's ``CocoDataset`` gives, boxes clipped to their image apart.
+    For a set of one's own, ``data_root``, ``ann_file`` and ``data_prefix`` are enough: the classes
+    are the categories of the annotation file. ``metainfo=dict(classes=...)`` selects some of them,
+    in the order of the file.
+
+    NOTE: mmdet numbers the classes in the order of the file's categories whatever the order in
+    ``metainfo``, and closes the gap where a class is missing, in the dataset and in ``CocoMetric``;
+    names then no longer belong to labels. So another order and a missing class are errors here.
+
+    NOTE: Boxes that reach beyond their image are clipped, as the official RT-DETR does when
+    loading; mmdet leaves them. Boxes with a side between 0 and 1 pixel are valid but not trained
+    on, in both.
+
+    A pipeline's ``LoadImageFromFile`` becomes ``LoadCheckedImage``, which names a missing or broken
+    image.
+
+    Crowds (``iscrowd=1``) carry ``ignore_flag=1``, so that mmdet packs them apart from the ground
+    truth: detectors of the DETR family do not train on them, and evaluation reads them from the
+    annotation file.
+
+    Args:
+        invalid_boxes: What to do with boxes of no width or height, not finite, wholly outside their
+            image, or with no area: 'error' to stop, 'drop' to leave them out and log their number.
+            COCO train2017 has a few such boxes.
+        allow_no_objects: Accept a training set in which no image has an object (to be joined with
+            others).
+        bad_images: What to do about images that cannot be decoded: 'stop', or 'replace' to take
+            another image in training and log a warning; None for 'stop' in test mode and 'replace'
+            in training. A missing image always stops.
+        max_bad_images: The share of the images that may be replaced before training stops.
+
+    Raises:
+        FileNotFoundError: There is no annotation file.
+        DataError: The annotation file is not what it should be; the message names the file and the
+            first culprits by id.
+    """
+
+    # No classes: what the config does not name comes from the annotation file.
+    METAINFO: dict = {}
+
+    def __init__(self, *args: Any, invalid_boxes: str = 'error', allow_no_objects: bool = False,
+                 bad_images: str | None = None, max_bad_images: float = 0.01,
+                 test_mode: bool = False, **kwargs: Any) -> None:
+        if invalid_boxes not in ('error', 'drop'):
+            raise ValueError(f"invalid_boxes={invalid_boxes!r} must be 'error' or 'drop'.")
+        self.invalid_boxes = invalid_boxes
+        # NOTE: the config keeps mmcv's name, which mmdet's inferencers look for.
+        kwargs['pipeline'] = [
+            dict(step, type='LoadCheckedImage')
+            if isinstance(step, Mapping) and step['type'] == 'LoadImageFromFile' else step
+            for step in kwargs.get('pipeline', ())
+        ]
+        # mmdet's default names no folder of images.
+        kwargs.setdefault('data_prefix', dict(img=''))
+        self.allow_no_objects = allow_no_objects
+        if test_mode and bad_images == 'replace':
+            raise ValueError("bad_images='replace' is for training: in test mode, another image "
+                             'would be evaluated against the annotations of the bad one.')
+        self.bad_images = BadImages(bad_images or ('stop' if test_mode else 'replace'),
+                                    max_bad_images)
+        super().__init__(*args, test_mode=test_mode, **kwargs)
+
+    def full_init(self) -> None:
+        """Load the annotations, once."""
+        if not self._fully_initialized:
+            with no_garbage_collection():
+                super().full_init()
+            self.bad_images.share(len(self))
+
+    def load_data_list(self) -> list[dict]:
+        """Load and check the annotation file.
+
+        Returns:
+            One dict per image, in the order of the file, as ``parse_data_info`` makes it.
+        """
+        file = self.examine()
+        file.raise_errors()
+        for finding in file.findings:
+            self._log(finding.message)
+
+        self._metainfo['classes'] = file.classes
+        if file.classes == CocoDataset.METAINFO['classes']:
+            self._metainfo.setdefault('palette', CocoDataset.METAINFO['palette'])
+        self.cat_ids = [category['id'] for category in file.categories]
+        self.cat2label = {category_id: label for label, category_id in enumerate(self.cat_ids)}
+
+        for i in file.clipped.nonzero()[0]:
+            left, top, right, bottom = file.boxes[i].tolist()
+            file.annotations[i]['bbox'] = [left, top, right - left, bottom - top]
+        per_image = [[] for _ in file.images]
+        self.cat_img_map = defaultdict(list)
+        for annotation, index in zip(file.annotations, file.image_index, strict=True):
+            per_image[index].append(annotation)
+            self.cat_img_map[annotation['category_id']].append(annotation['image_id'])
+        return [
+            self.parse_data_info(
+                dict(raw_img_info=dict(image, img_id=image['id']), raw_ann_info=image_annotations)
+            )
+            for image, image_annotations in zip(file.images, per_image, strict=True)
+        ]
+
+    def examine(self) -> CocoFile:
+        """Read the annotation file and look for everything that is wrong with it.
+
+        Raises:
+            MissingDataError: There is no annotation file.
+            DataError: It is no JSON file.
+        """
+        return CocoFile(read_json(self.ann_file, self.backend_args), self.ann_file,
+                        self._metainfo.get('classes'), self.test_mode, self.invalid_boxes,
+                        self.allow_no_objects)
+
+    def filter_data(self) -> list[dict]:
+        """Filter images by ``filter_cfg``; an error if none is left."""
+        kept = super().filter_data()
+        if not kept:
+            raise DataError(
+                f'{self.ann_file}: no image is left after filter_cfg={self.filter_cfg}.')
+        return kept
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on an image, or on another one in place of a bad one.
+
+        Raises:
+            DataError: The image, or too many of them, cannot be decoded, or it has not the
+                annotated size.
+        """
+        return self.bad_images.fetch(super().prepare_data, idx, len(self))
+
+    def get_data_info(self, idx: int) -> dict:
+        """Get what the pipeline starts from, with the name of the annotation file for messages."""
+        return dict(super().get_data_info(idx), ann_file=self.ann_file)
+
+    def _log(self, message: str) -> None:
+        print_log(f'{self.ann_file}: {message}', logger='current')
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(LoadImageFromFile):
+    """Load an image, or say which one is missing, broken or of another size than annotated.
+
+    NOTE: mmcv's ``LoadImageFromFile`` lets the error of the file system or of the decoder through,
+    and does not compare sizes: boxes then fall beside their objects, silently.
+
+    Args:
+        check_size: Compare with ``height`` and ``width`` of the annotation, where there are any.
+        kwargs: Arguments of mmcv's ``LoadImageFromFile``, ``ignore_empty`` apart.
+    """
+
+    def __init__(self, check_size: bool = True, **kwargs: Any) -> None:
+        if kwargs.pop('ignore_empty', False):
+            raise ValueError(
+                'LoadCheckedImage does not pass over images (`ignore_empty`): correct the '
+                'annotation file.')
+        super().__init__(**kwargs)
+        self.check_size = check_size
+
+    def transform(self, results: dict) -> dict:
+        """Load ``results['img_path']`` into ``results['img']``, (H, W, 3) BGR.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UndecodableError: It cannot be read or decoded.
+            DataError: It has not the annotated size.
+        """
+        size = (results.get('width'), results.get('height'))
+        image = load_image(
+            results['img_path'], describe_image(results), MISSING_REMEDY, self.color_type,
+            self.imdecode_backend, size if self.check_size and None not in size else None,
+            self.backend_args)
+        if self.to_float32:
+            image = image.astype(np.float32)
+
+        results['img'] = image
+        results['img_shape'] = results['ori_shape'] = image.shape[:2]
+        return results
+
+    def __repr__(self) -> str:
+        return f'{super().__repr__()[:-1]}, check_size={self.check_size})'
