@@ -56,8 +56,9 @@ class Demo(steps.Demo):
         from mmengine.config import Config
         from mmengine.registry import DATASETS, init_default_scope
 
-        from spartan_mm.analysis.curves import draw_curves, read_log
-        from spartan_mm.analysis.gallery import draw_gallery, read_predictions, spread
+        from spartan_mm.analysis.mistakes.pictures import draw_gallery
+        from spartan_mm.analysis.mistakes.predictions import read_predictions, spread
+        from spartan_mm.analysis.report.curves import draw_curves, read_log
         draw_curves(read_log(self.work_dir)).savefig(self.curves)
 
         config = Config.fromfile(self.config)

@@ -60,10 +60,10 @@ class Demo(steps.Demo):
         from mmengine.config import Config
         from mmengine.registry import DATASETS, init_default_scope
 
-        from spartan_mm.analysis.confusion import count_confusions, draw_confusion, read_outcomes
-        from spartan_mm.analysis.curves import draw_curves, read_log
-        from spartan_mm.analysis.gallery import spread
-        from spartan_mm.analysis.mistakes import draw_mistakes
+        from spartan_mm.analysis.mistakes.confusion import count_confusions, draw_confusion
+        from spartan_mm.analysis.mistakes.pictures import draw_mistakes
+        from spartan_mm.analysis.mistakes.predictions import read_outcomes, spread
+        from spartan_mm.analysis.report.curves import draw_curves, read_log
         draw_curves(read_log(self.work_dir)).savefig(self.curves)
 
         config = Config.fromfile(self.config)
@@ -72,7 +72,7 @@ class Demo(steps.Demo):
         outcomes = read_outcomes(self.predictions)
         self._num_evaluated = len(outcomes)
         draw_confusion(count_confusions(outcomes), classes).savefig(self.confusion)
-        draw_mistakes(outcomes, classes).savefig(self.mistakes)
+        draw_mistakes(outcomes, classes).save(self.mistakes)
         return [outcomes.paths[index] for index in spread(len(outcomes), NUM_SHOWN)]
 
     def infer(self, checkpoint: str, pictures: list[str]) -> None:

@@ -56,26 +56,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def add_result_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
-    """Add the flags that tools have in common which look at the predictions of a test.
-
-    Args:
-        parser: of the tool.
-        out_dir: default of ``--out-dir``.
-    """
-    parser.add_argument('config', help='config file, or the name of a model')
-    parser.add_argument('predictions', metavar='FILE.pkl', help='what tools/test.py --out wrote')
-    parser.add_argument('--out-dir', type=Path, default=Path(out_dir), metavar='DIR',
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--score-thr', type=read_share, default=0.3, metavar='SCORE',
-                        help='least score of a detection that counts (default: %(default)s)')
-    parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
-                        help='least overlap of a detection with the object that it finds (default: '
-                             '%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
-
-
 def read_share(text: str) -> float:
     """Read a number from 0 to 1, as the ``type`` of a flag."""
     try:

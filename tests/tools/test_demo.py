@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spartan_mm.analysis.curves import read_log
+from spartan_mm.analysis.report.curves import read_log
 
 DEMO = Path(__file__).parents[2] / 'tools' / 'demo.py'
 

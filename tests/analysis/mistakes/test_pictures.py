@@ -10,13 +10,12 @@ from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from spartan_mm.analysis import gallery
-from spartan_mm.analysis.gallery import (
+from spartan_mm import drawing
+from spartan_mm.analysis.mistakes import pictures as module
+from spartan_mm.analysis.mistakes.pictures import draw_found, draw_gallery, draw_truth
+from spartan_mm.analysis.mistakes.predictions import (
     Truth,
     collect_predictions,
-    draw_found,
-    draw_gallery,
-    draw_truth,
     read_predictions,
     read_truth,
     spread,
@@ -146,7 +145,7 @@ def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_class():
     for (x1, y1, x2, y2), label in ((2 * truth.boxes[0], 0), (2 * truth.boxes[1], 1)):
         middle = int((x1 + x2) / 2), int((y1 + y2) / 2)
         for x, y in ((x1, middle[1]), (x2, middle[1]), (middle[0], y2)):
-            assert tuple(pixels[int(y), int(x)]) == gallery._colour(label)
+            assert tuple(pixels[int(y), int(x)]) == drawing.class_colour(label)
         assert tuple(pixels[middle[::-1]]) == GREY
     assert tuple(pixels[-1, 0]) == GREY
 
@@ -164,7 +163,7 @@ def test_crowds_are_hatched_in_grey():
     mask[30:50, 20:60] = True
     truth = Truth(np.zeros((0, 4)), np.zeros(0, dtype=int), [(0, mask)])
     pixels = np.array(draw_truth(make_image(colour=(0, 200, 0)), truth, CLASSES, 160))
-    hatched = (pixels == gallery._CROWD).all(-1)
+    hatched = (pixels == module._CROWD).all(-1)
     assert 0.2 < hatched[60:100, 40:120].mean() < 0.5
     untouched = (pixels == (0, 200, 0)).all(-1)
     assert untouched[102:].all()
@@ -174,16 +173,16 @@ def test_crowds_are_hatched_in_grey():
 
 def test_labels_avoid_each_other():
     boxes = np.array([[50., 60, 150, 160]] * 4)
-    size, taken = np.array([60., 18]), []
+    size, labels = np.array([60., 18]), []
     for box in boxes:
-        taken.append(gallery._place_tag(box, size, np.array([300, 300]), taken, boxes))
-    for i, tag in enumerate(taken):
-        assert not any(gallery._overlap(tag, other) for other in taken[i + 1:])
+        labels.append(drawing._place_label(box, size, np.array([300, 300]), labels, boxes))
+    shared = drawing.common_areas(np.array(labels), np.array(labels))
+    assert (shared == np.diag(np.diag(shared))).all()
 
 
 @pytest.mark.parametrize('box', [(0, 0, 10, 10), (290, 290, 300, 300), (-20, -30, 500, 400)])
 def test_labels_stay_inside(box):
-    tag = gallery._place_tag(np.array(box), np.array([60, 18]), np.array([300, 300]), [],
+    tag = drawing._place_label(np.array(box), np.array([60, 18]), np.array([300, 300]), [],
                              np.array([box]))
     assert (tag >= 0).all() and (tag < 300).all()
     assert tag[2:].tolist() == (tag[:2] + [60, 18]).tolist()
@@ -207,7 +206,7 @@ def test_sheet(pictures):
     assert three.width > 2 * one.width - 50 and three.height > one.height
     colours = {colour for _, colour in three.getcolors(1 << 24)}
     assert {GREY, (200, 30, 30), (30, 30, 200)} <= colours
-    assert gallery._colour(0) in colours and gallery._colour(1) in colours
+    assert drawing.class_colour(0) in colours and drawing.class_colour(1) in colours
 
 
 def test_the_threshold_decides_what_is_drawn(pictures):
@@ -215,7 +214,7 @@ def test_the_threshold_decides_what_is_drawn(pictures):
     for threshold, drawn in ((0.3, True), (0.5, False)):
         sheet = draw_gallery(pictures, predictions, [1], threshold, longer_side=160)
         colours = {colour for _, colour in sheet.getcolors(1 << 24)}
-        assert (gallery._colour(0) in colours) == drawn
+        assert (drawing.class_colour(0) in colours) == drawn
 
 
 def test_a_picture_is_turned_as_its_camera_says(pictures):
