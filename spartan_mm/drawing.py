@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -85,37 +86,42 @@ def resize(image: Image.Image, longer_side: int, coarse: bool = False) -> Image.
                         else Image.Resampling.LANCZOS)
 
 
-def draw_boxes(canvas: Image.Image, boxes: np.ndarray, texts: Sequence[str],
+def draw_boxes(canvas: np.ndarray, boxes: np.ndarray, texts: Sequence[str],
                colours: Sequence[Colour], framed: Sequence[bool] | None = None) -> None:
     """Draw boxes, each with a label where it hides least. Lines and letters grow with the picture.
 
     Args:
-        canvas: What to draw on.
+        canvas: What to draw on, shape (H, W, 3).
         boxes: Corners x1, y1, x2, y2 in pixels, in any order, shape (N, 4); the last on top.
         texts: Of the labels.
-        colours: Of frames and labels.
+        colours: Of frames and labels, their channels in the canvas's order.
         framed: Whether a box has a frame; all have by default.
     """
-    draw, side = ImageDraw.Draw(canvas), min(canvas.size)
-    font, line = load_font(max(11, side // 36)), max(1, side // 250)
-    longest = max(canvas.size)
-    corners = np.nan_to_num(np.asarray(boxes, float)).reshape(-1, 2, 2).clip(-longest, 2 * longest)
-    boxes = np.sort(corners, axis=1).round().astype(int).reshape(-1, 4)
+    size = np.array(canvas.shape[1::-1])
+    font, line = load_font(max(11, size.min() // 36)), max(1, size.min() // 250)
+    corners = np.nan_to_num(np.asarray(boxes, float)).reshape(-1, 2, 2)
+    corners = np.sort(corners.clip(-size.max(), 2 * size.max()), axis=1)
+    boxes = corners.round().astype(int).reshape(-1, 4)
     # All frames first: none crosses a label.
-    for box, colour, frame in zip(boxes, colours, framed or [True] * len(boxes), strict=True):
+    for box, colour, frame in zip(boxes.tolist(), colours, framed or [True] * len(boxes),
+                                  strict=True):
         if frame:
             # A dark line around the bright one, for bright backgrounds.
-            edge = (line + 1) // 2
-            draw.rectangle((*(box[:2] - edge), *(box[2:] + edge)), outline=INK, width=edge)
-            draw.rectangle((*box, ), outline=colour, width=line)
+            for fill, width in ((INK, line + 2), (colour, line)):
+                cv2.rectangle(canvas, box[:2], box[2:], fill, width)
 
     labels: list[np.ndarray] = []
     for box, text, colour in zip(boxes, texts, colours, strict=True):
-        text = fit_text(' '.join(text.split()), font, canvas.width - 8)
-        size = np.array([round(font.getlength(text)) + 8, sum(font.getmetrics()) + 1])
-        labels.append(_place_label(box, size, np.array(canvas.size), labels, boxes))
-        draw.rectangle((*labels[-1], ), fill=colour, outline=INK)
-        draw.text((labels[-1][0] + 4, labels[-1][1]), text, 'black', font)
+        text = fit_text(' '.join(text.split()), font, size[0] - 8)
+        label = Image.new('RGB', (round(font.getlength(text)) + 8, sum(font.getmetrics()) + 1),
+                          colour)
+        draw = ImageDraw.Draw(label)
+        draw.text((4, 0), text, 'black', font)
+        draw.rectangle((0, 0, label.width - 1, label.height - 1), outline=INK)
+        labels.append(_place_label(box, np.array(label.size), size, labels, boxes))
+        left, top = labels[-1][:2]
+        place = canvas[top:top + label.height, left:left + label.width]
+        place[:] = np.asarray(label)[:place.shape[0], :place.shape[1]]
 
 
 def _place_label(box: np.ndarray, size: np.ndarray, canvas_size: np.ndarray,
@@ -131,7 +137,7 @@ def _place_label(box: np.ndarray, size: np.ndarray, canvas_size: np.ndarray,
         (left, top - height), (left, bottom), (right - width, top - height),
         (right - width, bottom), (left, top), (left, bottom - height), (right, top),
         (left - width, top), (right, bottom - height), (left - width, bottom - height)])
-    corners = corners.clip(0, np.maximum(canvas_size - size - 1, 0))
+    corners = corners.clip(0, np.maximum(canvas_size - size, 0))
     places = np.concatenate([corners, corners + size], axis=1)
     hidden = [common_areas(places, np.reshape(others, (-1, 4))).sum(1)
               for others in (boxes, labels)]
@@ -182,7 +188,7 @@ def draw_bars(image: np.ndarray, names: Sequence[str], scores: Sequence[float],
     return np.array(canvas)
 
 
-def add_caption(image: Image.Image, *lines: str, size: int = 13, width: int = 0,
+def add_caption(image: Image.Image, *lines: str, size: int = 13, width: int = 0, indent: int = 0,
                 below: bool = False) -> Image.Image:
     """Put lines of text over an image or below it, cut where they are too long.
 
@@ -191,6 +197,7 @@ def add_caption(image: Image.Image, *lines: str, size: int = 13, width: int = 0,
         lines: The text.
         size: Of the letters, in pixels.
         width: Of the whole in pixels, if it is to be more than the image's.
+        indent: Of the text, in pixels.
         below: Whether the text goes below.
     """
     font, width = load_font(size), max(width, image.width)
@@ -198,8 +205,8 @@ def add_caption(image: Image.Image, *lines: str, size: int = 13, width: int = 0,
     panel = Image.new('RGB', (width, image.height + len(lines) * height + 6), PAPER)
     draw = ImageDraw.Draw(panel)
     for number, line in enumerate(lines):
-        draw.text((0, 2 + number * height + below * image.height), fit_text(line, font, width), INK,
-                  font)
+        draw.text((indent, 2 + number * height + below * image.height),
+                  fit_text(line, font, width - indent), INK, font)
     panel.paste(image, (0, 0 if below else len(lines) * height + 6))
     return panel
 

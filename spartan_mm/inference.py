@@ -18,7 +18,6 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
-from PIL import Image
 from rich.progress import track
 
 from .datasets.findings import UndecodableError
@@ -58,19 +57,6 @@ class Detections:
         """Keep the detections with at least this score."""
         keep = self.scores >= threshold
         return Detections(self.boxes[keep], self.labels[keep], self.scores[keep])
-
-    def draw_on(self, canvas: Image.Image, classes: Sequence[str], scale: float = 1.) -> None:
-        """Draw boxes, class names and scores on a picture, the one with the highest score on top.
-
-        Args:
-            canvas: What to draw on.
-            classes: Names by class index.
-            scale: Size of the picture, as a multiple of the image's.
-        """
-        order = np.argsort(self.scores, kind='stable')
-        draw_boxes(canvas, scale * self.boxes[order],
-                   [f'{class_name(classes, self.labels[i])} {self.scores[i]:.2f}' for i in order],
-                   [class_colour(self.labels[i]) for i in order])
 
     def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Describe each detection by a dict fit for JSON."""
@@ -199,10 +185,6 @@ class Model:
             raise InputError(f'{path} cannot be read: {error.strerror or error}') from error
         except UndecodableError as error:
             raise InputError(f'{path} cannot be decoded as an image: {error}') from error
-
-    def process(self, images: Sequence[np.ndarray], **options: Any) -> list[Processed]:
-        """Make of each image a picture to look at and a record."""
-        raise NotImplementedError
 
     def collate(self, images: Sequence[np.ndarray]) -> dict[str, list[Any]]:
         """Run images through the config's pipeline, which gives what ``test_step`` takes."""
@@ -361,29 +343,23 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
     out_dir.mkdir(parents=True, exist_ok=True)
     options = dict(top=top) if isinstance(model, Classifier) else dict(
         score_threshold=score_threshold)
-    report = InferenceReport()
-    if source.video is None:
-        images, film = _read_images(model, source, report), None
-    else:
-        video = cv2.VideoCapture(str(source.video))
-        if not video.isOpened():
-            raise InputError(f'{source.video} cannot be opened as a video')
-        images = _read_frames(video, source.video, model.doing, report)
-        # Some containers do not tell the rate.
-        film = _Film(out_dir / f'{source.video.stem}.mp4', video.get(cv2.CAP_PROP_FPS) or 25.)
+    report, film = InferenceReport(), None
+    images = (_read_images(model, source, report) if source.video is None
+              else _read_frames(source.video, model.doing, report))
     try:
         while batch := list(islice(images, batch_size)):
             processed = model.process([image for _, image in batch], **options)
             for (place, image), (picture, record) in zip(batch, processed, strict=True):
                 height, width = image.shape[:2]
                 report.results.append(dict(place, width=width, height=height, **record))
-                if film:
+                if source.video is not None:
+                    film = film or _open_film(source.video, out_dir, picture)
                     film.write(picture)
                 elif failure := _write_image(out_dir / place['file'], picture):
                     report.failures[place['file']] = failure
     finally:
-        if film:
-            film.close()
+        if film is not None:
+            film.release()
     content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
                    results=report.results, failures=report.failures)
     # Bytes of a name that are no UTF-8 become escapes, which JSON reads as Python's own names.
@@ -394,16 +370,19 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
 
 def draw_detections(image: np.ndarray, detections: Detections,
                     classes: Sequence[str]) -> np.ndarray:
-    """Draw boxes, class names and scores on a copy of an image.
+    """Draw boxes, class names and scores on a copy of an image, the highest score on top.
 
     Args:
         image: In BGR order, shape (H, W, 3).
         detections: What to draw.
         classes: Names by class index.
     """
-    canvas = Image.fromarray(np.ascontiguousarray(image[..., ::-1]))
-    detections.draw_on(canvas, classes)
-    return np.array(canvas)[..., ::-1].copy()
+    canvas, labels, scores = np.array(image, order='C'), detections.labels, detections.scores
+    order = np.argsort(scores, kind='stable')
+    draw_boxes(canvas, detections.boxes[order],
+               [f'{class_name(classes, labels[i])} {scores[i]:.2f}' for i in order],
+               [class_colour(labels[i])[::-1] for i in order])
+    return canvas
 
 
 def draw_classification(image: np.ndarray, found: Classification,
@@ -436,16 +415,19 @@ def _read_images(model: Model, source: Source, report: InferenceReport
             yield dict(file=name), image
 
 
-def _read_frames(video: cv2.VideoCapture, path: Path, doing: str, report: InferenceReport
+def _read_frames(path: Path, doing: str, report: InferenceReport
                  ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Read the frames of a video, and note how it ends."""
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise InputError(f'{path} cannot be opened as a video')
     length = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     frames = takewhile(lambda frame: frame is not None, (video.read()[1] for _ in count()))
     done = 0
+    # Some containers do not tell the length.
     for frame in track(frames, doing, total=length if length > 0 else None):
         yield dict(file=path.name, frame=done), frame
         done += 1
-    video.release()
     if not done:
         raise InputError(f'{path} has no frame that can be decoded')
     # The length that a container tells is often an estimate, off by a frame or two.
@@ -454,26 +436,15 @@ def _read_frames(video: cv2.VideoCapture, path: Path, doing: str, report: Infere
                                       'are processed')
 
 
-class _Film:
-    """A video that is being written; its size is that of its first picture."""
-
-    def __init__(self, path: Path, rate: float) -> None:
-        self.path, self.rate = path, rate
-        self.writer: cv2.VideoWriter | None = None
-
-    def write(self, picture: np.ndarray) -> None:
-        """Add a picture."""
-        if self.writer is None:
-            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*'mp4v'),
-                                          self.rate, picture.shape[1::-1])
-            if not self.writer.isOpened():
-                raise InputError(f'{self.path} cannot be written: this OpenCV has no video encoder')
-        self.writer.write(picture)
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self.writer is not None:
-            self.writer.release()
+def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWriter:
+    """Begin a video as fast as another, of pictures as large as this one."""
+    target = out_dir / f'{video.stem}.mp4'
+    rate = cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FPS) or 25.
+    film = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
+                           picture.shape[1::-1])
+    if not film.isOpened():
+        raise InputError(f'{target} cannot be written: this OpenCV has no video encoder')
+    return film
 
 
 def _write_image(path: Path, image: np.ndarray) -> str:

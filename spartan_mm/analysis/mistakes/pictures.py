@@ -1,6 +1,7 @@
 """Pictures beside their truth, and what a model gets wrong in them, on sheets."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from ...drawing import (
     INK,
+    MARGIN,
     add_caption,
     arrange,
     class_colour,
@@ -17,7 +19,7 @@ from ...drawing import (
     open_image,
     resize,
 )
-from ...inference import Detections
+from ...inference import Detections, draw_detections
 from .errors import (
     KINDS,
     DetectionError,
@@ -45,21 +47,22 @@ def draw_truth(image: Image.Image, truth: Truth, classes: Sequence[str],
         canvas.paste(_CROWD, mask=_as_mask(np.array(inside) & _stripes(canvas.size, 4, 3)))
     crowds = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for _, mask in truth.crowds]
     labels = [label for label, _ in truth.crowds]
+    pixels = np.array(canvas)
     draw_boxes(
-        canvas, np.array([*crowds, *truth.boxes]) * longer_side / max(image.size),
+        pixels, np.array([*crowds, *truth.boxes]) * longer_side / max(image.size),
         [*(f'crowd: {class_name(classes, label)}' for label in labels),
          *(class_name(classes, label) for label in truth.labels)],
         [*[_CROWD] * len(crowds), *map(class_colour, truth.labels)],
         [*[False] * len(crowds), *[True] * len(truth.boxes)])
-    return canvas
+    return Image.fromarray(pixels)
 
 
 def draw_found(image: Image.Image, found: Detections, classes: Sequence[str],
                longer_side: int) -> Image.Image:
     """Draw detections with their scores on a resized copy of an image."""
-    canvas = resize(image, longer_side)
-    found.draw_on(canvas, classes, longer_side / max(image.size))
-    return canvas
+    pixels = np.array(resize(image, longer_side))[..., ::-1]
+    found = replace(found, boxes=found.boxes * longer_side / max(image.size))
+    return Image.fromarray(draw_detections(pixels, found, classes)[..., ::-1])
 
 
 def draw_gallery(dataset: DetectionDataset, predictions: Mapping[Any, Detections],
@@ -87,7 +90,7 @@ def draw_gallery(dataset: DetectionDataset, predictions: Mapping[Any, Detections
     if not indices:
         raise ValueError('indices is empty: there is no image to draw')
     classes = dataset.metainfo.get('classes', ())
-    panels = []
+    pairs = []
     for index in indices:
         info = dataset.get_data_info(index)
         found = found_in(info, predictions).above(score_threshold)
@@ -95,12 +98,13 @@ def draw_gallery(dataset: DetectionDataset, predictions: Mapping[Any, Detections
         truth = read_truth(info, image.size[::-1])
         crowds = f', {_count(truth.crowds, "crowd")}' if truth.crowds else ''
         name, threshold = Path(info['img_path']).name, f'score of {score_threshold:g} or more'
-        panels += [
+        pairs.append(arrange([
             add_caption(draw_truth(image, truth, classes, longer_side),
                         f'annotated: {_count(truth.boxes, "object")}{crowds} in {name}', size=15),
             add_caption(draw_found(image, found, classes, longer_side),
-                        f'detected: {_count(found.boxes, "object")} with a {threshold}', size=15)]
-    return arrange(panels, 2 * columns)
+                        f'detected: {_count(found.boxes, "object")} with a {threshold}', size=15)],
+            2))
+    return arrange(pairs, columns)
 
 
 def draw_errors(errors: Sequence[DetectionError], dataset: DetectionDataset, per_kind: int = 8,
@@ -137,9 +141,9 @@ def draw_errors(errors: Sequence[DetectionError], dataset: DetectionDataset, per
                                      below=True))
         order = ', the worst first' if len(worst) == counts[kind] else f', the {len(worst)} worst'
         parts.append(add_caption(arrange(cells, columns), f'{title} ({counts[kind]}{order})',
-                                 size=16, width=720))
+                                 size=16, width=720, indent=MARGIN))
     headline = f'{len(errors)} errors ({LEGEND})' if errors else 'No errors'
-    return add_caption(arrange(parts, 1), headline, size=20)
+    return add_caption(arrange(parts, 1), headline, size=20, width=720, indent=2 * MARGIN)
 
 
 def draw_error(image: Image.Image, error: DetectionError, side: int) -> Image.Image:
@@ -192,7 +196,7 @@ def draw_mistakes(outcomes: Outcomes, classes: Sequence[str], limit: int = 48,
         cells.append(add_caption(picture, *describe_mistake(outcomes, index, classes),
                                  Path(path).name, below=True))
     return add_caption(arrange(cells, columns), summarize_mistakes(outcomes, limit), size=20,
-                       width=720)
+                       width=720, indent=MARGIN)
 
 
 def _choose_window(boxes: np.ndarray, image_size: np.ndarray) -> np.ndarray:

@@ -102,8 +102,8 @@ class RunReport:
         UsageError: ``predictions`` holds something else.
     """
 
-    #: Metrics in large letters: what to call them, by their name in the log.
-    goals: ClassVar[Mapping[str, str]] = METRICS
+    #: Titles of those parts that depend on the task; ``show_<name>`` makes each.
+    own_parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, run: Run, predictions: str | Path | None = None,
                  score_threshold: float = 0.3, images: int = 8) -> None:
@@ -150,22 +150,14 @@ class RunReport:
         Returns:
             HTML.
         """
+        titles = dict(results='Results', curves='Curves', **self.own_parts,
+                      environment='Environment', config='Config')
         sections = []
-        for name, title, make in self.parts():
+        for name, title in titles.items():
             show(title)
-            sections.append(Section(name, title, _try(make)))
+            blocks = _try(getattr(self, f'show_{name}'))
+            sections.append(Section(name.replace('_', '-'), title, blocks))
         return render(self.run.name, self.describe(), self.cards(), sections)
-
-    def parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        """List anchor, title and maker of each part."""
-        return [('results', 'Results', self.show_results), ('curves', 'Curves', self.show_curves),
-                *self.own_parts(),
-                ('environment', 'Environment', self.show_environment),
-                ('config', 'Config', self.show_config)]
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        """List those parts that depend on the task."""
-        return []
 
     def measure(self) -> dict[str, str]:
         """Measure what stands in large letters, on the predictions.
@@ -193,7 +185,7 @@ class RunReport:
         except _EXPECTED:
             last = self.run.log.evaluations[-1:]
             measured = {f'{name}, last validation': _number(record[key])
-                        for record in last for key, name in self.goals.items() if key in record}
+                        for record in last for key, name in METRICS.items() if key in record}
         cards = list(measured.items())
         losses = self.run.log.training('loss')[1]
         if len(losses):
@@ -227,7 +219,7 @@ class RunReport:
         names = self.run.log.metrics
         rows = [[str(record['step']), *(_number(record.get(name)) for name in names)]
                 for record in records]
-        goal = next((name for name in self.goals if name in names), None)
+        goal = next((name for name in METRICS if name in names), None)
         values = [_value(record.get(goal)) for record in records]
         best = int(np.argmax(values)) if goal and max(values) >= 0 else None
         caption = 'Validations during the training'
@@ -294,6 +286,10 @@ class RunReport:
 class DetectorReport(RunReport):
     """The page of a detector; everything is said of :class:`RunReport`."""
 
+    own_parts = dict(classes='Classes', precision_recall='Precision and recall',
+                     gallery='Ground truth and detections', errors='Misses and false alarms',
+                     confusion='Confusion')
+
     @cached_property
     def _evaluation(self) -> 'CocoResults':
         from ..mistakes.coco_curves import evaluate
@@ -306,13 +302,6 @@ class DetectorReport(RunReport):
             raise ValueError("AP needs annotations in COCO's format: set ann_file in "
                              'test_evaluator of the config')
         return evaluate(results.predictions, ann_file, results.classes)
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        return [('classes', 'Classes', self.show_classes),
-                ('precision-recall', 'Precision and recall', self.show_precision_recall),
-                ('gallery', 'Ground truth and detections', self.show_gallery),
-                ('errors', 'Misses and false alarms', self.show_errors),
-                ('confusion', 'Confusion', self.show_confusion)]
 
     def measure(self) -> dict[str, str]:
         summary = self._evaluation.summary
@@ -395,14 +384,11 @@ class DetectorReport(RunReport):
 class ClassifierReport(RunReport):
     """The page of a classifier; everything is said of :class:`RunReport`."""
 
+    own_parts = dict(classes='Classes', confusion='Confusion', mistakes='Mistakes')
+
     @property
     def _outcomes(self) -> Outcomes:
         return self.results.outcomes
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        return [('classes', 'Classes', self.show_classes),
-                ('confusion', 'Confusion', self.show_confusion),
-                ('mistakes', 'Mistakes', self.show_mistakes)]
 
     def measure(self) -> dict[str, str]:
         return {name: f'{100 * share:.2f} %'

@@ -1,6 +1,4 @@
-"""Predictions of a classifier are read as they are written, counted right, and drawn."""
-
-import pickle
+"""Predictions of a classifier are counted right, and drawn."""
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from spartan_mm.analysis.mistakes.errors import (
     summarize_mistakes,
 )
 from spartan_mm.analysis.mistakes.pictures import draw_mistakes
-from spartan_mm.analysis.mistakes.predictions import Outcomes, collect_outcomes, read_outcomes
+from spartan_mm.analysis.mistakes.predictions import Outcomes, collect_outcomes
 
 CLASSES = ('cat', 'dog', 'a long name, with a second one')
 # The class that is predicted, how sure, and the class that it is.
@@ -35,35 +33,6 @@ def outcomes(tmp_path):
         Image.new('RGB', (8, 8), (40 * index, 0, 0)).save(tmp_path / f'{index}.png')
     return collect_outcomes([make_sample(index, *case, tmp_path)
                              for index, case in enumerate(CASES)])
-
-
-@pytest.mark.parametrize('form', ['samples', 'file'])
-def test_predictions(form, tmp_path):
-    samples = [make_sample(index, *case) for index, case in enumerate(CASES)]
-    if form == 'file':
-        path = tmp_path / 'predictions.pkl'
-        path.write_bytes(pickle.dumps([sample.to_dict() for sample in samples]))
-        outcomes = read_outcomes(path)
-    else:
-        outcomes = collect_outcomes(samples)
-    assert outcomes.paths == tuple(f'./{index}.png' for index in range(6))
-    assert outcomes.truths.tolist() == [0, 0, 1, 1, 2, 1]
-    assert outcomes.predicted.tolist() == [0, 1, 1, 2, 0, 1]
-    expected = torch.stack([sample.pred_score for sample in samples])
-    torch.testing.assert_close(torch.from_numpy(outcomes.scores), expected)
-
-
-@pytest.mark.parametrize('content', [[], dict(a=1), [1], [dict(img_path='a', pred_score=1)]])
-def test_a_file_of_something_else(content, tmp_path):
-    path = tmp_path / 'predictions.pkl'
-    path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match='predictions.pkl holds no predictions of a classifier'):
-        read_outcomes(path)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere.pkl do not exist'):
-        read_outcomes(tmp_path / 'nowhere.pkl')
 
 
 def test_counts(outcomes):

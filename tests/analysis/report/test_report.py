@@ -192,7 +192,7 @@ def test_predictions_are_made(detector):
 def test_command(detector, capsys):
     out = detector / 'here.html'
     assert main(['report', str(detector), '--out', str(out)]) == 0
-    assert capsys.readouterr().out.startswith(f'{out} (0.')
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f'{out} (0.')
     assert out.read_text(encoding='utf-8').startswith('<!DOCTYPE html>')
 
 
