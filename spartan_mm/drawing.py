@@ -106,8 +106,8 @@ def draw_boxes(canvas: np.ndarray, boxes: np.ndarray, texts: Sequence[str],
     for box, colour, frame in zip(boxes.tolist(), colours, framed or [True] * len(boxes),
                                   strict=True):
         if frame:
-            # A dark line around the bright one, for bright backgrounds.
-            for fill, width in ((INK, line + 2), (colour, line)):
+            # A dark line a pixel wider than the bright one, for bright backgrounds.
+            for fill, width in ((INK, line + 1), (colour, line)):
                 cv2.rectangle(canvas, box[:2], box[2:], fill, width)
 
     labels: list[np.ndarray] = []
