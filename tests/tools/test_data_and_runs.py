@@ -292,6 +292,7 @@ class TestPackagedTools:
                  '--cfg-options', 'visualizer.type=UniversalVisualizer')
         assert len(list(Path('out').glob('*.png'))) == 2
 
+    @pytest.mark.slow
     def test_mmdets_ranking_of_pictures(self, run_packaged, detections, monkeypatch):
         # It forks four processes for each picture, which takes seconds with all that is loaded.
         monkeypatch.setattr('multiprocessing.Pool', ThreadPool)

@@ -83,6 +83,7 @@ def render(read_self_contained):
     return render
 
 
+@pytest.mark.slow
 def test_detector(detector, render):
     write_detections(detector / 'evaluation' / 'predictions.pkl')
     html, missing = render(detector, images=3)
@@ -179,6 +180,7 @@ def test_top_5():
         assert measure_tops(outcomes) == dict(zip(('top-1', 'top-5'), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_predictions_are_made(detector):
     model = get_model(find_run(detector).config)
     torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()),
