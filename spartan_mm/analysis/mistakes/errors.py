@@ -5,7 +5,7 @@ Identifying Object Detection Errors", ECCV 2020, section 2.2).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,16 @@ def count_kinds(errors: Sequence[DetectionError]) -> dict[str, int]:
     """Count the errors of each kind, those that do not occur included."""
     counts = Counter(error.kind for error in errors)
     return {kind: counts[kind] for kind in KINDS}
+
+
+def worst_by_kind(errors: Sequence[DetectionError], limit: int
+                  ) -> Iterator[tuple[str, Sequence[DetectionError]]]:
+    """Choose at most so many errors of each kind that occurs, each kind with a heading."""
+    for kind, title in KINDS.items():
+        own = [error for error in errors if error.kind == kind]
+        if own:
+            order = 'the worst first' if len(own) <= limit else f'the {limit} worst'
+            yield f'{title} ({len(own)}, {order})', own[:limit]
 
 
 def check_overlap(iou_threshold: float) -> None:

@@ -21,12 +21,11 @@ from ...drawing import (
 )
 from ...inference import Detections, draw_detections
 from .errors import (
-    KINDS,
     DetectionError,
-    count_kinds,
     describe_mistake,
     find_mistakes,
     summarize_mistakes,
+    worst_by_kind,
 )
 from .predictions import DetectionDataset, Outcomes, Truth, found_in, read_truth
 
@@ -89,22 +88,33 @@ def draw_gallery(dataset: DetectionDataset, predictions: Mapping[Any, Detections
     """
     if not indices:
         raise ValueError('indices is empty: there is no image to draw')
-    classes = dataset.metainfo.get('classes', ())
     pairs = []
     for index in indices:
-        info = dataset.get_data_info(index)
-        found = found_in(info, predictions).above(score_threshold)
-        image = open_image(info['img_path'])
-        truth = read_truth(info, image.size[::-1])
-        crowds = f', {_count(truth.crowds, "crowd")}' if truth.crowds else ''
-        name, threshold = Path(info['img_path']).name, f'score of {score_threshold:g} or more'
-        pairs.append(arrange([
-            add_caption(draw_truth(image, truth, classes, longer_side),
-                        f'annotated: {_count(truth.boxes, "object")}{crowds} in {name}', size=15),
-            add_caption(draw_found(image, found, classes, longer_side),
-                        f'detected: {_count(found.boxes, "object")} with a {threshold}', size=15)],
-            2))
+        name, panels = draw_pair(dataset, predictions, index, score_threshold, longer_side)
+        notes = f' in {name}', f' with a score of {score_threshold:g} or more'
+        pairs.append(arrange([add_caption(picture, caption + note, size=15)
+                              for (picture, caption), note in zip(panels, notes, strict=True)], 2))
     return arrange(pairs, columns)
+
+
+def draw_pair(dataset: DetectionDataset, predictions: Mapping[Any, Detections], index: int,
+              score_threshold: float, longer_side: int
+              ) -> tuple[str, tuple[tuple[Image.Image, str], tuple[Image.Image, str]]]:
+    """Draw an image twice; arguments and errors as of :func:`draw_gallery`.
+
+    Returns:
+        Name of the file; with what is annotated, and with what was detected: picture and caption.
+    """
+    info, classes = dataset.get_data_info(index), dataset.metainfo.get('classes', ())
+    found = found_in(info, predictions).above(score_threshold)
+    image = open_image(info['img_path'])
+    truth = read_truth(info, image.size[::-1])
+    crowds = f', {_count(truth.crowds, "crowd")}' if truth.crowds else ''
+    return Path(info['img_path']).name, (
+        (draw_truth(image, truth, classes, longer_side),
+         f'annotated: {_count(truth.boxes, "object")}{crowds}'),
+        (draw_found(image, found, classes, longer_side),
+         f'detected: {_count(found.boxes, "object")}'))
 
 
 def draw_errors(errors: Sequence[DetectionError], dataset: DetectionDataset, per_kind: int = 8,
@@ -126,12 +136,8 @@ def draw_errors(errors: Sequence[DetectionError], dataset: DetectionDataset, per
     Raises:
         OSError: An image cannot be read.
     """
-    classes, counts = dataset.metainfo.get('classes', ()), count_kinds(errors)
-    parts = []
-    for kind, title in KINDS.items():
-        worst = [error for error in errors if error.kind == kind][:per_kind]
-        if not worst:
-            continue
+    classes, parts = dataset.metainfo.get('classes', ()), []
+    for heading, worst in worst_by_kind(errors, per_kind):
         cells = []
         for error in worst:
             path = dataset.get_data_info(error.index)['img_path']
@@ -139,9 +145,8 @@ def draw_errors(errors: Sequence[DetectionError], dataset: DetectionDataset, per
                                    color=_EMPTY)
             cells.append(add_caption(picture, *error.describe(classes), Path(path).name,
                                      below=True))
-        order = ', the worst first' if len(worst) == counts[kind] else f', the {len(worst)} worst'
-        parts.append(add_caption(arrange(cells, columns), f'{title} ({counts[kind]}{order})',
-                                 size=16, width=720, indent=MARGIN))
+        parts.append(add_caption(arrange(cells, columns), heading, size=16, width=720,
+                                 indent=MARGIN))
     headline = f'{len(errors)} errors ({LEGEND})' if errors else 'No errors'
     return add_caption(arrange(parts, 1), headline, size=20, width=720, indent=2 * MARGIN)
 

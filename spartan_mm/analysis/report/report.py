@@ -30,15 +30,14 @@ from ..mistakes.errors import (
     find_errors,
     find_mistakes,
     summarize_mistakes,
+    worst_by_kind,
 )
-from ..mistakes.pictures import LEGEND, draw_error, draw_found, draw_truth
+from ..mistakes.pictures import LEGEND, draw_error, draw_pair
 from ..mistakes.predictions import (
     ClassifierResults,
     DetectorResults,
     Outcomes,
-    found_in,
     read_results,
-    read_truth,
     spread,
 )
 from .curves import METRICS, draw_panels
@@ -335,36 +334,27 @@ class DetectorReport(RunReport):
                           embed_figure(draw_class_precision_recall(self._evaluation))])]
 
     def show_gallery(self) -> list[Block]:
-        dataset, classes = self.results.dataset, self.results.classes
-        pairs = []
+        dataset, pairs = self.results.dataset, []
         for index in spread(len(dataset), self.images):
-            info = dataset.get_data_info(index)
-            found = found_in(info, self.results.predictions).above(self.score_threshold)
-            image = open_image(info['img_path'])
-            truth = read_truth(info, image.size[::-1])
-            name = Path(info['img_path']).name
-            pairs.append((name, (
-                embed_image(draw_truth(image, truth, classes, _PAIR_SIDE),
-                            f'{name}, annotated', (f'annotated: {len(truth.boxes)}', )),
-                embed_image(draw_found(image, found, classes, _PAIR_SIDE),
-                            f'{name}, detected', (f'detected: {len(found.boxes)}', )))))
+            name, panels = draw_pair(dataset, self.results.predictions, index,
+                                     self.score_threshold, _PAIR_SIDE)
+            pairs.append((name, tuple(
+                embed_image(picture, f'{name}, {caption.partition(":")[0]}', (caption, ))
+                for picture, caption in panels)))
         return [Note(f'images spread evenly over the {len(dataset)}; detections with a score of '
                      f'{self.score_threshold:g} or more'), Pairs(pairs)]
 
     def show_errors(self) -> list[Block]:
         errors = find_errors(self.results.dataset, self.results.predictions, self.score_threshold)
-        counts = count_kinds(errors)
+        rows = [(KINDS[kind], str(count)) for kind, count in count_kinds(errors).items()]
         blocks: list[Block] = [
             Table(f'Errors at a score of {self.score_threshold:g} and an IoU of 0.5',
-                  ['kind', 'number'],
-                  [(KINDS[kind], str(count)) for kind, count in counts.items()])]
+                  ['kind', 'number'], rows)]
         if errors:
             blocks.append(Note(LEGEND))
-        for kind, title in KINDS.items():
-            worst = [error for error in errors if error.kind == kind][:_PER_KIND]
-            if worst:
-                blocks += [Heading(f'{title}, the worst first'), Pictures(
-                    [self._embed_error(error) for error in worst], 'small')]
+        for heading, worst in worst_by_kind(errors, _PER_KIND):
+            pictures = [self._embed_error(error) for error in worst]
+            blocks += [Heading(heading), Pictures(pictures, 'small')]
         return blocks
 
     def show_confusion(self) -> list[Block]:
