@@ -28,7 +28,7 @@ EXTRAS = {
     'faster-coco-eval': ['faster-coco-eval>=1.6'],
     # Pictures, tables and reports of models, data and runs.
     'analysis': ['matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60', 'jinja2>=3.0',
-                 'grad-cam>=1.5'],
+                 'scikit-learn>=1.2', 'grad-cam>=1.5'],
     'demo': ['scikit-learn>=1.2'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
               'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6', 'tqdm>=4.60'],
@@ -70,7 +70,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['spartan_mm', 'spartan_mm.*']),
-    package_data={'spartan_mm.analysis': ['*.html']},
+    package_data={'spartan_mm.analysis.report': ['*.html']},
     cmdclass={'build_py': BuildWithConfigsAndTools},
     install_requires=['torch>=2.6', 'numpy>=1.24', 'packaging>=21', 'safetensors>=0.4'],
     extras_require=EXTRAS,

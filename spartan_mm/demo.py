@@ -392,7 +392,7 @@ class Demo(ABC):
         self.seconds[name] = time.monotonic() - start
 
     def _draw(self) -> list[str]:
-        from .analysis.curves import draw_curves, read_log
+        from .analysis.report.curves import draw_curves, read_log
         self.console.status('drawing')
         self.commands.logs.mkdir(parents=True, exist_ok=True)
         # What the toolboxes print on the way is of no interest here.
@@ -458,7 +458,8 @@ class DetectorDemo(Demo):
         return 'Average Precision' in line or 'Average Recall' in line
 
     def draw_sheets(self) -> list[str]:
-        from .analysis.gallery import draw_gallery, read_predictions, spread
+        from .analysis.mistakes.pictures import draw_gallery
+        from .analysis.mistakes.predictions import read_predictions, spread
         dataset = self._build_test_dataset()
         self.num_evaluated = len(dataset)
         indices = spread(len(dataset), NUM_SHOWN)
@@ -500,15 +501,15 @@ class ClassifierDemo(Demo):
         return f'{train} digits to learn from and {val} held out, in {self.shown(root)}'
 
     def draw_sheets(self) -> list[str]:
-        from .analysis.confusion import count_confusions, draw_confusion, read_outcomes
-        from .analysis.gallery import spread
-        from .analysis.mistakes import draw_mistakes
+        from .analysis.mistakes.confusion import count_confusions, draw_confusion
+        from .analysis.mistakes.pictures import draw_mistakes
+        from .analysis.mistakes.predictions import read_outcomes, spread
         classes = self._build_test_dataset().metainfo['classes']
         outcomes = read_outcomes(self.predictions)
         self.num_evaluated = len(outcomes)
         draw_confusion(count_confusions(outcomes), classes).savefig(
             self.work_dir / 'confusion.png')
-        draw_mistakes(outcomes, classes).savefig(self.work_dir / 'mistakes.png')
+        draw_mistakes(outcomes, classes).save(self.work_dir / 'mistakes.png')
         return [outcomes.paths[index] for index in spread(len(outcomes), NUM_SHOWN)]
 
 

@@ -1,15 +1,16 @@
-"""Detections and classes in images, folders and videos: what ``tools/infer.py`` calls."""
+"""Detections and classes in images, folders and videos: ``spartan-mm infer``.
 
-import colorsys
+NOTE: The toolboxes' inferencers load what fits of a checkpoint, be it nothing; mmdet's
+``inference_detector`` takes no batches. The models here insist on weights that fit.
+"""
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -17,11 +18,11 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
-from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 
 from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
+from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .errors import ExplainedError
 from .weights.loading import find_meta, load_for_inference
 from .weights.stored_config import config_from, find_test_dataset
@@ -29,11 +30,6 @@ from .zoo import find_config, is_checkpoint
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
-
-
-# Of a picture with bars, in pixels: the least longer side of the image, the least height of a bar
-# with its text, and the largest size of the text.
-_MIN_SIDE, _MIN_ROW, _MAX_TEXT = 240, 36, 40
 
 # What a model makes of an image: a picture to look at, and a record fit for JSON.
 Processed = tuple[np.ndarray, dict[str, Any]]
@@ -48,9 +44,9 @@ class Detections:
     """What was found in one image.
 
     Args:
-        boxes: corners x1, y1, x2, y2 in pixels of the image, shape (N, 4).
-        labels: class indices, shape (N,).
-        scores: from 0 to 1, shape (N,), highest first.
+        boxes: Corners x1, y1, x2, y2 in pixels of the image, shape (N, 4).
+        labels: Class indices, shape (N,).
+        scores: From 0 to 1, shape (N,), highest first.
     """
 
     boxes: np.ndarray
@@ -76,8 +72,8 @@ class Classification:
     """What an image is taken for.
 
     Args:
-        labels: class indices, shape (K,).
-        scores: from 0 to 1, shape (K,), highest first.
+        labels: Class indices, shape (K,).
+        scores: From 0 to 1, shape (K,), highest first.
     """
 
     labels: np.ndarray
@@ -99,9 +95,9 @@ class Source:
     """Where images come from.
 
     Args:
-        root: the folder that the names in the results start from.
-        images: image files, all under ``root``.
-        video: a video file, in place of images.
+        root: The folder that the names in the results start from.
+        images: Image files, all under ``root``.
+        video: A video file, in place of images.
     """
 
     root: Path
@@ -110,12 +106,12 @@ class Source:
 
 
 @dataclass
-class Report:
+class InferenceReport:
     """What a run over images or frames gave.
 
     Args:
-        results: one dict for each image or frame, fit for JSON.
-        failures: for each image that could not be read or written, and for a video that breaks
+        results: One dict for each image or frame, fit for JSON.
+        failures: For each image that could not be read or written, and for a video that breaks
             off, what is wrong with it.
     """
 
@@ -127,16 +123,16 @@ class Model:
     """A model and the test pipeline of its config; subclasses are for a task each.
 
     Args:
-        config: the config file or the name of a model; or a checkpoint that holds its config; or
+        config: The config file or the name of a model; or a checkpoint that holds its config; or
             the config itself.
-        checkpoint: the weights, a local path or a URL; None if ``config`` is a checkpoint that
+        checkpoint: The weights, a local path or a URL; None if ``config`` is a checkpoint that
             holds them.
-        device: such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+        device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
 
     Raises:
-        FileNotFoundError: if the config or the checkpoint does not exist.
-        InputError: if the config is for another task, or there are no weights.
-        CheckpointError: if the checkpoint belongs to another architecture.
+        FileNotFoundError: If the config or the checkpoint does not exist.
+        InputError: If the config is for another task, or there are no weights.
+        CheckpointError: If the checkpoint belongs to another architecture.
     """
 
     #: The default scope of the configs, what the model is called, and what it does.
@@ -181,7 +177,7 @@ class Model:
             The image in BGR order, shape (H, W, 3).
 
         Raises:
-            InputError: if the file cannot be read or is no image.
+            InputError: If the file cannot be read or is no image.
         """
         try:
             return decode_image(path.read_bytes(), **self._decoding)
@@ -189,10 +185,6 @@ class Model:
             raise InputError(f'{path} cannot be read: {error.strerror or error}') from error
         except UndecodableError as error:
             raise InputError(f'{path} cannot be decoded as an image: {error}') from error
-
-    def process(self, images: Sequence[np.ndarray], **options: Any) -> list[Processed]:
-        """Make of each image a picture to look at and a record."""
-        raise NotImplementedError
 
     def collate(self, images: Sequence[np.ndarray]) -> dict[str, list[Any]]:
         """Run images through the config's pipeline, which gives what ``test_step`` takes."""
@@ -219,7 +211,7 @@ class Detector(Model):
         """Find objects in a batch of images.
 
         Args:
-            images: in BGR order, each of shape (H, W, 3); sizes may differ.
+            images: In BGR order, each of shape (H, W, 3); sizes may differ.
 
         Returns:
             Detections in pixels of the images as they came.
@@ -250,7 +242,7 @@ class Classifier(Model):
         """Score the classes of a batch of images.
 
         Args:
-            images: in BGR order, each of shape (H, W, 3); sizes may differ, as far as the config's
+            images: In BGR order, each of shape (H, W, 3); sizes may differ, as far as the config's
                 pipeline makes them equal.
 
         Returns:
@@ -286,11 +278,11 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     """See what there is to process.
 
     Args:
-        path: an image, a video, or a folder that is searched for images, subfolders included.
-        out_dir: where the results are to be written; if it lies in the folder, it is not searched.
+        path: An image, a video, or a folder that is searched for images, subfolders included.
+        out_dir: Where the results are to be written; if it lies in the folder, it is not searched.
 
     Raises:
-        InputError: if there is nothing at ``path``, a folder has no images, or the results would
+        InputError: If there is nothing at ``path``, a folder has no images, or the results would
             overwrite the input.
     """
     path, own_results = Path(path), Path(out_dir).resolve()
@@ -319,7 +311,7 @@ def find_images(path: str | Path, out_dir: str | Path) -> Source:
     """See what images there are, like :func:`find_source`.
 
     Raises:
-        InputError: there as well, or if it is a video.
+        InputError: There as well, or if it is a video.
     """
     source = find_source(path, out_dir)
     if source.video is not None:
@@ -328,22 +320,22 @@ def find_images(path: str | Path, out_dir: str | Path) -> Source:
 
 
 def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
-          score_threshold: float = 0.3, batch_size: int = 1, top: int = 5) -> Report:
+          score_threshold: float = 0.3, batch_size: int = 1, top: int = 5) -> InferenceReport:
     """Process images or a video; write pictures and ``results.json``.
 
     Pictures keep their names and subfolders; a video becomes an .mp4 file.
 
     Args:
-        model: what detects or classifies.
-        source: what :func:`find_source` found.
-        out_dir: where to write.
-        score_threshold: the least score of a detection that is written and drawn.
-        batch_size: number of images or frames in one pass through the model.
-        top: number of classes that are written and drawn; the classifier's counterpart of
+        model: What detects or classifies.
+        source: What :func:`find_source` found.
+        out_dir: Where to write.
+        score_threshold: The least score of a detection that is written and drawn.
+        batch_size: Number of images or frames in one pass through the model.
+        top: Number of classes that are written and drawn; the classifier's counterpart of
             ``score_threshold``.
 
     Raises:
-        InputError: if a video cannot be opened or has no frames. An image that cannot be decoded,
+        InputError: If a video cannot be opened or has no frames. An image that cannot be decoded,
             and a video that breaks off, is noted in the report and in the file, and the others
             are processed.
     """
@@ -351,8 +343,23 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
     out_dir.mkdir(parents=True, exist_ok=True)
     options = dict(top=top) if isinstance(model, Classifier) else dict(
         score_threshold=score_threshold)
-    process = _infer_images if source.video is None else _infer_video
-    report = process(model, source, out_dir, batch_size, options)
+    report, film = InferenceReport(), None
+    images = (_read_images(model, source, report) if source.video is None
+              else _read_frames(source.video, model.doing, report))
+    try:
+        while batch := list(islice(images, batch_size)):
+            processed = model.process([image for _, image in batch], **options)
+            for (place, image), (picture, record) in zip(batch, processed, strict=True):
+                height, width = image.shape[:2]
+                report.results.append(dict(place, width=width, height=height, **record))
+                if source.video is not None:
+                    film = film or _open_film(source.video, out_dir, picture)
+                    film.write(picture)
+                elif failure := _write_image(out_dir / place['file'], picture):
+                    report.failures[place['file']] = failure
+    finally:
+        if film is not None:
+            film.release()
     content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
                    results=report.results, failures=report.failures)
     # Bytes of a name that are no UTF-8 become escapes, which JSON reads as Python's own names.
@@ -363,32 +370,18 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
 
 def draw_detections(image: np.ndarray, detections: Detections,
                     classes: Sequence[str]) -> np.ndarray:
-    """Draw boxes, class names and scores on a copy of an image.
+    """Draw boxes, class names and scores on a copy of an image, the highest score on top.
 
     Args:
-        image: in BGR order, shape (H, W, 3).
-        detections: what to draw.
-        classes: names by class index.
+        image: In BGR order, shape (H, W, 3).
+        detections: What to draw.
+        classes: Names by class index.
     """
-    canvas = image.copy()
-    height, width = canvas.shape[:2]
-    thickness = max(1, round(min(height, width) / 300))
-    scale = max(0.35, min(height, width) / 1200)
-    # The best detections last, on top.
-    for box, label, score in list(zip(detections.boxes, detections.labels, detections.scores,
-                                      strict=True))[::-1]:
-        colour = _colour(int(label))
-        left, top, right, bottom = (int(round(float(corner))) for corner in box)
-        cv2.rectangle(canvas, (left, top), (right, bottom), colour, thickness)
-
-        text = f'{class_name(classes, label)} {score:.2f}'
-        (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-        # Above the box if there is room, and never beyond the picture.
-        x = max(0, min(left, width - text_width))
-        y = top - base if top >= text_height + 2 * base else max(top, 0) + text_height + base
-        cv2.rectangle(canvas, (x, y - text_height - base), (x + text_width, y + base), colour, -1)
-        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1,
-                    cv2.LINE_AA)
+    canvas, labels, scores = np.array(image, order='C'), detections.labels, detections.scores
+    order = np.argsort(scores, kind='stable')
+    draw_boxes(canvas, detections.boxes[order],
+               [f'{class_name(classes, labels[i])} {scores[i]:.2f}' for i in order],
+               [class_colour(labels[i])[::-1] for i in order])
     return canvas
 
 
@@ -397,137 +390,76 @@ def draw_classification(image: np.ndarray, found: Classification,
     """Draw a bar for each class beside an image, as long as its score is high.
 
     Args:
-        image: in BGR order, shape (H, W, 3); a small one is enlarged.
-        found: the classes to draw, in this order.
-        classes: names by class index.
+        image: In BGR order, shape (H, W, 3); a small one is enlarged.
+        found: The classes to draw, in this order.
+        classes: Names by class index.
 
     Returns:
         The picture in BGR order.
     """
-    factor = max(1, _MIN_SIDE // max(image.shape[:2]))
-    # Each pixel a square, which hides nothing of a small image.
-    image = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    height, width = image.shape[:2]
-    total_height = max(height, _MIN_SIDE, _MIN_ROW * len(found.labels))
-    row = min(total_height / max(len(found.labels), 1), 2.6 * _MAX_TEXT)
-    text = int(row / 2.6)
-    panel, margin = 18 * text, text
-
-    canvas = Image.new('RGB', (width + panel, total_height), 'white')
-    canvas.paste(Image.fromarray(np.ascontiguousarray(image[..., ::-1])), (0, 0))
-    draw, font = ImageDraw.Draw(canvas), load_font(text)
-    length = panel - 2 * margin
-    for rank, (label, score) in enumerate(zip(found.labels, found.scores, strict=True)):
-        left, top = width + margin, rank * row + 0.15 * row
-        percentage = f'{100 * score:.1f} %'
-        room = length - font.getlength(percentage) - margin
-        draw.text((left, top), fit_text(class_name(classes, label), font, room), 'black', font)
-        draw.text((left + length, top), percentage, 'black', font, anchor='ra')
-        bar = left, top + 0.52 * row, left + length, top + 0.72 * row
-        draw.rectangle(bar, fill=(230, 230, 230))
-        red_green_blue = _colour(int(label))[::-1]
-        draw.rectangle((*bar[:2], left + max(length * float(score), 1), bar[3]), red_green_blue)
-    return np.asarray(canvas)[..., ::-1].copy()
+    names = [class_name(classes, label) for label in found.labels]
+    colours = [class_colour(label) for label in found.labels]
+    return draw_bars(image[..., ::-1], names, found.scores, colours)[..., ::-1].copy()
 
 
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that matplotlib brings along, the same on every machine.
-
-    Args:
-        size: in pixels.
-    """
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'), size)
-
-
-def class_name(classes: Sequence[str], label: int) -> str:
-    """Name a class, by its number if it has no name."""
-    return classes[label] if label < len(classes) else f'class {label}'
+def _read_images(model: Model, source: Source, report: InferenceReport
+                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Read images, each with what says in the results which one it is."""
+    for path in track(source.images, description=model.doing):
+        name = path.relative_to(source.root).as_posix()
+        try:
+            image = model.read(path)
+        except InputError as error:
+            report.failures[name] = str(error)
+        else:
+            yield dict(file=name), image
 
 
-def _infer_images(model: Model, source: Source, out_dir: Path, batch_size: int,
-                  options: dict[str, Any]) -> Report:
-    report = Report()
-    for start in track(range(0, len(source.images), batch_size), description=model.doing):
-        names, images = [], []
-        for path in source.images[start:start + batch_size]:
-            name = path.relative_to(source.root).as_posix()
-            try:
-                images.append(model.read(path))
-                names.append(name)
-            except InputError as error:
-                report.failures[name] = str(error)
-        processed = model.process(images, **options) if images else []
-        for name, image, (picture, record) in zip(names, images, processed, strict=True):
-            target = out_dir / name
-            if target.suffix.lower() not in IMAGE_SUFFIXES:
-                target = target.with_name(f'{target.name}.png')
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _write_image(target, picture)
-            except InputError as error:
-                report.failures[name] = str(error)
-            height, width = image.shape[:2]
-            report.results.append(dict(file=name, width=width, height=height, **record))
-    return report
-
-
-def _infer_video(model: Model, source: Source, out_dir: Path, batch_size: int,
-                 options: dict[str, Any]) -> Report:
-    path = source.video
+def _read_frames(path: Path, doing: str, report: InferenceReport
+                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Read the frames of a video, and note how it ends."""
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
         raise InputError(f'{path} cannot be opened as a video')
-    # Some containers tell neither rate nor length.
-    rate = video.get(cv2.CAP_PROP_FPS) or 25.
     length = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    frames = _frames(video)
-    progress = iter(track(frames, description=model.doing, total=length if length > 0 else None))
-    report, writer = Report(), None
-    try:
-        while batch := list(islice(progress, batch_size)):
-            for image, (picture, record) in zip(batch, model.process(batch, **options),
-                                                strict=True):
-                if writer is None:
-                    target = out_dir / f'{path.stem}.mp4'
-                    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
-                                             picture.shape[1::-1])
-                    if not writer.isOpened():
-                        raise InputError(f'{target} cannot be written: this OpenCV has no video '
-                                         'encoder')
-                writer.write(picture)
-                height, width = image.shape[:2]
-                report.results.append(dict(file=path.name, frame=len(report.results), width=width,
-                                           height=height, **record))
-    finally:
-        video.release()
-        if writer is not None:
-            writer.release()
-    if not report.results:
+    frames = takewhile(lambda frame: frame is not None, (video.read()[1] for _ in count()))
+    done = 0
+    # Some containers do not tell the length.
+    for frame in track(frames, doing, total=length if length > 0 else None):
+        yield dict(file=path.name, frame=done), frame
+        done += 1
+    if not done:
         raise InputError(f'{path} has no frame that can be decoded')
     # The length that a container tells is often an estimate, off by a frame or two.
-    if len(report.results) < length - max(2, length // 100):
-        report.failures[path.name] = (f'{path} breaks off after {len(report.results)} of {length} '
-                                      'frames; those are processed')
-    return report
+    if done < length - max(2, length // 100):
+        report.failures[path.name] = (f'{path} breaks off after {done} of {length} frames; those '
+                                      'are processed')
 
 
-def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        more, frame = video.read()
-        if not more:
-            return
-        yield frame
+def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWriter:
+    """Begin a video as fast as another, of pictures as large as this one."""
+    target = out_dir / f'{video.stem}.mp4'
+    rate = cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FPS) or 25.
+    film = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
+                           picture.shape[1::-1])
+    if not film.isOpened():
+        raise InputError(f'{target} cannot be written: this OpenCV has no video encoder')
+    return film
 
 
-def _write_image(path: Path, image: np.ndarray) -> None:
+def _write_image(path: Path, image: np.ndarray) -> str:
+    """Write a picture; return what went wrong, if anything."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        path = path.with_name(f'{path.name}.png')
+    path.parent.mkdir(parents=True, exist_ok=True)
     # cv2.imwrite cannot write to names beyond ASCII on Windows.
     encoded, content = cv2.imencode(path.suffix, image)
     if not encoded:
         height, width = image.shape[:2]
-        raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
-                         f'{width}x{height} pixels; its results are in results.json')
+        return (f'{path} cannot be written: {path.suffix} holds no picture of {width}x{height} '
+                'pixels; its results are in results.json')
     path.write_bytes(content.tobytes())
+    return ''
 
 
 def _read_config(config: str | Config) -> Config:
@@ -538,15 +470,6 @@ def _read_config(config: str | Config) -> Config:
 
 def _name_of(config: str | Config) -> str:
     return str(config.filename) if isinstance(config, Config) else config
-
-
-def fit_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Cut a text where it is too long."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f'{text}…') > width:
-        text = text[:-1]
-    return f'{text}…'
 
 
 def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],
@@ -561,9 +484,3 @@ def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],
         from mmdet.evaluation import get_classes
         return tuple(get_classes('coco'))
     return ()
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """Give each class a colour, neighbours far apart: hue moves by the golden ratio."""
-    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0)
-    return int(255 * blue), int(255 * green), int(255 * red)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spartan_mm.analysis.confusion import read_outcomes
-from spartan_mm.analysis.curves import read_log
+from spartan_mm.analysis.mistakes.predictions import read_outcomes
+from spartan_mm.analysis.report.curves import read_log
 from spartan_mm.demo import (
     ClassifierDemo,
     Console,

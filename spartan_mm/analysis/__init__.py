@@ -1,1 +1,1 @@
-"""Pictures of what a training did: curves of its log, predictions beside the ground truth."""
+"""What models are like, what they see and get wrong, and what a training did."""

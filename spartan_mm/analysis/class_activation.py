@@ -44,19 +44,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import compat
+from ..drawing import class_name, fit_text, load_font
 from ..engine.launch import UsageError, choose_device
 from ..files import write_whole
-from ..inference import (
-    Classifier,
-    Detections,
-    Detector,
-    InputError,
-    class_name,
-    fit_text,
-    load_font,
-    load_model,
-)
-from .class_bars import shorten_name
+from ..inference import Classifier, Detections, Detector, InputError, load_model
+from ..text import shorten
 from .layers import LayerError, as_map, find_last_map, find_layer
 from .model_inputs import has_weights
 from .named_models import read_config
@@ -420,9 +412,9 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-            axes.set_xlabel(shorten_name(caption, 34), fontsize=11)
+            axes.set_xlabel(shorten(caption, 34), fontsize=11)
             if number == 0:
-                axes.set_title(shorten_name(['input', *names][column], 30), fontsize=12,
+                axes.set_title(shorten(['input', *names][column], 30), fontsize=12,
                                fontweight='bold')
     scale = figure.colorbar(ScalarMappable(cmap=COLOUR_MAP), ax=grid[:, -1], fraction=0.06,
                             aspect=18, shrink=0.85)

@@ -24,9 +24,9 @@ from .benchmark import (
     run_group,
     throughput,
 )
-from .curves import COLOURS
 from .flops import DEPLOY_FORM, Count, CountError, count_model
 from .named_models import find_entry, read_config, task_of
+from .style import COLOURS
 
 compat.require('matplotlib', '3.6', 'analysis')
 

@@ -51,7 +51,7 @@ compat.require('matplotlib', '3.6', 'analysis')
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib.figure import Figure
 
-from .curves import COLOURS
+from .style import COLOURS
 
 #: Orders of the released settings, in parts of n - 2.
 FRACTIONS = (0., 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.)

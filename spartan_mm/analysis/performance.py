@@ -32,7 +32,7 @@ compat.require('matplotlib', '3.6', 'analysis')
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib.figure import Figure
 
-from .curves import COLOURS
+from .style import COLOURS
 
 BACKBONES = {'xt': 'SpaRTAN-XT', 't': 'SpaRTAN-T'}
 DETECTORS = {

@@ -38,7 +38,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .curves import COLOURS
+from .style import COLOURS
 
 WINDOWS = ('hann', 'none')
 

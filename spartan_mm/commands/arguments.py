@@ -103,6 +103,22 @@ def add_score_thr(parser: ArgumentParser, help: str = 'least score of a detectio
                         help=f'{help} (default: %(default)s)')
 
 
+def add_results(parser: ArgumentParser, out_dir: str) -> None:
+    """Add what commands have in common that look at the predictions of a test.
+
+    Args:
+        parser: Of the command.
+        out_dir: Default of ``--out-dir``.
+    """
+    add_config(parser)
+    parser.add_argument('predictions', metavar='FILE.pkl', help='what a test with --out wrote')
+    add_out_dir(parser, out_dir)
+    add_score_thr(parser)
+    parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
+                        help='least overlap of a detection with the object that it finds (default: '
+                             '%(default)s)')
+
+
 class _Size(argparse.Action):
     """Height and width, of one number or two."""
 

@@ -3,7 +3,6 @@
 A function that takes a config, ``cfg``, and returns nothing changes it in place.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from mmengine import dist
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
@@ -40,34 +39,6 @@ VISUALIZATION_HOOKS = {
 TIMEOUT = 1800
 
 
-def add_result_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
-    """Add the flags that tools have in common which look at the predictions of a test.
-
-    Args:
-        parser: Of the tool.
-        out_dir: Default of ``--out-dir``.
-    """
-    parser.add_argument('config', help='config file, or the name of a model')
-    parser.add_argument('predictions', metavar='FILE.pkl', help='what tools/test.py --out wrote')
-    parser.add_argument('--out-dir', type=Path, default=Path(out_dir), metavar='DIR',
-                        help='where to write (default: %(default)s)')
-    parser.add_argument('--score-thr', type=read_share, default=0.3, metavar='SCORE',
-                        help='least score of a detection that counts (default: %(default)s)')
-    parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
-                        help='least overlap of a detection with the object that it finds (default: '
-                             '%(default)s)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config')
-
-
-def read_share(text: str) -> float:
-    """Read a number from 0 to 1, as the ``type`` of a flag."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
 
 
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,

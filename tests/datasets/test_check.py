@@ -10,7 +10,11 @@ from mmengine.config import Config
 
 import spartan_mm.classification
 import spartan_mm.detection  # noqa: F401 - registers the datasets
-from spartan_mm.analysis.data_sheets import draw_box_sizes, draw_class_counts, draw_suspects
+from spartan_mm.analysis.report.dataset_pictures import (
+    draw_box_sizes,
+    draw_class_counts,
+    draw_suspects,
+)
 from spartan_mm.datasets.check import Content, Report, check_config
 from spartan_mm.datasets.data_errors import DataError, MissingDataError, UndecodableError
 

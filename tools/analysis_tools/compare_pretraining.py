@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from spartan_mm import demo as steps  # noqa: E402
-from spartan_mm.analysis.curves import RunLog, draw_curves, read_log  # noqa: E402
+from spartan_mm.analysis.report.curves import RunLog, draw_curves, read_log  # noqa: E402
 from spartan_mm.datasets import make_digits  # noqa: E402
 
 CONFIG = ROOT / 'configs' / 'detection' / 'rtdetr_spartan_xt_digits.py'

@@ -8,7 +8,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from spartan_mm.analysis.curves import (
+from spartan_mm.analysis.report.curves import (
     COLOURS,
     RunLog,
     draw_curves,

@@ -6,21 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import matplotlib
 from PIL import Image
 
-from .. import compat
-from ..version import __version__
+from ... import compat
+from ...version import __version__
+from ..style import Figure
 
-compat.require('matplotlib', '3.6', 'analysis')
 # What torch installs, too.
-compat.require('jinja2', '3.0', 'analysis')
-
-# ruff: noqa: E402 - the versions are checked before anything of the packages is touched
-import matplotlib
-from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
+jinja2 = compat.require('jinja2', '3.0', 'analysis')
 
 _TEMPLATE = Path(__file__).with_suffix('.html')
 
@@ -31,48 +27,53 @@ _PNG_DPI = 200
 _COARSE = 64
 
 
+class Block:
+    """Something on a page; the template knows by its class how to show it."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the class, as the template writes it."""
+        return type(self).__name__.lower()
+
+
 @dataclass(frozen=True)
-class Note:
+class Note(Block):
     """A line of text.
 
     Args:
-        text: the line.
-        missing: whether it says what is missing.
+        text: The line.
+        missing: Whether it says what is missing.
     """
 
-    kind: ClassVar[str] = 'note'
     text: str
     missing: bool = False
 
 
 @dataclass(frozen=True)
-class Heading:
+class Heading(Block):
     """A heading inside of a section."""
 
-    kind: ClassVar[str] = 'heading'
     text: str
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(Block):
     """What something is called, and what it is."""
 
-    kind: ClassVar[str] = 'facts'
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """A table, its first column names, the others numbers.
 
     Args:
-        caption: what it shows.
-        header: of each column.
-        rows: the cells as they are written.
-        marked: index of a row that stands out; None for none.
+        caption: What it shows.
+        header: Of each column.
+        rows: The cells as they are written.
+        marked: Index of a row that stands out; None for none.
     """
 
-    kind: ClassVar[str] = 'table'
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -84,12 +85,12 @@ class Picture:
     """A picture that lies in the file.
 
     Args:
-        source: the data URI.
-        alt: what it shows, for those who do not see it.
-        width: in pixels of the page, before it is fitted to the screen.
-        height: in pixels of the page.
-        caption: lines of text.
-        coarse: whether it has so few pixels that each is to be seen.
+        source: The data URI.
+        alt: What it shows, for those who do not see it.
+        width: In pixels of the page, before it is fitted to the screen.
+        height: In pixels of the page.
+        caption: Lines of text.
+        coarse: Whether it has so few pixels that each is to be seen.
     """
 
     source: str
@@ -101,38 +102,32 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Block):
     """Pictures side by side, as the screen has room.
 
     Args:
-        pictures: the pictures.
+        pictures: The pictures.
         size: 'large', 'small', or 'wide' for one that is scrolled where the screen is narrower.
     """
 
-    kind: ClassVar[str] = 'pictures'
     pictures: Sequence[Picture]
     size: str = 'large'
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(Block):
     """Pictures in pairs, each with a caption."""
 
-    kind: ClassVar[str] = 'pairs'
     pairs: Sequence[tuple[str, tuple[Picture, Picture]]]
 
 
 @dataclass(frozen=True)
-class Folded:
+class Folded(Block):
     """What is shown when somebody asks for it: text as it is, or blocks."""
 
-    kind: ClassVar[str] = 'folded'
     summary: str
     text: str = ''
     blocks: Sequence[Any] = ()
-
-
-Block = Note | Heading | Facts | Table | Pictures | Pairs | Folded
 
 
 @dataclass(frozen=True)
@@ -140,9 +135,9 @@ class Section:
     """A part of the page.
 
     Args:
-        name: its anchor.
-        title: its heading.
-        blocks: what it shows.
+        name: Its anchor.
+        title: Its heading.
+        blocks: What it shows.
     """
 
     name: str
@@ -155,16 +150,16 @@ def render(title: str, subtitle: str, cards: Sequence[tuple[str, str]],
     """Write a page; whatever the texts hold, it is shown as text.
 
     Args:
-        title: its heading.
-        subtitle: a line below.
-        cards: numbers in large letters: what they are, and as they are written.
-        sections: its parts.
+        title: Its heading.
+        subtitle: A line below.
+        cards: Numbers in large letters: what they are, and as they are written.
+        sections: Its parts.
 
     Returns:
         HTML.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding='utf-8')).render(
         title=title, subtitle=subtitle, cards=cards, sections=sections, version=__version__,
         date=f'{datetime.now():%Y-%m-%d %H:%M}')
@@ -194,9 +189,9 @@ def embed_image(image: Image.Image, alt: str, caption: tuple[str, ...] = ()) -> 
     """Encode a picture; what has few pixels without loss.
 
     Args:
-        image: the picture.
-        alt: what it shows.
-        caption: lines of text.
+        image: The picture.
+        alt: What it shows.
+        caption: Lines of text.
     """
     coarse = max(image.size) <= _COARSE
     buffer = io.BytesIO()

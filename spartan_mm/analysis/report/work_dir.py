@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ..engine import launch
-from ..engine.checkpoint import StrictCheckpointHook
+from ...engine import launch
+from ...engine.checkpoint import StrictCheckpointHook
+from ...errors import UsageError
 from .curves import RunLog, find_log, read_log
 
 #: Where predictions go that are made here.
@@ -18,14 +19,14 @@ PREDICTIONS = Path('evaluation', 'predictions.pkl')
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a training is.
 
     Args:
-        unit: what is counted, 'epoch' or 'iteration'.
-        done: how many have begun.
-        total: how many there are to be; None if the config does not say it.
-        finished: whether all are done.
+        unit: What is counted, 'epoch' or 'iteration'.
+        done: How many have begun.
+        total: How many there are to be; None if the config does not say it.
+        finished: Whether all are done.
     """
 
     unit: str
@@ -44,13 +45,13 @@ class Run:
     """A training, as it lies in its work dir.
 
     Args:
-        folder: the work dir.
-        log: what it logged.
-        log_path: where.
-        config_path: its whole config, as mmengine wrote it; None if it is gone.
-        text_log: mmengine's log for people; None if it is gone.
-        checkpoints: in the order of writing.
-        last: the one to evaluate; None if there is none yet.
+        folder: The work dir.
+        log: What it logged.
+        log_path: Where.
+        config_path: Its whole config, as mmengine wrote it; None if it is gone.
+        text_log: Mmengine's log for people; None if it is gone.
+        checkpoints: In the order of writing.
+        last: The one to evaluate; None if there is none yet.
     """
 
     folder: Path
@@ -66,7 +67,7 @@ class Run:
         """Its whole config.
 
         Raises:
-            FileNotFoundError: it is gone.
+            FileNotFoundError: It is gone.
         """
         if self.config_path is None:
             raise FileNotFoundError(f'{self.folder} has no config: neither '
@@ -79,15 +80,15 @@ class Run:
         """Its whole config, read.
 
         Raises:
-            FileNotFoundError: it is gone.
-            ValueError: it cannot be read.
+            FileNotFoundError: It is gone.
+            UsageError: It cannot be read.
         """
         try:
             return Config.fromfile(self.config_file)
         except FileNotFoundError:
             raise
         except Exception as error:  # a config is Python, in which anything can go wrong
-            raise ValueError(f'{self.config_path} cannot be read: {type(error).__name__}: {error}'
+            raise UsageError(f'{self.config_path} cannot be read: {type(error).__name__}: {error}'
                              ) from error
 
     @property
@@ -110,7 +111,7 @@ class Run:
                            '--out', str(self.folder / PREDICTIONS)])
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """How far it is."""
         record = self.log.train[-1] if self.log.train else {}
         unit, done, short = (('epoch', record.get('epoch', 0), 'epoch') if self.log.by_epoch
@@ -123,18 +124,18 @@ class Run:
         finished = total is not None and (
             any(path.stem == f'{short}_{total}' for path in self.checkpoints)
             or any(record['step'] >= total for record in self.log.evaluations))
-        return Progress(unit, done, total, finished)
+        return RunProgress(unit, done, total, finished)
 
 
 def find_run(folder: str | Path) -> Run:
     """Look what a training has left; of several in a folder, the latest.
 
     Args:
-        folder: the work dir.
+        folder: The work dir.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no log of a training in it.
-        ValueError: the log is empty, or is none.
+        FileNotFoundError: There is no such folder, or no log of a training in it.
+        UsageError: The log is empty, or is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -159,14 +160,13 @@ def make_predictions(run: Run) -> Path:
         The file.
 
     Raises:
-        UsageError: there is no checkpoint.
-        FileNotFoundError: there is no config.
-        ValueError: the config cannot be read.
-        CheckpointError: the checkpoint belongs to another architecture.
-        DataError: the data is not what it should be.
+        UsageError: There is no checkpoint, or the config cannot be read.
+        FileNotFoundError: There is no config.
+        CheckpointError: The checkpoint belongs to another architecture.
+        DataError: The data is not what it should be.
     """
     if run.last is None:
-        raise launch.UsageError(f'{run.folder} has no checkpoint to make predictions with')
+        raise UsageError(f'{run.folder} has no checkpoint to make predictions with')
     out = run.folder / PREDICTIONS
     cfg = run.config.copy()
     cfg.launcher, cfg.work_dir = 'none', str(out.parent)

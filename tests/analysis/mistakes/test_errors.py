@@ -7,15 +7,19 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from spartan_mm.analysis.confusion import count_detections, draw_confusion, rank_confusions
-from spartan_mm.analysis.errors import (
+from spartan_mm.analysis.mistakes.confusion import (
+    count_detections,
+    draw_confusion,
+    rank_confusions,
+)
+from spartan_mm.analysis.mistakes.errors import (
     KINDS,
     count_kinds,
-    draw_errors,
     find_errors,
     match,
     measure_overlaps,
 )
+from spartan_mm.analysis.mistakes.pictures import draw_errors
 from spartan_mm.inference import Detections
 
 CAT, DOG = 0, 1

@@ -4,18 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import compat
-
-compat.require('matplotlib', '3.6', 'analysis')
-
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from .curves import COLOURS
+from ...text import shorten
+from ..style import COLOURS, Figure, finish, new_figure
 
 _MAX_BARS = 80
-_MAX_NAME = 24  # characters
 _PALE = '#9CC9E8'
 
 
@@ -27,18 +19,18 @@ def draw_class_bars(metric: str, values: np.ndarray, classes: Sequence[str], cou
     out.
 
     Args:
-        metric: what to call it.
-        values: from 0 to 1, NaN for none, shape (K,).
+        metric: What to call it.
+        values: From 0 to 1, NaN for none, shape (K,).
         classes: K names.
-        counts: how many there are of each class, shape (K,).
-        noun: what is counted, in the plural.
-        behind: name and values of a metric that is nowhere less, drawn paler behind it.
+        counts: How many there are of each class, shape (K,).
+        noun: What is counted, in the plural.
+        behind: Name and values of a metric that is nowhere less, drawn paler behind it.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: no class has a value.
+        ValueError: No class has a value.
     """
     order = np.argsort(-values, kind='stable')
     order = order[np.isfinite(values[order])]
@@ -49,7 +41,7 @@ def draw_class_bars(metric: str, values: np.ndarray, classes: Sequence[str], cou
         title += f', the {_MAX_BARS // 2} best and the {_MAX_BARS // 2} worst of {len(order)}'
         order = np.concatenate([order[:_MAX_BARS // 2], order[-_MAX_BARS // 2:]])
 
-    figure = Figure(figsize=(5.4, 1.3 + 0.27 * len(order)), dpi=100, layout='constrained')
+    figure = new_figure(5.4, 1.3 + 0.27 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))
     ends = values
@@ -59,7 +51,7 @@ def draw_class_bars(metric: str, values: np.ndarray, classes: Sequence[str], cou
     axes.barh(places, values[order], 0.46 if behind else 0.66, color=COLOURS[0], label=metric)
     for place, index in zip(places, order, strict=True):
         axes.text(ends[index] + 0.01, place, f'{values[index]:.2f}', va='center', fontsize=9)
-    axes.set_yticks(places, [f'{shorten_name(classes[i])} ({counts[i]})' for i in order],
+    axes.set_yticks(places, [f'{shorten(classes[i])} ({counts[i]})' for i in order],
                     fontsize=9)
     axes.set_ylim(len(order) - 0.4, -0.6)
     # Room for the number at the end of a full bar.
@@ -72,16 +64,3 @@ def draw_class_bars(metric: str, values: np.ndarray, classes: Sequence[str], cou
     if behind:
         figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def finish(axes: Axes, title: str) -> None:
-    """Give axes what all of them have: a title on the left, a pale grid, no frame."""
-    axes.set_title(title, loc='left', fontsize=11, fontweight='bold')
-    axes.grid(color='0.88')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-
-
-def shorten_name(name: str, length: int = _MAX_NAME) -> str:
-    """Cut a name where it has more characters than ``length``."""
-    return name if len(name) <= length else f'{name[:length - 1]}…'

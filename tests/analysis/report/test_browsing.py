@@ -6,9 +6,9 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from spartan_mm.analysis.browsing import STAGES, View, browse, draw_views
-from spartan_mm.analysis.gallery import Truth
-from spartan_mm.engine.launch import UsageError
+from spartan_mm.analysis.mistakes.predictions import Truth
+from spartan_mm.analysis.report.browsing import STAGES, View, browse, draw_views
+from spartan_mm.errors import UsageError
 
 ORANGE = (255, 128, 0)  # the objects of the user's pictures
 

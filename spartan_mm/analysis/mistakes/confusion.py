@@ -1,79 +1,29 @@
 """What a classifier or detector takes for what: predictions beside the truth, counted, drawn."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from .. import compat
-from ..inference import Detections
+from ... import compat
+from ...errors import UsageError
+from ...inference import Detections
+from ..style import Figure, new_figure
 from .errors import check_overlap, compare, match
-from .gallery import DetectionDataset, found_in, read_samples
+from .predictions import DetectionDataset, Outcomes, found_in
 
-compat.require('matplotlib', '3.6', 'analysis')
+compat.require('sklearn', '1.2', 'analysis')
 
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-from matplotlib.figure import Figure
+# ruff: noqa: E402 - the version is checked before anything of the package is touched
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 # Up to so many classes, each cell has its number, and each row and column its name.
 _MAX_WRITTEN, _MAX_NAMED = 30, 100
 
 #: What a detector's matrix has more: the row of surplus detections, the column of missed objects.
 SURPLUS, MISSED = 'no object left', 'missed'
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What a classifier made of pictures whose class is known.
-
-    Args:
-        paths: the files, N of them.
-        truths: class indices, shape (N,).
-        scores: of each class, from 0 to 1, shape (N, K).
-    """
-
-    paths: tuple[str, ...]
-    truths: np.ndarray
-    scores: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """Class indices of the highest scores, shape (N,)."""
-        return self.scores.argmax(1)
-
-
-def collect_outcomes(samples: Iterable[Mapping[str, Any]]) -> Outcomes:
-    """Arrange predictions.
-
-    Args:
-        samples: mmpretrain's ``DataSample`` of a model's ``test_step``, or the dicts of the pickle
-            file that ``tools/test.py --out`` writes; of one class each.
-    """
-    paths, truths, scores = [], [], []
-    for sample in samples:
-        paths.append(str(sample.get('img_path')))
-        truths.append(int(sample.get('gt_label')))
-        scores.append(torch.as_tensor(sample.get('pred_score')).detach().cpu().float().numpy())
-    return Outcomes(tuple(paths), np.array(truths, dtype=int), np.array(scores))
-
-
-def read_outcomes(path: str | Path) -> Outcomes:
-    """Read predictions from the file that ``tools/test.py --out`` writes.
-
-    The file is a pickle, which can hold code: read none from strangers.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds something else, nothing, or is damaged.
-    """
-    return read_samples(path, 'classifier', {'img_path', 'gt_label', 'pred_score'},
-                        collect_outcomes)
 
 
 def measure_tops(outcomes: Outcomes) -> dict[str, float]:
@@ -96,10 +46,8 @@ def count_confusions(outcomes: Outcomes) -> np.ndarray:
     Returns:
         Counts (K, K), a row for each true class and a column for each predicted one.
     """
-    num_classes = outcomes.scores.shape[1]
-    counts = np.zeros((num_classes, num_classes), dtype=int)
-    np.add.at(counts, (outcomes.truths, outcomes.predicted), 1)
-    return counts
+    return confusion_matrix(outcomes.truths, outcomes.predicted,
+                            labels=np.arange(outcomes.scores.shape[1]))
 
 
 def count_detections(dataset: DetectionDataset, predictions: Mapping[Any, Detections],
@@ -115,10 +63,10 @@ def count_detections(dataset: DetectionDataset, predictions: Mapping[Any, Detect
     and every one of several detections of an object, and takes crowds for objects.
 
     Args:
-        dataset: where annotations and names of classes come from.
-        predictions: by image id, see :func:`~spartan_mm.analysis.gallery.read_predictions`.
-        score_threshold: the least score of a detection that counts.
-        iou_threshold: the least overlap (IoU) of a detection with the object that it finds, above
+        dataset: Where annotations and names of classes come from.
+        predictions: By image id, see :func:`~.predictions.read_predictions`.
+        score_threshold: The least score of a detection that counts.
+        iou_threshold: The least overlap (IoU) of a detection with the object that it finds, above
             0.1 and at most 1.
 
     Returns:
@@ -127,7 +75,7 @@ def count_detections(dataset: DetectionDataset, predictions: Mapping[Any, Detect
         objects that are missed.
 
     Raises:
-        ValueError: there is no prediction for one of the images, a prediction is of a class that
+        UsageError: There is no prediction for one of the images, a prediction is of a class that
             the dataset has not, or ``iou_threshold`` is out of its range.
     """
     check_overlap(iou_threshold)
@@ -137,7 +85,7 @@ def count_detections(dataset: DetectionDataset, predictions: Mapping[Any, Detect
         info = dataset.get_data_info(index)
         found = found_in(info, predictions).above(score_threshold)
         if found.labels.max(initial=0) >= num_classes:
-            raise ValueError(f'a prediction for {info["img_path"]} is of class '
+            raise UsageError(f'a prediction for {info["img_path"]} is of class '
                              f'{found.labels.max()}, but the dataset has {num_classes} classes: '
                              'the predictions belong to another dataset')
         compared = compare(info['instances'], found, iou_threshold)
@@ -158,7 +106,7 @@ def rank_confusions(counts: np.ndarray) -> list[tuple[int, int, int]]:
     """List what is taken for what, the most frequent first.
 
     Args:
-        counts: see :func:`count_confusions` and :func:`count_detections`.
+        counts: See :func:`count_confusions` and :func:`count_detections`.
 
     Returns:
         Row, column and count of each cell off the diagonal that is not 0.
@@ -169,62 +117,74 @@ def rank_confusions(counts: np.ndarray) -> list[tuple[int, int, int]]:
             for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)]
 
 
-def draw_confusion(counts: np.ndarray, classes: Sequence[str],
-                   surplus: bool = False) -> Figure:
-    """Draw who is taken for whom.
+def name_cells(counts: np.ndarray, classes: Sequence[str], surplus: bool = False
+               ) -> tuple[list[str], list[str]]:
+    """Name rows and columns of counts.
 
     Args:
-        counts: see :func:`count_confusions`, and :func:`count_detections` for ``surplus``.
-        classes: names by class index.
-        surplus: whether there is one row more than classes, for detections without an object,
+        counts: See :func:`count_confusions`, and :func:`count_detections` for ``surplus``.
+        classes: Names by class index.
+        surplus: Whether there is one row more than classes, for detections without an object,
             and one column more, for missed objects.
 
-    Returns:
-        The figure; its ``savefig`` writes it. A cell is the darker, the larger its share of its row
-        is: of what is of its true class.
-
     Raises:
-        ValueError: there is another number of names than of classes.
+        ValueError: There is another number of names than of classes.
     """
     if len(classes) != len(counts) - surplus:
         raise ValueError(f'there are {len(counts) - surplus} classes in the counts, but '
                          f'{len(classes)} names')
-    rows = [*classes, SURPLUS] if surplus else [*classes]
-    columns = [*classes, MISSED] if surplus else rows
-    total = counts.sum(1)
-    shares = counts / np.maximum(total, 1)[:, None]
-    named, written = len(classes) <= _MAX_NAMED, len(classes) <= _MAX_WRITTEN
+    return [*classes, *[SURPLUS] * surplus], [*classes, *[MISSED] * surplus]
 
+
+def as_csv(counts: np.ndarray, classes: Sequence[str], surplus: bool = False) -> str:
+    """Write counts as a table; arguments and errors as of :func:`name_cells`."""
+    rows, columns = name_cells(counts, classes, surplus)
+    table = io.StringIO(newline='')
+    writer = csv.writer(table)
+    writer.writerow(['true \\ predicted', *columns])
+    writer.writerows([name, *row] for name, row in zip(rows, counts.tolist(), strict=True))
+    return table.getvalue()
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], surplus: bool = False) -> Figure:
+    """Draw who is taken for whom; arguments and errors as of :func:`name_cells`.
+
+    Returns:
+        The figure; its ``savefig`` writes it. A cell is the darker, the larger its share of its row
+        is: of what is of its true class.
+    """
+    rows, columns = name_cells(counts, classes, surplus)
+    total = counts.sum(1)
+    named, written = len(classes) <= _MAX_NAMED, len(classes) <= _MAX_WRITTEN
     side = 3 + 0.55 * len(rows) if written else 3 + 0.15 * len(rows) if named else 12
-    figure = Figure(figsize=(side + 1.5, side), dpi=100, layout='constrained')
+    figure = new_figure(side + 1.5, side)
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
-    figure.colorbar(image, label='share of the row', shrink=0.8)
-    axes.set_title(_headline(counts, surplus), loc='left', fontsize=13, fontweight='bold')
+    display = ConfusionMatrixDisplay(counts / np.maximum(total, 1)[:, None]).plot(
+        ax=axes, cmap='Blues', include_values=written, colorbar=False,
+        im_kw=dict(vmin=0, vmax=1, interpolation='nearest'))
+    figure.colorbar(display.im_, label='share of the row', shrink=0.8)
+    for cell, text in np.ndenumerate(display.text_ if written else []):
+        # The matrix is that of shares, and says nothing where nothing is.
+        text.set_text(counts[cell]) if counts[cell] else text.remove()
+    axes.set_title(summarize_counts(counts, surplus), loc='left', fontsize=13, fontweight='bold')
     axes.set_xlabel('predicted', fontsize=11)
     axes.set_ylabel('true', fontsize=11)
     if surplus:
         for draw_line in (axes.axhline, axes.axvline):
             draw_line(len(classes) - 0.5, color='0.4', linewidth=1)
-    if named:
-        size = 10 if written else 7
-        positions = range(len(rows))
-        axes.set_xticks(positions, columns, fontsize=size,
-                        rotation=90 if max(map(len, columns)) > 3 else 0)
-        axes.set_yticks(positions, [f'{name} ({count})' for name, count
-                                    in zip(rows, total, strict=True)], fontsize=size)
-    if written:
-        for row, column in zip(*counts.nonzero(), strict=True):
-            axes.text(column, row, str(counts[row, column]), ha='center', va='center',
-                      color='white' if shares[row, column] > 0.5 else 'black')
+    places, size = range(len(rows)) if named else (), 10 if written else 7
+    axes.set_xticks(places, columns if named else (), fontsize=size,
+                    rotation=90 if max(map(len, columns)) > 3 else 0)
+    names = [f'{name} ({count})' for name, count in zip(rows, total, strict=True)]
+    axes.set_yticks(places, names if named else (), fontsize=size)
     return figure
 
 
-def _headline(counts: np.ndarray, surplus: bool) -> str:
+def summarize_counts(counts: np.ndarray, surplus: bool = False) -> str:
+    """Say how much is right."""
     right = counts.trace()
     if not surplus:
-        return (f'{right} of {counts.sum()} right '
-                f'({100 * right / max(counts.sum(), 1):.2f} %)')
+        return f'{right} of {counts.sum()} right ({100 * right / max(counts.sum(), 1):.2f} %)'
     objects, detections = counts[:-1].sum(), counts[:, :-1].sum()
     return (f'{right} of {objects} objects found ({100 * right / max(objects, 1):.1f} %),\n'
             f'{right} of {detections} detections right '

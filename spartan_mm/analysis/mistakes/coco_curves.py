@@ -11,18 +11,10 @@ from typing import Any
 import numpy as np
 from mmengine.logging import MMLogger
 
-from .. import compat
-from ..inference import Detections
-
-compat.require('matplotlib', '3.6', 'analysis')
-
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from .class_bars import draw_class_bars, finish, shorten_name
-from .curves import COLOURS
+from ...inference import Detections
+from ...text import shorten
+from ..style import COLOUR_MAP, COLOURS, Axes, Figure, colormaps, finish, new_figure
+from .class_bars import draw_class_bars
 
 #: What COCO sums an evaluation up in, in its order.
 SUMMARY = ('AP', 'AP50', 'AP75', 'AP small', 'AP medium', 'AP large',
@@ -44,11 +36,11 @@ class CocoResults:
     recalls, K classes, A = 4 sizes (see ``AREAS``), and M = 3 numbers of detections an image.
 
     Args:
-        classes: names, in the order of the arrays, which is that of COCO's category ids.
-        objects: how many objects of each class there are, crowds apart, shape (K,).
-        thresholds: of the IoU, shape (T,).
-        recalls: where the precision is given, shape (R,).
-        precision: the highest one at each recall or a greater one, -1 for a class without objects,
+        classes: Names, in the order of the arrays, which is that of COCO's category ids.
+        objects: How many objects of each class there are, crowds apart, shape (K,).
+        thresholds: Of the IoU, shape (T,).
+        recalls: Where the precision is given, shape (R,).
+        precision: The highest one at each recall or a greater one, -1 for a class without objects,
             shape (T, R, K, A, M).
         summary: COCO's twelve numbers by name, see ``SUMMARY``; -1 where there are no objects.
     """
@@ -60,48 +52,32 @@ class CocoResults:
     precision: np.ndarray
     summary: dict[str, float]
 
-    def average_precision(self, iou: float | None = None, area: str = 'all') -> np.ndarray:
-        """Average the precision over recalls, for each class.
-
-        Args:
-            iou: the threshold; None to average over all of them.
-            area: size of the objects, one of ``AREAS``.
-
-        Returns:
-            Shape (K,), NaN for a class without such objects.
-
-        Raises:
-            ValueError: there is no such threshold or size.
-        """
-        return _mean(self._select(iou, area), axis=(0, 1))
-
     def curve(self, iou: float | None = None, area: str = 'all') -> np.ndarray:
         """Get precision against recall, for each class.
 
         Args:
-            iou: the threshold; None to average over all of them.
-            area: size of the objects, one of ``AREAS``.
+            iou: The threshold; None to average over all of them.
+            area: Size of the objects, one of ``AREAS``.
 
         Returns:
             Shape (R, K), NaN for a class without such objects.
 
         Raises:
-            ValueError: there is no such threshold or size.
+            ValueError: There is no such threshold or size.
         """
-        return _mean(self._select(iou, area), axis=0)
-
-    def _select(self, iou: float | None, area: str) -> np.ndarray:
-        """Choose thresholds and size, and the most detections, (T, R, K)."""
         if area not in AREAS:
             raise ValueError(f'area={area!r} must be one of {", ".join(map(repr, AREAS))}')
-        precision = self.precision[:, :, :, AREAS.index(area), -1]
-        if iou is None:
-            return precision
-        found = np.isclose(self.thresholds, iou)
-        if not found.any():
+        chosen = np.full(len(self.thresholds), True) if iou is None else np.isclose(
+            self.thresholds, iou)
+        if not chosen.any():
             raise ValueError(f'iou={iou:g}: the evaluation has only the thresholds '
                              f'{", ".join(f"{value:g}" for value in self.thresholds)}')
-        return precision[found]
+        precision = self.precision[chosen, :, :, AREAS.index(area), -1]
+        return np.where(precision.min((0, 1)) < 0, np.nan, precision.mean(0))
+
+    def average_precision(self, iou: float | None = None, area: str = 'all') -> np.ndarray:
+        """Average the precision over recalls, for each class, shape (K,); see :meth:`curve`."""
+        return self.curve(iou, area).mean(0)
 
 
 def evaluate(predictions: Mapping[Any, Detections], ann_file: str | Path,
@@ -109,18 +85,18 @@ def evaluate(predictions: Mapping[Any, Detections], ann_file: str | Path,
     """Evaluate detections the way COCO does.
 
     Args:
-        predictions: by image id, see :func:`spartan_mm.analysis.gallery.read_predictions`. Images
+        predictions: By image id, see :func:`~.predictions.read_predictions`. Images
             of the file that have none are left out.
-        ann_file: annotations in COCO's format.
-        classes: names by label, as the dataset has them.
+        ann_file: Annotations in COCO's format.
+        classes: Names by label, as the dataset has them.
 
     Raises:
-        FileNotFoundError: there is no annotation file.
-        DataError: the file is not what it should be, or predictions and file do not belong
+        FileNotFoundError: There is no annotation file.
+        DataError: The file is not what it should be, or predictions and file do not belong
             together.
-        ValueError: nothing was detected in any image.
+        ValueError: Nothing was detected in any image.
     """
-    from ..detection.coco_metric import CheckedCocoMetric
+    from ...detection import CheckedCocoMetric
     kept: list[Any] = []
     with _silence(), _keep_evaluators(kept):
         metric = CheckedCocoMetric(ann_file=str(ann_file), proposal_nums=(1, 10, 100),
@@ -154,13 +130,13 @@ def draw_class_ap(results: CocoResults) -> Figure:
     left out.
 
     Args:
-        results: see :func:`evaluate`.
+        results: See :func:`evaluate`.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: there are no objects of any class.
+        ValueError: There are no objects of any class.
     """
     return draw_class_bars('AP', results.average_precision(), results.classes, results.objects,
                            'objects', ('AP50', results.average_precision(0.5)))
@@ -170,20 +146,18 @@ def draw_precision_recall(results: CocoResults) -> Figure:
     """Draw precision against recall, mean of the classes, a line for each threshold of the IoU.
 
     Args:
-        results: see :func:`evaluate`.
+        results: See :func:`evaluate`.
 
     Returns:
         The figure; its ``savefig`` writes it.
     """
     figure, axes = _square('Precision and recall, mean of the classes')
-    colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(results.thresholds)))
+    colours = colormaps[COLOUR_MAP](np.linspace(0, 0.9, len(results.thresholds)))
     for iou, colour in zip(results.thresholds, colours, strict=True):
         curve = _mean_of_classes(results.curve(iou))
         axes.plot(results.recalls, curve, color=colour, linewidth=1.6,
                   label=f'{iou:.2f}: {curve.mean():.3f}')
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9, title='IoU: AP',
-                  title_fontsize=9)
-    return figure
+    return _explain(figure, 'IoU: AP')
 
 
 def draw_class_precision_recall(results: CocoResults, iou: float = 0.5) -> Figure:
@@ -192,14 +166,14 @@ def draw_class_precision_recall(results: CocoResults, iou: float = 0.5) -> Figur
     Of more than 12 classes, the three best and the three worst have a colour; the others are grey.
 
     Args:
-        results: see :func:`evaluate`.
-        iou: the threshold.
+        results: See :func:`evaluate`.
+        iou: The threshold.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: there is no such threshold.
+        ValueError: There is no such threshold.
     """
     figure, axes = _square(f'Precision and recall of each class, IoU {iou:.2f}')
     curves, ap = results.curve(iou), results.average_precision(iou)
@@ -215,18 +189,16 @@ def draw_class_precision_recall(results: CocoResults, iou: float = 0.5) -> Figur
     for place, index in enumerate(named):
         axes.plot(results.recalls, curves[:, index], color=colours[place % len(colours)],
                   linestyle='--' if place >= len(colours) else '-', linewidth=1.4,
-                  label=f'{shorten_name(results.classes[index])}: {ap[index]:.3f}')
+                  label=f'{shorten(results.classes[index])}: {ap[index]:.3f}')
     if len(order) > 1:
         mean = _mean_of_classes(curves)
         axes.plot(results.recalls, mean, color='black', linewidth=2.4,
                   label=f'mean: {mean.mean():.3f}')
-    figure.legend(loc='outside right upper', frameon=False, fontsize=9,
-                  title='class: AP', title_fontsize=9)
-    return figure
+    return _explain(figure, 'class: AP')
 
 
 def _square(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.4, 4), dpi=100, layout='constrained')
+    figure = new_figure(5.4, 4)
     axes = figure.add_subplot()
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.03)
@@ -236,16 +208,17 @@ def _square(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Average what is there; NaN where COCO's -1 says that nothing is."""
-    there = values > -1
-    total, count = np.where(there, values, 0).sum(axis), there.sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def _explain(figure: Figure, title: str) -> Figure:
+    """Add the legend."""
+    figure.legend(loc='outside right upper', frameon=False, fontsize=9, title=title,
+                  title_fontsize=9)
+    return figure
 
 
 def _mean_of_classes(curves: np.ndarray) -> np.ndarray:
-    """Average curves (R, K) over the classes that have objects."""
-    return _mean(np.nan_to_num(curves, nan=-1), axis=1)
+    """Average curves (R, K) over the classes that have objects; NaN if none has."""
+    there = curves[:, np.isfinite(curves).all(0)]
+    return there.mean(1) if there.size else np.full(len(curves), np.nan)
 
 
 @contextmanager

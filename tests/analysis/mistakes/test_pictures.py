@@ -1,26 +1,13 @@
-"""The gallery shows annotations and predictions where they are, and what they are."""
-
-import pickle
+"""Pictures show annotations and predictions where they are, and what they are."""
 
 import numpy as np
 import pytest
-import torch
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from spartan_mm.analysis import gallery
-from spartan_mm.analysis.gallery import (
-    Truth,
-    collect_predictions,
-    draw_found,
-    draw_gallery,
-    draw_truth,
-    read_predictions,
-    read_truth,
-    spread,
-)
+from spartan_mm import drawing
+from spartan_mm.analysis.mistakes import pictures as module
+from spartan_mm.analysis.mistakes.pictures import draw_found, draw_gallery, draw_truth
+from spartan_mm.analysis.mistakes.predictions import Truth, read_truth, spread
 from spartan_mm.datasets import make_digits
 from spartan_mm.detection import CheckedCocoDataset
 from spartan_mm.inference import Detections
@@ -37,15 +24,6 @@ def make_found(*boxes, labels=None, scores=None):
     return Detections(np.array(boxes, dtype=np.float32).reshape(-1, 4),
                       np.array(labels or [0] * len(boxes), dtype=int),
                       np.array(scores or [0.9] * len(boxes), dtype=np.float32))
-
-
-def make_sample(img_id, found):
-    instances = InstanceData(bboxes=torch.from_numpy(found.boxes),
-                             labels=torch.from_numpy(found.labels),
-                             scores=torch.from_numpy(found.scores))
-    sample = DetDataSample(metainfo=dict(img_id=img_id))
-    sample.pred_instances = instances
-    return sample
 
 
 class Pictures:
@@ -67,78 +45,6 @@ class Pictures:
         return self.infos[idx]
 
 
-def region(mask, form):
-    """Describe a mask in one of COCO's three ways."""
-    if form == 'polygon':
-        rows, columns = np.nonzero(mask)
-        left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        return [[left, top, right, top, right, bottom, left, bottom]]
-    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    if form == 'compressed':
-        return compressed
-    flat = mask.ravel(order='F').astype(int)
-    borders = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *borders, len(flat)]).tolist()
-    return dict(size=list(mask.shape), counts=runs if not flat[0] else [0, *runs])
-
-
-@pytest.mark.parametrize('samples', ['model', 'dicts'])
-def test_predictions_by_image_id(samples):
-    found = {3: make_found((1, 2, 3, 4), (5, 6, 7, 8), labels=[0, 1], scores=[0.5, 0.2]),
-             1: make_found()}
-    content = [make_sample(key, value) for key, value in found.items()]
-    if samples == 'dicts':
-        content = [sample.to_dict() for sample in content]
-    predictions = collect_predictions(content)
-    assert list(predictions) == [3, 1]
-    for key, value in found.items():
-        for name in ('boxes', 'labels', 'scores'):
-            actual, expected = getattr(predictions[key], name), getattr(value, name)
-            torch.testing.assert_close(torch.from_numpy(actual), torch.from_numpy(expected))
-
-
-def test_predictions_of_a_file(tmp_path):
-    path = tmp_path / 'predictions.pkl'
-    path.write_bytes(pickle.dumps([make_sample(7, make_found((1, 2, 3, 4))).to_dict()]))
-    assert list(read_predictions(path)) == [7]
-
-
-@pytest.mark.parametrize('content', [dict(a=1), [1], [dict(img_id=1)]])
-def test_a_file_of_something_else(content, tmp_path):
-    path = tmp_path / 'predictions.pkl'
-    path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match='predictions.pkl holds no predictions of a detector'):
-        read_predictions(path)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere.pkl do not exist'):
-        read_predictions(tmp_path / 'nowhere.pkl')
-
-
-@pytest.mark.parametrize('form', ['polygon', 'compressed', 'uncompressed', 'box'])
-def test_crowds_are_apart_from_objects(form):
-    mask = np.zeros((60, 80), dtype=bool)
-    mask[10:30, 20:70] = True
-    crowd = dict(bbox=[20, 10, 70, 30], bbox_label=1, ignore_flag=1)
-    if form != 'box':
-        crowd['mask'] = region(mask, form)
-    objects = [dict(bbox=[1, 2, 30, 40], bbox_label=1, ignore_flag=0), crowd,
-               dict(bbox=[5, 6, 7, 8], bbox_label=0, ignore_flag=0)]
-    truth = read_truth(dict(instances=objects), (60, 80))
-    assert truth.boxes.tolist() == [[1, 2, 30, 40], [5, 6, 7, 8]]
-    assert truth.labels.tolist() == [1, 0]
-    [(label, found)] = truth.crowds
-    assert label == 1 and found.dtype == bool
-    assert np.array_equal(found, mask)
-
-
-@pytest.mark.parametrize('total, count, expected', [
-    (200, 4, [25, 75, 125, 175]), (5, 5, [0, 1, 2, 3, 4]), (3, 8, [0, 1, 2]), (9, 1, [4])])
-def test_spread(total, count, expected):
-    assert spread(total, count) == expected
-
-
 def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_class():
     truth = Truth(np.array([[10., 20, 40, 50], [50, 30, 75, 55]]), np.array([0, 1]))
     pixels = np.array(draw_truth(make_image(), truth, CLASSES, longer_side=160))
@@ -146,7 +52,7 @@ def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_class():
     for (x1, y1, x2, y2), label in ((2 * truth.boxes[0], 0), (2 * truth.boxes[1], 1)):
         middle = int((x1 + x2) / 2), int((y1 + y2) / 2)
         for x, y in ((x1, middle[1]), (x2, middle[1]), (middle[0], y2)):
-            assert tuple(pixels[int(y), int(x)]) == gallery._colour(label)
+            assert tuple(pixels[int(y), int(x)]) == drawing.class_colour(label)
         assert tuple(pixels[middle[::-1]]) == GREY
     assert tuple(pixels[-1, 0]) == GREY
 
@@ -164,7 +70,7 @@ def test_crowds_are_hatched_in_grey():
     mask[30:50, 20:60] = True
     truth = Truth(np.zeros((0, 4)), np.zeros(0, dtype=int), [(0, mask)])
     pixels = np.array(draw_truth(make_image(colour=(0, 200, 0)), truth, CLASSES, 160))
-    hatched = (pixels == gallery._CROWD).all(-1)
+    hatched = (pixels == module._CROWD).all(-1)
     assert 0.2 < hatched[60:100, 40:120].mean() < 0.5
     untouched = (pixels == (0, 200, 0)).all(-1)
     assert untouched[102:].all()
@@ -174,18 +80,18 @@ def test_crowds_are_hatched_in_grey():
 
 def test_labels_avoid_each_other():
     boxes = np.array([[50., 60, 150, 160]] * 4)
-    size, taken = np.array([60., 18]), []
+    size, labels = np.array([60., 18]), []
     for box in boxes:
-        taken.append(gallery._place_tag(box, size, np.array([300, 300]), taken, boxes))
-    for i, tag in enumerate(taken):
-        assert not any(gallery._overlap(tag, other) for other in taken[i + 1:])
+        labels.append(drawing._place_label(box, size, np.array([300, 300]), labels, boxes))
+    shared = drawing.common_areas(np.array(labels), np.array(labels))
+    assert (shared == np.diag(np.diag(shared))).all()
 
 
 @pytest.mark.parametrize('box', [(0, 0, 10, 10), (290, 290, 300, 300), (-20, -30, 500, 400)])
 def test_labels_stay_inside(box):
-    tag = gallery._place_tag(np.array(box), np.array([60, 18]), np.array([300, 300]), [],
+    tag = drawing._place_label(np.array(box), np.array([60, 18]), np.array([300, 300]), [],
                              np.array([box]))
-    assert (tag >= 0).all() and (tag < 300).all()
+    assert (tag >= 0).all() and (tag <= 300).all()
     assert tag[2:].tolist() == (tag[:2] + [60, 18]).tolist()
 
 
@@ -207,7 +113,7 @@ def test_sheet(pictures):
     assert three.width > 2 * one.width - 50 and three.height > one.height
     colours = {colour for _, colour in three.getcolors(1 << 24)}
     assert {GREY, (200, 30, 30), (30, 30, 200)} <= colours
-    assert gallery._colour(0) in colours and gallery._colour(1) in colours
+    assert drawing.class_colour(0) in colours and drawing.class_colour(1) in colours
 
 
 def test_the_threshold_decides_what_is_drawn(pictures):
@@ -215,7 +121,7 @@ def test_the_threshold_decides_what_is_drawn(pictures):
     for threshold, drawn in ((0.3, True), (0.5, False)):
         sheet = draw_gallery(pictures, predictions, [1], threshold, longer_side=160)
         colours = {colour for _, colour in sheet.getcolors(1 << 24)}
-        assert (gallery._colour(0) in colours) == drawn
+        assert (drawing.class_colour(0) in colours) == drawn
 
 
 def test_a_picture_is_turned_as_its_camera_says(pictures):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from spartan_mm.analysis.coco_curves import (
+from spartan_mm.analysis.mistakes.coco_curves import (
     SUMMARY,
     CocoResults,
     draw_class_ap,

@@ -3,19 +3,17 @@
 import json
 import os
 import pickle
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from spartan_mm.analysis.report import make_report
-from spartan_mm.analysis.runs import find_run, make_predictions
+from spartan_mm.analysis.report.report import make_report
+from spartan_mm.analysis.report.work_dir import find_run, make_predictions
+from spartan_mm.cli import main
 from spartan_mm.zoo import get_model
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'report.py'
 CLASSES = ('square', 'disc')
 SYSTEM = """2026/01/02 10:00:00 - mmengine - INFO -
 ------------------------------------------------------------
@@ -85,6 +83,7 @@ def render(read_self_contained):
     return render
 
 
+@pytest.mark.slow
 def test_detector(detector, render):
     write_detections(detector / 'evaluation' / 'predictions.pkl')
     html, missing = render(detector, images=3)
@@ -172,7 +171,8 @@ def test_classifier(user, tmp_path, render):
 
 
 def test_top_5():
-    from spartan_mm.analysis.confusion import Outcomes, measure_tops
+    from spartan_mm.analysis.mistakes.confusion import measure_tops
+    from spartan_mm.analysis.mistakes.predictions import Outcomes
     scores = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
     # Of equal scores, the class with the lower index comes first.
     for truths, expected in (((5, 0), (1., 1.)), ((1, 1), (0., 1.)), ((0, 5), (0., 0.))):
@@ -180,6 +180,7 @@ def test_top_5():
         assert measure_tops(outcomes) == dict(zip(('top-1', 'top-5'), expected, strict=True))
 
 
+@pytest.mark.slow
 def test_predictions_are_made(detector):
     model = get_model(find_run(detector).config)
     torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()),
@@ -190,21 +191,10 @@ def test_predictions_are_made(detector):
     assert '80 detections of any score' in make_report(run).show_measured()[-1].text
 
 
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Runs the command; returns its output."""
-    monkeypatch.setattr(sys, 'path', sys.path[:])
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['report.py', *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name='__main__')
-        return capsys.readouterr().out
-    return run
-
-
-def test_command(detector, tool):
+def test_command(detector, capsys):
     out = detector / 'here.html'
-    assert tool(detector, '--out', out).startswith(f'{out} (0.')
+    assert main(['report', str(detector), '--out', str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f'{out} (0.')
     assert out.read_text(encoding='utf-8').startswith('<!DOCTYPE html>')
 
 
@@ -217,7 +207,7 @@ def test_command(detector, tool):
     ('weights', ['{}', '--test'], 'has no checkpoint to make predictions with'),
     (None, ['{}', '--out', 'pictures'], 'pictures cannot be written: it is a folder'),
 ])
-def test_errors(damage, arguments, message, detector, tool):
+def test_errors(damage, arguments, message, detector, capsys):
     [log] = detector.glob('*/vis_data/scalars.json')
     if damage == 'log':
         log.unlink()
@@ -225,7 +215,9 @@ def test_errors(damage, arguments, message, detector, tool):
         log.write_text('')
     elif damage == 'weights':
         (detector / 'epoch_2.pth').unlink()
-    with pytest.raises(SystemExit) as error:
-        tool(*(argument.format(detector) for argument in arguments))
-    assert str(error.value).startswith('error: ') and message in str(error.value)
-    assert '\n' not in str(error.value)
+    try:
+        assert main(['report', *(argument.format(detector) for argument in arguments)]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+    except SystemExit as stopped:
+        said = stopped.code
+    assert said.startswith('error: ') and message in said and '\n' not in said

@@ -2,31 +2,22 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import compat
-
-compat.require('matplotlib', '3.6', 'analysis')
-
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from ...errors import UsageError
+from ..style import COLOURS, Axes, Figure, finish, new_figure, ticker
 
 #: Metrics that are drawn where a run has them, by their name in the log.
 METRICS = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50', 'accuracy/top1': 'top-1 in %',
            'accuracy/top5': 'top-5 in %'}
 
-# The colours that Okabe and Ito chose to be told apart by everybody; yellow, which is too pale for
-# a line on white, left out.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _STYLES = ('-', '--', ':', '-.')
+_LEGEND = dict(frameon=False, fontsize=11, handlelength=2.6)
 
 # The loss terms of a detector of the DETR family, by the part of the model that they train.
 _LOSS_GROUPS = {
@@ -48,10 +39,10 @@ class RunLog:
     """What a training logged.
 
     Args:
-        train: one dict for each logged iteration, with its number under 'step' and the hours of
+        train: One dict for each logged iteration, with its number under 'step' and the hours of
             training until then under 'hours'.
-        evaluations: one dict for each validation, with 'step' and 'hours'.
-        by_epoch: whether 'step' of the evaluations counts epochs, else iterations.
+        evaluations: One dict for each validation, with 'step' and 'hours'.
+        by_epoch: Whether 'step' of the evaluations counts epochs, else iterations.
     """
 
     train: list[dict[str, Any]]
@@ -68,8 +59,8 @@ class RunLog:
         """Sum the training values whose whole name matches a regular expression.
 
         Args:
-            pattern: the expression.
-            axis: one of ``AXES``.
+            pattern: The expression.
+            axis: One of ``AXES``.
 
         Returns:
             Iterations or hours, and sums; no elements if no name matches.
@@ -82,8 +73,8 @@ class RunLog:
         """Get a metric of the evaluations.
 
         Args:
-            name: of the metric.
-            axis: one of ``AXES``.
+            name: Of the metric.
+            axis: One of ``AXES``.
 
         Returns:
             Epochs, iterations or hours, and values, without those where COCO's -1 says that there
@@ -97,20 +88,20 @@ def read_log(path: str | Path) -> RunLog:
     """Read the log of a training.
 
     Args:
-        path: the work dir of the training, of whose runs the latest is read, joined to those that
+        path: The work dir of the training, of whose runs the latest is read, joined to those that
             it resumed; or the folder of one run; or the log itself, ``vis_data/scalars.json`` in
             that folder.
 
     Raises:
-        FileNotFoundError: there is no such file, or no log in the folder.
-        ValueError: the log is empty, or is none.
+        FileNotFoundError: There is no such file, or no log in the folder.
+        UsageError: The log is empty, or is none.
     """
     logs = _find_logs(Path(path))
     records: list[dict[str, Any]] = []
     for log in logs:
         records = _join(records, _read_records(log))
     if not records:
-        raise ValueError(f'{logs[-1]} is empty: the run ended before it logged an iteration')
+        raise UsageError(f'{logs[-1]} is empty: the run ended before it logged an iteration')
 
     hours, step = 0., 0
     for record in records:
@@ -132,7 +123,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is no record of a training ({error}); {remedy}') from error
+        raise UsageError(f'{path} is no record of a training ({error}); {remedy}') from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -143,7 +134,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             # What a run that was killed, or one that is writing just now, leaves.
             if number == len(lines) and not line.endswith('\n'):
                 break
-            raise ValueError(f'line {number} of {path} is no record of a training ({error}); '
+            raise UsageError(f'line {number} of {path} is no record of a training ({error}); '
                              f'{remedy}') from error
         records.append(record)
     return records
@@ -164,6 +155,75 @@ def _is_training(record: Mapping[str, Any]) -> bool:
     return 'lr' in record
 
 
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn into one pair of axes.
+
+    Args:
+        title: What it shows.
+        x_label: What it is drawn against.
+        lines: Name, places and values of each.
+        marker: Of the points, if each is to be seen.
+        values_beside: Whether the last value of each line stands beside the axes, in place of an
+            explanation of the lines.
+    """
+
+    title: str
+    x_label: str
+    lines: Sequence[tuple[str, np.ndarray, np.ndarray]]
+    marker: str = ''
+    values_beside: bool = False
+
+    def draw(self, axes: Axes, size: float = 13) -> None:
+        """Draw it, with letters of a size for the title."""
+        finish(axes, self.title, size)
+        axes.set_xlabel(self.x_label, fontsize=11)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(
+            steps=[1, 2, 5, 10], min_n_ticks=1, integer=self.x_label != AXES['hours']))
+        # A run that diverged has numbers that are none.
+        known = [values[np.isfinite(values)] for _, _, values in self.lines]
+        for number, (label, places, values) in enumerate(self.lines):
+            if len(known[number]):
+                # Another style for each line, too: of two that coincide, both are seen. A dot shows
+                # a single value, which makes no line.
+                axes.plot(places, values, label=label, linewidth=1.8, markersize=5, clip_on=False,
+                          color=COLOURS[number % len(COLOURS)],
+                          linestyle=_STYLES[number % len(_STYLES)],
+                          marker='o' if len(places) == 1 else self.marker)
+        if not axes.lines:
+            axes.text(0.5, 0.5, 'nothing in the log', transform=axes.transAxes, ha='center',
+                      fontsize=11, color='0.4')
+            return
+        # With zero, so that heights compare.
+        values = np.concatenate(known)
+        lowest, highest = values.min(initial=0), values.max(initial=0)
+        room = 0.08 * (highest - lowest) or 1
+        axes.set_ylim(lowest - room * (lowest < 0), highest + room)
+        if self.x_label in ('epoch', AXES['hours']):
+            axes.set_xlim(left=0)
+        axes.ticklabel_format(axis='y', scilimits=(-2, 6))
+        if self.values_beside:
+            _name_last_values(axes)
+
+
+def name_metrics(runs: Iterable[RunLog], chosen: Sequence[str] | None = None) -> dict[str, str]:
+    """Say what to call metrics, by their name in the log.
+
+    Args:
+        runs: What the metrics are of.
+        chosen: Names in the log; None for those of ``METRICS``.
+
+    Raises:
+        UsageError: No run has one of those that are chosen.
+    """
+    known = sorted({name for run in runs for name in run.metrics})
+    unknown = [name for name in chosen or () if name not in known]
+    if unknown:
+        raise UsageError(f'no validation has {", ".join(unknown)}; there is '
+                         f'{", ".join(known) or "none at all"}')
+    return {name: METRICS.get(name, name) for name in chosen or METRICS}
+
+
 def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
                 axis: str = 'step') -> Figure:
     """Draw loss, metrics, learning rate and, where it was logged, memory.
@@ -173,24 +233,28 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
     metric beside its line.
 
     Args:
-        runs: a run, or several by name.
-        metrics: what to call the metrics to draw, by their name in the log; those that no run has
+        runs: A run, or several by name.
+        metrics: What to call the metrics to draw, by their name in the log; those that no run has
             are left out.
-        axis: what to draw against, one of ``AXES``.
+        axis: What to draw against, one of ``AXES``.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: there are no runs, or there is no such axis.
+        ValueError: There are no runs, or there is no such axis.
     """
-    panels = _list_panels(runs, metrics, axis)
+    panels = list_panels(runs, metrics, axis)
     rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(15, 4.2 * rows), dpi=100, layout='constrained')
+    figure = new_figure(15, 4.2 * rows)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     grid = figure.add_gridspec(rows, 2)
-    for index, draw in enumerate(panels):
-        draw(figure.add_subplot(grid[index // 2, index % 2]))
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(grid[number // 2, number % 2])
+        panel.draw(axes)
+        if isinstance(runs, RunLog) and axes.lines:
+            # Beside the axes, where it covers nothing.
+            axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1), **_LEGEND)
     if not isinstance(runs, RunLog):
         # The same for all panels.
         _draw_legend(figure, 'outside upper left', columns=4)
@@ -199,42 +263,21 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
 
 def draw_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
                 axis: str = 'step') -> list[Figure]:
-    """Draw what :func:`draw_curves` draws, each in a figure of its own, for a narrow screen.
-
-    Args:
-        runs: a run, or several by name.
-        metrics: what to call the metrics to draw, by their name in the log.
-        axis: what to draw against, one of ``AXES``.
-
-    Raises:
-        ValueError: there are no runs, or there is no such axis.
-    """
+    """Draw each panel of :func:`draw_curves` in a figure of its own, for a narrow screen."""
     figures = []
-    for draw in _list_panels(runs, metrics, axis):
-        figure = Figure(figsize=(5.4, 3.9), dpi=100, layout='constrained')
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(axes.get_title(loc='left'), loc='left', fontsize=11, fontweight='bold')
-        if axes.get_legend() is not None:
-            axes.get_legend().remove()
+    for panel in list_panels(runs, metrics, axis):
+        figure = new_figure(5.4, 3.9)
+        panel.draw(figure.add_subplot(), 11)
         # Below, so that the lines have the whole width.
-        longest = max((len(line.get_label()) for line in axes.lines), default=0)
+        longest = max((len(name) for name, *_ in panel.lines), default=0)
         _draw_legend(figure, 'outside lower center', columns=2 if longest < 22 else 1)
         figures.append(figure)
     return figures
 
 
-def _draw_legend(figure: Figure, place: str, columns: int) -> None:
-    """Explain the lines of all axes of a figure, each name once."""
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    if lines:
-        figure.legend(lines.values(), lines, loc=place, ncols=columns, frameon=False, fontsize=11,
-                      handlelength=2.6)
-
-
-def _list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str], axis: str
-                 ) -> list[Callable[[Axes], None]]:
-    """List what there is to draw, each item a function that draws it into axes."""
+def list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
+                axis: str = 'step') -> list[Panel]:
+    """List what there is to draw; arguments and errors as of :func:`draw_curves`."""
     if axis not in AXES:
         raise ValueError(f'axis={axis!r} must be one of {", ".join(map(repr, AXES))}')
     single = isinstance(runs, RunLog)
@@ -242,70 +285,48 @@ def _list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str]
     if not runs:
         raise ValueError('runs is empty: there is nothing to draw')
 
-    names = {name for run in runs.values() for record in run.train for name in record}
-    terms = sorted(name for name in names if re.fullmatch(r'loss_\w+', name))
+    def trained(title: str, patterns: Mapping[str, str]) -> Panel:
+        """Sums of what each run logged by the patterns, each called by its key or its run."""
+        return Panel(title, AXES[axis], [(run or name, *log.training(pattern, axis))
+                                         for run, log in runs.items()
+                                         for name, pattern in patterns.items()])
+
+    def measured(title: str, keys: Mapping[str, str]) -> Panel:
+        """Metrics of a single run, or one metric of several."""
+        lines = []
+        for run, log in runs.items():
+            for key, name in keys.items():
+                places, values = log.evaluation(key, axis)
+                last = f' ({values[-1]:.3f} at the end)' if len(values) else ''
+                lines.append((run or f'{name}{last}', places, values))
+        by_epoch = axis == 'step' and all(log.by_epoch for log in runs.values())
+        return Panel(title, 'epoch' if by_epoch else AXES[axis], lines, 'o', not single)
+
+    names = {name for log in runs.values() for record in log.train for name in record}
+    terms = {name: re.escape(name) for name in sorted(names) if re.fullmatch(r'loss_\w+', name)}
     layers = any(re.fullmatch(_LOSS_GROUPS['other decoder layers'], name) for name in names)
     last = ' of the last decoder layer' if layers else ''
-    draw_values = partial(_draw_training, runs=runs, axis=axis)
+    metrics = {key: name for key, name in metrics.items()
+               if any(len(log.evaluation(key)[0]) for log in runs.values())}
 
-    panels = [partial(_draw_loss, runs=runs, axis=axis, parts=single)]
-    if single and len(terms) > 1:
-        panels.append(partial(_draw_terms, run=runs[''], terms=terms, axis=axis,
-                              title=f'Training loss, terms{last}'))
-    elif len(terms) > 1:
-        panels += [partial(draw_values, pattern=re.escape(term), title=f'{term}{last}')
-                   for term in terms]
-    measured = {key: metric for key, metric in metrics.items()
-                if any(len(run.evaluation(key)[0]) for run in runs.values())}
-    if single or not measured:
-        panels.append(partial(_draw_metrics, runs=runs, metrics=measured, axis=axis))
-    else:
-        # Each apart: runs of other tasks have other metrics.
-        panels += [partial(_draw_metrics, runs=runs, metrics={key: metric}, axis=axis,
-                           title=f'Validation: {metric}') for key, metric in measured.items()]
-    panels.append(partial(_draw_learning_rate, runs=runs, axis=axis))
+    panels = [trained('Training loss', {'total': 'loss', **(_LOSS_GROUPS if single else {})})]
+    if len(terms) > 1:
+        panels += [trained(f'Training loss, terms{last}', terms)] if single else [
+            trained(f'{term}{last}', {term: pattern}) for term, pattern in terms.items()]
+    # Of several runs each apart: runs of other tasks have other metrics.
+    panels += [measured('Validation', metrics)] if single or not metrics else [
+        measured(f'Validation: {name}', {key: name}) for key, name in metrics.items()]
+    panels.append(trained('Learning rate', {'first parameter group': 'lr'}))
     if 'memory' in names:
-        panels.append(partial(draw_values, pattern='memory', alone='first process',
-                              title='Largest GPU memory in use, MiB'))
+        panels.append(trained('Largest GPU memory in use, MiB', {'first process': 'memory'}))
     return panels
 
 
-def _draw_loss(axes: Axes, runs: Mapping[str, RunLog], axis: str, parts: bool) -> None:
-    lines = []
-    for name, run in runs.items():
-        lines.append((name or 'total', *run.training('loss', axis)))
-        if parts:
-            lines += [(part, *run.training(pattern, axis))
-                      for part, pattern in _LOSS_GROUPS.items()]
-    _draw(axes, 'Training loss', AXES[axis], lines, legend='' in runs)
-
-
-def _draw_terms(axes: Axes, run: RunLog, terms: Sequence[str], axis: str, title: str) -> None:
-    _draw(axes, title, AXES[axis],
-          [(term, *run.training(re.escape(term), axis)) for term in terms])
-
-
-def _draw_training(axes: Axes, runs: Mapping[str, RunLog], axis: str, pattern: str, title: str,
-                   alone: str = '') -> None:
-    """Draw a value of each run; a single one is called ``alone``."""
-    _draw(axes, title, AXES[axis],
-          [(name or alone, *run.training(pattern, axis)) for name, run in runs.items()],
-          legend='' in runs)
-
-
-def _draw_metrics(axes: Axes, runs: Mapping[str, RunLog], metrics: Mapping[str, str], axis: str,
-                  title: str = 'Validation') -> None:
-    """Draw metrics of a single run, or one metric of several."""
-    by_epoch = axis == 'step' and all(run.by_epoch for run in runs.values())
-    lines = []
-    for name, run in runs.items():
-        for key, metric in metrics.items():
-            places, values = run.evaluation(key, axis)
-            last = f' ({values[-1]:.3f} at the end)' if len(values) else ''
-            lines.append((name or f'{metric}{last}', places, values))
-    _draw(axes, title, 'epoch' if by_epoch else AXES[axis], lines, legend='' in runs, marker='o')
-    if '' not in runs:
-        _name_last_values(axes)
+def _draw_legend(figure: Figure, place: str, columns: int) -> None:
+    """Explain the lines of all axes of a figure, each name once."""
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    if lines:
+        figure.legend(lines.values(), lines, loc=place, ncols=columns, **_LEGEND)
 
 
 def _name_last_values(axes: Axes) -> None:
@@ -320,54 +341,14 @@ def _name_last_values(axes: Axes) -> None:
                   transform=axes.transAxes)
 
 
-def _draw_learning_rate(axes: Axes, runs: Mapping[str, RunLog], axis: str) -> None:
-    _draw_training(axes, runs, axis, 'lr', 'Learning rate', 'first parameter group')
-    axes.ticklabel_format(axis='y', scilimits=(-2, 3))
-
-
-def _draw(axes: Axes, title: str, x_label: str, lines: list[tuple[str, np.ndarray, np.ndarray]],
-          legend: bool = True, **line_style: Any) -> None:
-    """Draw lines, each with its legend entry beside the axes, where it covers nothing."""
-    axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
-    axes.set_xlabel(x_label, fontsize=11)
-    axes.grid(color='0.88')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=1,
-                                             integer=x_label != AXES['hours']))
-    for i, (label, steps, values) in enumerate(lines):
-        # Another style for each line, too: of two that coincide, both are seen.
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=_STYLES[i % len(_STYLES)])
-        # A run that diverged has numbers that are none.
-        if np.isfinite(values).any():
-            # A dot shows a single value, which makes no line.
-            marker = dict(marker='o') if len(steps) == 1 else {}
-            axes.plot(steps, values, label=label, linewidth=1.8, markersize=5, clip_on=False,
-                      **{**marker, **line_style, **style})
-    if axes.lines:
-        # With zero, so that heights compare.
-        values = np.concatenate([values[np.isfinite(values)] for _, _, values in lines])
-        lowest, highest = values.min(initial=0), values.max(initial=0)
-        room = 0.08 * (highest - lowest) or 1
-        axes.set_ylim(lowest - room * (lowest < 0), highest + room)
-        if x_label in ('epoch', AXES['hours']):
-            axes.set_xlim(left=0)
-        if legend:
-            axes.legend(loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=11,
-                        handlelength=2.6)
-    else:
-        axes.text(0.5, 0.5, 'nothing in the log', transform=axes.transAxes, ha='center',
-                  fontsize=11, color='0.4')
-
-
 def find_log(path: str | Path) -> Path:
     """Find the log of a training, of several runs that of the latest.
 
     Args:
-        path: what :func:`read_log` takes.
+        path: What :func:`read_log` takes.
 
     Raises:
-        FileNotFoundError: there is no such file, or no log in the folder.
+        FileNotFoundError: There is no such file, or no log in the folder.
     """
     return _find_logs(Path(path))[-1]
 

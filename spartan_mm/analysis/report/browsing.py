@@ -14,10 +14,11 @@ from mmengine.runner import set_random_seed
 from PIL import Image
 from torch import nn
 
-from ..engine.launch import UsageError
-from ..inference import class_name, fit_text, load_font
-from ..zoo import without_pretrained
-from .gallery import Truth, add_caption, arrange, draw_truth, open_image, read_truth
+from ...drawing import add_caption, arrange, class_name, open_image, resize
+from ...errors import UsageError
+from ...zoo import without_pretrained
+from ..mistakes.pictures import draw_truth
+from ..mistakes.predictions import Truth, fill_box, read_truth
 
 #: How far a sample has come: as it is on the disk; after the dataset's pipeline; after the model's
 #: data preprocessor too, which mixes images or gives the whole batch another size in training.
@@ -29,10 +30,10 @@ class View:
     """A sample as it is at a stage.
 
     Args:
-        image: the picture.
-        name: what to call it: its file.
-        truth: the objects in it; None for a classifier.
-        shares: of a classifier's picture, class indices with their shares of the label, the largest
+        image: The picture.
+        name: What to call it: its file.
+        truth: The objects in it; None for a classifier.
+        shares: Of a classifier's picture, class indices with their shares of the label, the largest
             first.
     """
 
@@ -47,8 +48,8 @@ class Samples:
     """Samples of a dataset at one or several stages.
 
     Args:
-        classes: names by class index.
-        views: the samples, in the same order at each stage, by stage.
+        classes: Names by class index.
+        views: The samples, in the same order at each stage, by stage.
     """
 
     classes: tuple[str, ...]
@@ -64,17 +65,17 @@ def browse(config: Config, stages: Sequence[str] = STAGES, number: int = 16, see
     loaders, BGR, before they enter the data preprocessor.
 
     Args:
-        config: of a detector or a classifier.
-        stages: which of ``STAGES``.
-        number: how many samples; of a smaller dataset, all.
-        seed: of the choice and the augmentation.
+        config: Of a detector or a classifier.
+        stages: Which of ``STAGES``.
+        number: How many samples; of a smaller dataset, all.
+        seed: Of the choice and the augmentation.
         split: 'train', 'val' or 'test'; only 'train' is augmented by the data preprocessor.
 
     Raises:
-        UsageError: there is no such stage, the config has no dataset for ``split``, or it is empty,
+        UsageError: There is no such stage, the config has no dataset for ``split``, or it is empty,
             or the pipeline does not pack what a model takes.
-        DataError: the dataset is not what it should be.
-        FileNotFoundError: something of the dataset is missing.
+        DataError: The dataset is not what it should be.
+        FileNotFoundError: Something of the dataset is missing.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
@@ -107,30 +108,23 @@ def draw_views(views: Sequence[View], classes: Sequence[str], columns: int = 4, 
     """Draw samples with their boxes or labels on a sheet.
 
     Args:
-        views: the samples.
-        classes: names by class index.
-        columns: pictures side by side.
-        side: the longer side of each picture, in pixels; each has its true size in its caption.
+        views: The samples.
+        classes: Names by class index.
+        columns: Pictures side by side.
+        side: The longer side of each picture, in pixels; each has its true size in its caption.
 
     Returns:
         The sheet; its ``save`` writes it.
     """
-    font = load_font(13)
     panels = []
     for view in views:
-        width, height = view.image.size
-        size = f'{width} × {height}'
+        lines = [f'{view.name}, {view.image.width} × {view.image.height}']
         if view.truth is None:
-            picture = _fit_square(view.image, side)
-            lines = [_describe(view.shares, classes), f'{view.name}, {size}']
+            picture = resize(view.image, side, coarse=True)
+            lines.insert(0, _describe(view.shares, classes))
         else:
             picture = draw_truth(view.image, view.truth, classes, side)
-            lines = [f'{view.name}, {size}']
-        panel = Image.new('RGB', (side, picture.height), 'white')
-        panel.paste(picture, (0, 0))
-        for line in reversed(lines):
-            panel = add_caption(panel, font, fit_text(line, font, side))
-        panels.append(panel)
+        panels.append(add_caption(picture, *lines, width=side))
     return arrange(panels, columns)
 
 
@@ -146,7 +140,10 @@ def _view_original(info: Mapping[str, Any]) -> View:
 
 
 def _take(dataset: Any, index: int) -> dict[str, Any]:
-    item = dataset[index]
+    try:
+        item = dataset[index]
+    except OSError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(item, Mapping) or not {'inputs', 'data_samples'} <= set(item):
         raise UsageError("the dataset's pipeline must end in PackDetInputs or PackInputs, which "
                          'pack inputs and data_samples')
@@ -196,10 +193,8 @@ def _view(image: torch.Tensor, sample: Any, bgr: bool) -> View:
     if 'gt_instances' not in sample:
         return View(picture, name, shares=_share(sample.get('gt_label'), sample.get('gt_score')))
     boxes, labels = _take_boxes(sample.gt_instances)
-    crowds = []
-    if 'ignored_instances' in sample:
-        for box, label in zip(*_take_boxes(sample.ignored_instances), strict=True):
-            crowds.append((label, _fill(box, pixels.shape[:2])))
+    crowds = [(label, fill_box(box, pixels.shape[:2]))
+              for box, label in zip(*_take_boxes(sample.get('ignored_instances', {})), strict=True)]
     return View(picture, name, Truth(boxes, labels, crowds))
 
 
@@ -210,14 +205,6 @@ def _take_boxes(instances: Any) -> tuple[np.ndarray, np.ndarray]:
     boxes = torch.as_tensor(getattr(boxes, 'tensor', boxes))
     labels = torch.as_tensor(instances.get('labels', torch.zeros(0)))
     return boxes.numpy().reshape(-1, 4).astype(float), labels.numpy().astype(int)
-
-
-def _fill(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Make the mask of a box, (H, W)."""
-    mask = np.zeros(shape, dtype=bool)
-    left, top, right, bottom = box.round().astype(int).clip(0)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 def _share(labels: Any, scores: Any = None) -> list[tuple[int, float]]:
@@ -236,10 +223,3 @@ def _describe(shares: Sequence[tuple[int, float]], classes: Sequence[str]) -> st
         return names[0]
     return ' + '.join(f'{name} ({100 * share:.0f} %)'
                       for name, (_, share) in zip(names, shares, strict=True)) or 'no label'
-
-
-def _fit_square(image: Image.Image, side: int) -> Image.Image:
-    """Resize a picture so that its longer side is this, a small one without smoothing."""
-    scale = side / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)

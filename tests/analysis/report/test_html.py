@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from spartan_mm.analysis.page import (
+from spartan_mm.analysis.report.html import (
     Facts,
     Folded,
     Heading,

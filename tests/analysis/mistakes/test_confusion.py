@@ -1,6 +1,4 @@
-"""Predictions of a classifier are read as they are written, counted right, and drawn."""
-
-import pickle
+"""Predictions of a classifier are counted right, and drawn."""
 
 import numpy as np
 import pytest
@@ -8,14 +6,14 @@ import torch
 from mmpretrain.structures import DataSample
 from PIL import Image
 
-from spartan_mm.analysis.confusion import (
-    Outcomes,
-    collect_outcomes,
-    count_confusions,
-    draw_confusion,
-    read_outcomes,
+from spartan_mm.analysis.mistakes.confusion import count_confusions, draw_confusion
+from spartan_mm.analysis.mistakes.errors import (
+    describe_mistake,
+    find_mistakes,
+    summarize_mistakes,
 )
-from spartan_mm.analysis.mistakes import draw_mistakes, find_mistakes
+from spartan_mm.analysis.mistakes.pictures import draw_mistakes
+from spartan_mm.analysis.mistakes.predictions import Outcomes, collect_outcomes
 
 CLASSES = ('cat', 'dog', 'a long name, with a second one')
 # The class that is predicted, how sure, and the class that it is.
@@ -35,35 +33,6 @@ def outcomes(tmp_path):
         Image.new('RGB', (8, 8), (40 * index, 0, 0)).save(tmp_path / f'{index}.png')
     return collect_outcomes([make_sample(index, *case, tmp_path)
                              for index, case in enumerate(CASES)])
-
-
-@pytest.mark.parametrize('form', ['samples', 'file'])
-def test_predictions(form, tmp_path):
-    samples = [make_sample(index, *case) for index, case in enumerate(CASES)]
-    if form == 'file':
-        path = tmp_path / 'predictions.pkl'
-        path.write_bytes(pickle.dumps([sample.to_dict() for sample in samples]))
-        outcomes = read_outcomes(path)
-    else:
-        outcomes = collect_outcomes(samples)
-    assert outcomes.paths == tuple(f'./{index}.png' for index in range(6))
-    assert outcomes.truths.tolist() == [0, 0, 1, 1, 2, 1]
-    assert outcomes.predicted.tolist() == [0, 1, 1, 2, 0, 1]
-    expected = torch.stack([sample.pred_score for sample in samples])
-    torch.testing.assert_close(torch.from_numpy(outcomes.scores), expected)
-
-
-@pytest.mark.parametrize('content', [[], dict(a=1), [1], [dict(img_path='a', pred_score=1)]])
-def test_a_file_of_something_else(content, tmp_path):
-    path = tmp_path / 'predictions.pkl'
-    path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match='predictions.pkl holds no predictions of a classifier'):
-        read_outcomes(path)
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere.pkl do not exist'):
-        read_outcomes(tmp_path / 'nowhere.pkl')
 
 
 def test_counts(outcomes):
@@ -100,38 +69,43 @@ def test_another_number_of_names():
         draw_confusion(np.eye(3), ('a', 'b'))
 
 
-def titles(figure):
-    return [axes.get_title() for axes in figure.axes]
-
-
 def test_mistakes_are_sorted_by_confidence(outcomes):
     assert find_mistakes(outcomes).tolist() == [3, 1, 4]
+    assert [describe_mistake(outcomes, index, CLASSES) for index in (3, 1, 4)] == [
+        ('is dog (0.03)', 'taken for a long name (0.95)'),
+        ('is cat (0.10)', 'taken for dog (0.80)'),
+        ('is a long name (0.25)', 'taken for cat (0.50)')]
 
 
-def test_sheet(outcomes, tmp_path):
-    figure = draw_mistakes(outcomes, CLASSES)
-    assert figure._suptitle.get_text() == '3 of 6 misclassified, the most confident first'
-    assert titles(figure) == [
-        'true: dog (0.03)\ntaken for: a long name (0.95)',
-        'true: cat (0.10)\ntaken for: dog (0.80)',
-        'true: a long name (0.25)\ntaken for: cat (0.50)',
-    ]
-    # Each beside its picture.
-    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes] == [120, 40, 160]
-    figure.savefig(tmp_path / 'sheet.png')
+@pytest.mark.parametrize('limit, order', [(48, 'the most confident first'),
+                                          (3, 'the most confident first'),
+                                          (2, 'the 2 most confident')])
+def test_summary(outcomes, limit, order):
+    assert summarize_mistakes(outcomes, limit) == f'3 of 6 misclassified, {order}'
 
 
-def test_too_many_mistakes(outcomes):
-    figure = draw_mistakes(outcomes, CLASSES, limit=2, columns=1)
-    assert figure._suptitle.get_text() == '3 of 6 misclassified, the 2 most confident'
-    assert len(figure.axes) == 2
+def reds(sheet):
+    """The pictures on a sheet, left to right and down, by their colour."""
+    pixels = np.array(sheet)
+    rows, columns = np.nonzero((pixels[..., 0] % 40 == 0) & (pixels[..., 1:] == 0).all(-1))
+    return list(dict.fromkeys(pixels[rows, columns, 0].tolist()))
 
 
-def test_no_mistakes(tmp_path):
+def test_sheet(outcomes):
+    sheet = draw_mistakes(outcomes, CLASSES)
+    # Each pixel of the small pictures is a square, all of one colour.
+    assert reds(sheet) == [120, 40, 160]
+    assert (np.array(sheet)[..., 0] == 120).sum() >= 180 * 180
+    fewer = draw_mistakes(outcomes, CLASSES, limit=2, columns=1)
+    assert reds(fewer) == [120, 40]
+    assert fewer.height > sheet.height + 180
+
+
+def test_no_mistakes():
     outcomes = Outcomes(('a.png', ), np.array([1]), np.array([[0.1, 0.9]]))
-    figure = draw_mistakes(outcomes, ('a', 'b'))
-    assert figure._suptitle.get_text() == 'None of 1 pictures is misclassified'
-    figure.savefig(tmp_path / 'sheet.png')
+    assert summarize_mistakes(outcomes, 48) == 'None of 1 pictures is misclassified'
+    sheet = draw_mistakes(outcomes, ('a', 'b'))
+    assert sheet.height < 100 and (np.array(sheet) != 255).any()
 
 
 def test_a_missing_picture(outcomes, tmp_path):

@@ -1,43 +1,67 @@
-"""Pictures of a dataset: objects of each class, sizes of boxes, images to look at."""
+"""What a dataset holds: objects of each class, sizes of boxes, images to look at."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from .. import compat
-from ..datasets.check import Content
+from ...datasets.data_errors import DataError
+from ...drawing import add_caption, arrange, open_image
+from ...files import write_whole
+from ...text import shorten
+from ..mistakes.pictures import draw_truth
+from ..mistakes.predictions import Truth
+from ..style import COLOURS, Figure, colors, finish, new_figure, write_figure
 
-compat.require('matplotlib', '3.6', 'analysis')
-
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-
-from ..inference import load_font
-from .class_bars import shorten_name
-from .curves import COLOURS
-from .gallery import Truth, add_caption, arrange, draw_truth, open_image
+if TYPE_CHECKING:
+    from ...datasets.check import Content, Report
 
 _MAX_CLASSES = 80
 #: COCO's bounds of small and medium objects: the square root of the area, in pixels.
 _COCO_SIDES = (32, 96)
 
 
-def draw_class_counts(contents: Mapping[str, Content]) -> Figure:
+def describe(report: 'Report') -> str:
+    """Say in lines what a dataset holds, and what was found."""
+    content = report.content
+    lines = [f'{report.split}: {report.name}']
+    if content.infos:
+        noun = 'labels' if content.boxes is None else 'objects'
+        lines.append(f'  {len(content.infos)} images, {content.count_objects().sum()} {noun} of '
+                     f'{len(content.classes)} classes')
+    lines += [f'  {finding.level}: {finding.message}' for finding in report.findings]
+    return '\n'.join(lines)
+
+
+def write_pictures(reports: list['Report'], out_dir: Path) -> None:
+    """Draw what there is to draw: classes.png, box_sizes.png and suspects_SPLIT_NUMBER.png."""
+    contents = {report.split: report.content for report in reports if report.content.infos}
+    if any(content.classes for content in contents.values()):
+        write_figure(out_dir / 'classes.png', draw_class_counts(contents))
+    if any(content.boxes is not None and len(content.boxes) for content in contents.values()):
+        write_figure(out_dir / 'box_sizes.png', draw_box_sizes(contents))
+    for number, report in enumerate(reports):
+        suspects = report.suspects()
+        if suspects:
+            with write_whole(out_dir / f'suspects_{report.split}_{number}.png') as file:
+                draw_suspects(report.content, suspects).save(file, 'PNG')
+
+
+def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure:
     """Draw how many objects of each class the datasets have, the most frequent first.
 
     Of more than 80 classes, the 40 most frequent and the 40 least frequent are drawn.
 
     Args:
-        contents: the datasets by name; those of other classes than the first are left out.
+        contents: The datasets by name; those of other classes than the first are left out.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: there is no dataset with classes.
+        ValueError: There is no dataset with classes.
     """
     contents = {name: content for name, content in contents.items() if content.classes}
     if not contents:
@@ -50,14 +74,14 @@ def draw_class_counts(contents: Mapping[str, Content]) -> Figure:
     if left_out > 0:
         order = np.concatenate([order[:_MAX_CLASSES // 2], order[-_MAX_CLASSES // 2:]])
 
-    figure = Figure(figsize=(9, 1.8 + 0.22 * len(order)), dpi=100, layout='constrained')
+    figure = new_figure(9, 1.8 + 0.22 * len(order))
     axes = figure.add_subplot()
     places = np.arange(len(order))
     height = 0.8 / len(counts)
     for number, (name, count) in enumerate(counts.items()):
         axes.barh(places + (number + 0.5) * height - 0.4, np.maximum(count[order], 0.5), height,
                   color=COLOURS[number % len(COLOURS)], label=f'{name}: {count.sum()} objects')
-    axes.set_yticks(places, [shorten_name(classes[i]) for i in order], fontsize=9)
+    axes.set_yticks(places, [shorten(classes[i]) for i in order], fontsize=9)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xscale('log')
     axes.set_xlim(left=0.5)
@@ -65,38 +89,36 @@ def draw_class_counts(contents: Mapping[str, Content]) -> Figure:
     title = f'Objects of {len(classes)} classes'
     if left_out > 0:
         title += f', {left_out} in the middle left out'
-    axes.set_title(title, loc='left', fontsize=13, fontweight='bold')
-    axes.grid(axis='x', color='0.88')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
+    finish(axes, title, 13)
+    axes.grid(visible=False, axis='y')
     # Below the frequent classes the bars are short.
     axes.legend(loc='lower right', frameon=False)
     return figure
 
 
-def draw_box_sizes(contents: Mapping[str, Content]) -> Figure:
+def draw_box_sizes(contents: Mapping[str, 'Content']) -> Figure:
     """Draw width against height of the boxes, and the share of each of COCO's ranges of size.
 
     Args:
-        contents: the datasets by name; those without boxes are left out.
+        contents: The datasets by name; those without boxes are left out.
 
     Returns:
         The figure; its ``savefig`` writes it.
 
     Raises:
-        ValueError: there is no dataset with boxes.
+        ValueError: There is no dataset with boxes.
     """
     contents = {name: content for name, content in contents.items()
                 if content.boxes is not None and len(content.boxes)}
     if not contents:
         raise ValueError('no dataset has boxes: there is nothing to draw')
-    figure = Figure(figsize=(6.2 * len(contents), 5.6), dpi=100, layout='constrained')
+    figure = new_figure(6.2 * len(contents), 5.6)
     for place, (name, content) in enumerate(contents.items()):
         sides = (content.boxes[:, 2:] - content.boxes[:, :2]).clip(min=0.5)
         axes = figure.add_subplot(1, len(contents), place + 1)
         largest = max(4., sides.max() * 1.1)
         bins = np.geomspace(0.5, largest, 60)
-        *_, drawn = axes.hist2d(*sides.T, bins=[bins, bins], norm=LogNorm(), cmap='cividis')
+        *_, drawn = axes.hist2d(*sides.T, bins=[bins, bins], norm=colors.LogNorm(), cmap='cividis')
         figure.colorbar(drawn, ax=axes, label='boxes')
         edge = np.geomspace(0.5, largest, 100)
         for side in _COCO_SIDES:
@@ -112,37 +134,37 @@ def draw_box_sizes(contents: Mapping[str, Content]) -> Figure:
     return figure
 
 
-def draw_suspects(content: Content, suspects: Mapping[str, str], limit: int = 24,
+def draw_suspects(content: 'Content', suspects: Mapping[str, str], limit: int = 24,
                   columns: int = 4, longer_side: int = 320) -> Image.Image:
     """Draw images to look at, with what is annotated in them, under what was found.
 
     Args:
-        content: the dataset.
-        suspects: kinds of findings by the path of the image.
-        limit: the largest number of images; of each kind, the first ones are drawn.
-        columns: images side by side.
-        longer_side: of each image on the sheet, in pixels.
+        content: The dataset.
+        suspects: Kinds of findings by the path of the image.
+        limit: The largest number of images; of each kind, the first ones are drawn.
+        columns: Images side by side.
+        longer_side: Of each image on the sheet, in pixels.
 
     Returns:
         The sheet. An image that cannot be read is a grey field that says so.
     """
     index_of = {path: index for index, path in enumerate(content.paths)}
-    font = load_font(13)
     panels = []
     for path, kind in _take_turns(suspects, limit):
-        image = _open(path)
-        index = index_of.get(path)
-        if image is None:
-            image = Image.new('RGB', (longer_side, longer_side * 3 // 4), (200, 200, 200))
-            ImageDraw.Draw(image).text((8, 8), 'cannot be read', fill=(0, 0, 0), font=font)
-        elif content.boxes is None or index is None:
-            image = draw_truth(image, _no_truth(), (), longer_side)
-        else:
-            own = (content.image_index == index) & (content.labels >= 0) & ~content.crowds
-            image = draw_truth(image, Truth(content.boxes[own], content.labels[own]),
-                               content.classes, longer_side)
-        panel = add_caption(image, font, shorten_name(Path(path).name, 40))
-        panels.append(add_caption(panel, font, kind))
+        name = shorten(Path(path).name, 40)
+        try:
+            image = open_image(path)
+        except (OSError, DataError):
+            field = Image.new('RGB', (longer_side, longer_side * 3 // 4), (200, 200, 200))
+            panels.append(add_caption(field, kind, name, 'cannot be read'))
+            continue
+        truth = Truth(np.zeros((0, 4)), np.zeros(0, dtype=int))
+        if content.boxes is not None and path in index_of:
+            own = ((content.image_index == index_of[path]) & (content.labels >= 0)
+                   & ~content.crowds)
+            truth = Truth(content.boxes[own], content.labels[own])
+        panels.append(add_caption(draw_truth(image, truth, content.classes, longer_side), kind,
+                                  name))
     return arrange(panels, columns)
 
 
@@ -154,15 +176,3 @@ def _take_turns(suspects: Mapping[str, str], limit: int) -> list[tuple[str, str]
     share = max(1, limit // max(len(by_kind), 1))
     chosen = [(path, kind) for kind, paths in by_kind.items() for path in paths[:share]]
     return chosen[:limit]
-
-
-def _open(path: str) -> Image.Image | None:
-    try:
-        return open_image(path)
-    except Exception:  # Pillow has many, and each means the same here
-        return None
-
-
-def _no_truth() -> Truth:
-    return Truth(np.zeros((0, 4)), np.zeros(0, dtype=int))
-

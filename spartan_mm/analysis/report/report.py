@@ -2,34 +2,46 @@
 
 import math
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from mmengine.device import get_device
+from mmengine.utils.dl_utils import collect_env
 from PIL import Image
 
-from ..version import __version__
-from .benchmark import describe_machine
-from .class_bars import draw_class_bars
-from .confusion import (
+from ...drawing import open_image
+from ..mistakes.class_bars import draw_class_bars
+from ..mistakes.confusion import (
     SURPLUS,
-    Outcomes,
     count_confusions,
     count_detections,
     draw_confusion,
     measure_tops,
 )
+from ..mistakes.errors import (
+    KINDS,
+    DetectionError,
+    count_kinds,
+    describe_mistake,
+    find_errors,
+    find_mistakes,
+    summarize_mistakes,
+    worst_by_kind,
+)
+from ..mistakes.pictures import LEGEND, draw_error, draw_pair
+from ..mistakes.predictions import (
+    ClassifierResults,
+    DetectorResults,
+    Outcomes,
+    read_results,
+    spread,
+)
 from .curves import METRICS, draw_panels
-from .errors import KINDS, DetectionError, count_kinds, draw_error, find_errors
-from .gallery import draw_found, draw_truth, found_in, open_image, read_truth, spread
-from .mistakes import find_mistakes
-from .page import (
+from .html import (
     Block,
     Facts,
     Folded,
@@ -44,11 +56,10 @@ from .page import (
     embed_image,
     render,
 )
-from .results import ClassifierResults, DetectorResults, read_results
-from .runs import Run, find_predictions, read_environment, read_span, time_of
+from .work_dir import Run, find_predictions, read_environment, read_span, time_of
 
 if TYPE_CHECKING:
-    from .coco_curves import CocoResults
+    from ..mistakes.coco_curves import CocoResults
 
 # What a part that cannot be made raises: a file is missing, data is not what it should be.
 _EXPECTED = (OSError, ValueError, ImportError)
@@ -70,28 +81,28 @@ _COCO_ROWS = {
 _COLUMNS = {**METRICS, 'coco/bbox_mAP_75': 'AP75', 'coco/bbox_mAP_s': 'AP small',
             'coco/bbox_mAP_m': 'AP medium', 'coco/bbox_mAP_l': 'AP large'}
 
-_PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmpretrain')
+_PACKAGES = ('mmcv', 'mmdet', 'mmpretrain', 'spartan_mm')
 
 
-class Report:
+class RunReport:
     """The page of a run; subclasses are for a task each.
 
     A part whose data is missing says in a line what is missing.
 
     Args:
-        run: the run.
-        predictions: the file that ``tools/test.py --out`` wrote, a pickle, which can hold code:
+        run: The run.
+        predictions: The file that ``tools/test.py --out`` wrote, a pickle, which can hold code:
             take none from strangers. None for the latest one in the folder of the run.
-        score_threshold: the least score of a detection that is drawn, or counts as an error.
-        images: number of images beside their ground truth.
+        score_threshold: The least score of a detection that is drawn, or counts as an error.
+        images: Number of images beside their ground truth.
 
     Raises:
         FileNotFoundError: ``predictions`` does not exist.
-        ValueError: ``predictions`` holds something else.
+        UsageError: ``predictions`` holds something else.
     """
 
-    #: Metrics in large letters: what to call them, by their name in the log.
-    goals: ClassVar[Mapping[str, str]] = METRICS
+    #: Titles of those parts that depend on the task; ``show_<name>`` makes each.
+    own_parts: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, run: Run, predictions: str | Path | None = None,
                  score_threshold: float = 0.3, images: int = 8) -> None:
@@ -123,7 +134,7 @@ class Report:
         """The predictions, and what belongs to them.
 
         Raises:
-            ValueError: there are none; the message says what to do.
+            ValueError: There are none; the message says what to do.
         """
         if self._results is None:
             raise ValueError(self._reason)
@@ -133,33 +144,25 @@ class Report:
         """Write the page.
 
         Args:
-            show: called with the title of each part before it is made.
+            show: Called with the title of each part before it is made.
 
         Returns:
             HTML.
         """
+        titles = dict(results='Results', curves='Curves', **self.own_parts,
+                      environment='Environment', config='Config')
         sections = []
-        for name, title, make in self.parts():
+        for name, title in titles.items():
             show(title)
-            sections.append(Section(name, title, _try(make)))
+            blocks = _try(getattr(self, f'show_{name}'))
+            sections.append(Section(name.replace('_', '-'), title, blocks))
         return render(self.run.name, self.describe(), self.cards(), sections)
-
-    def parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        """List anchor, title and maker of each part."""
-        return [('results', 'Results', self.show_results), ('curves', 'Curves', self.show_curves),
-                *self.own_parts(),
-                ('environment', 'Environment', self.show_environment),
-                ('config', 'Config', self.show_config)]
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        """List those parts that depend on the task."""
-        return []
 
     def measure(self) -> dict[str, str]:
         """Measure what stands in large letters, on the predictions.
 
         Raises:
-            ValueError: there are no predictions, or they do not belong to the data.
+            ValueError: There are no predictions, or they do not belong to the data.
         """
         raise ValueError(self._reason)
 
@@ -181,7 +184,7 @@ class Report:
         except _EXPECTED:
             last = self.run.log.evaluations[-1:]
             measured = {f'{name}, last validation': _number(record[key])
-                        for record in last for key, name in self.goals.items() if key in record}
+                        for record in last for key, name in METRICS.items() if key in record}
         cards = list(measured.items())
         losses = self.run.log.training('loss')[1]
         if len(losses):
@@ -215,16 +218,14 @@ class Report:
         names = self.run.log.metrics
         rows = [[str(record['step']), *(_number(record.get(name)) for name in names)]
                 for record in records]
-        goal = next((name for name in self.goals if name in names), None)
+        goal = next((name for name in METRICS if name in names), None)
         values = [_value(record.get(goal)) for record in records]
         best = int(np.argmax(values)) if goal and max(values) >= 0 else None
         caption = 'Validations during the training'
         if best is not None:
             caption += f', the best {_COLUMNS[goal]} in bold'
-        table = Table(caption, [unit, *(_COLUMNS.get(name, name) for name in names)], rows, best)
-        if len(rows) <= _MAX_ROWS:
-            return [table]
-        return [Folded(f'{caption} ({len(rows)})', blocks=[table])]
+        header = [unit, *(_COLUMNS.get(name, name) for name in names)]
+        return [_fold(Table(caption, header, rows, best))]
 
     def show_curves(self) -> list[Block]:
         """Show loss, metrics and learning rate."""
@@ -281,12 +282,16 @@ class Report:
         return read_span(self.run.text_log) if self.run.text_log else None
 
 
-class DetectorReport(Report):
-    """The page of a detector; everything is said of :class:`Report`."""
+class DetectorReport(RunReport):
+    """The page of a detector; everything is said of :class:`RunReport`."""
+
+    own_parts = dict(classes='Classes', precision_recall='Precision and recall',
+                     gallery='Ground truth and detections', errors='Misses and false alarms',
+                     confusion='Confusion')
 
     @cached_property
     def _evaluation(self) -> 'CocoResults':
-        from .coco_curves import evaluate
+        from ..mistakes.coco_curves import evaluate
         results = self.results
         metrics = self.run.config.get('test_evaluator') or []
         metrics = [metrics] if isinstance(metrics, Mapping) else metrics
@@ -296,13 +301,6 @@ class DetectorReport(Report):
             raise ValueError("AP needs annotations in COCO's format: set ann_file in "
                              'test_evaluator of the config')
         return evaluate(results.predictions, ann_file, results.classes)
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        return [('classes', 'Classes', self.show_classes),
-                ('precision-recall', 'Precision and recall', self.show_precision_recall),
-                ('gallery', 'Ground truth and detections', self.show_gallery),
-                ('errors', 'Misses and false alarms', self.show_errors),
-                ('confusion', 'Confusion', self.show_confusion)]
 
     def measure(self) -> dict[str, str]:
         summary = self._evaluation.summary
@@ -319,7 +317,7 @@ class DetectorReport(Report):
                     f'{found} detections of any score')]
 
     def show_classes(self) -> list[Block]:
-        from .coco_curves import AREAS, draw_class_ap
+        from ..mistakes.coco_curves import AREAS, draw_class_ap
         results = self._evaluation
         columns = [results.average_precision(), results.average_precision(0.5),
                    results.average_precision(0.75),
@@ -328,46 +326,35 @@ class DetectorReport(Report):
                 in zip(results.classes, results.objects, *columns, strict=True)]
         table = Table('AP of each class', ['class', 'objects', 'AP', 'AP50', 'AP75', 'AP small',
                                            'AP medium', 'AP large'], rows)
-        return [Pictures([embed_figure(draw_class_ap(results))]),
-                table if len(rows) <= _MAX_ROWS
-                else Folded(f'AP of all {len(rows)} classes', blocks=[table])]
+        return [Pictures([embed_figure(draw_class_ap(results))]), _fold(table)]
 
     def show_precision_recall(self) -> list[Block]:
-        from .coco_curves import draw_class_precision_recall, draw_precision_recall
+        from ..mistakes.coco_curves import draw_class_precision_recall, draw_precision_recall
         return [Pictures([embed_figure(draw_precision_recall(self._evaluation)),
                           embed_figure(draw_class_precision_recall(self._evaluation))])]
 
     def show_gallery(self) -> list[Block]:
-        dataset, classes = self.results.dataset, self.results.classes
-        pairs = []
+        dataset, pairs = self.results.dataset, []
         for index in spread(len(dataset), self.images):
-            info = dataset.get_data_info(index)
-            found = found_in(info, self.results.predictions).above(self.score_threshold)
-            image = open_image(info['img_path'])
-            truth = read_truth(info, image.size[::-1])
-            name = Path(info['img_path']).name
-            pairs.append((name, (
-                embed_image(draw_truth(image, truth, classes, _PAIR_SIDE),
-                            f'{name}, annotated', (f'annotated: {len(truth.boxes)}', )),
-                embed_image(draw_found(image, found, classes, _PAIR_SIDE),
-                            f'{name}, detected', (f'detected: {len(found.boxes)}', )))))
+            name, panels = draw_pair(dataset, self.results.predictions, index,
+                                     self.score_threshold, _PAIR_SIDE)
+            pairs.append((name, tuple(
+                embed_image(picture, f'{name}, {caption.partition(":")[0]}', (caption, ))
+                for picture, caption in panels)))
         return [Note(f'images spread evenly over the {len(dataset)}; detections with a score of '
                      f'{self.score_threshold:g} or more'), Pairs(pairs)]
 
     def show_errors(self) -> list[Block]:
         errors = find_errors(self.results.dataset, self.results.predictions, self.score_threshold)
-        counts = count_kinds(errors)
+        rows = [(KINDS[kind], str(count)) for kind, count in count_kinds(errors).items()]
         blocks: list[Block] = [
             Table(f'Errors at a score of {self.score_threshold:g} and an IoU of 0.5',
-                  ['kind', 'number'],
-                  [(KINDS[kind], str(count)) for kind, count in counts.items()])]
+                  ['kind', 'number'], rows)]
         if errors:
-            blocks.append(Note('solid blue: annotated; dashed orange: detected'))
-        for kind, title in KINDS.items():
-            worst = [error for error in errors if error.kind == kind][:_PER_KIND]
-            if worst:
-                blocks += [Heading(f'{title}, the worst first'), Pictures(
-                    [self._embed_error(error) for error in worst], 'small')]
+            blocks.append(Note(LEGEND))
+        for heading, worst in worst_by_kind(errors, _PER_KIND):
+            pictures = [self._embed_error(error) for error in worst]
+            blocks += [Heading(heading), Pictures(pictures, 'small')]
         return blocks
 
     def show_confusion(self) -> list[Block]:
@@ -384,17 +371,14 @@ class DetectorReport(Report):
         return embed_image(draw_error(open_image(path), error, _CELL_SIDE), ', '.join(lines), lines)
 
 
-class ClassifierReport(Report):
-    """The page of a classifier; everything is said of :class:`Report`."""
+class ClassifierReport(RunReport):
+    """The page of a classifier; everything is said of :class:`RunReport`."""
+
+    own_parts = dict(classes='Classes', confusion='Confusion', mistakes='Mistakes')
 
     @property
     def _outcomes(self) -> Outcomes:
         return self.results.outcomes
-
-    def own_parts(self) -> list[tuple[str, str, Callable[[], list[Block]]]]:
-        return [('classes', 'Classes', self.show_classes),
-                ('confusion', 'Confusion', self.show_confusion),
-                ('mistakes', 'Mistakes', self.show_mistakes)]
 
     def measure(self) -> dict[str, str]:
         return {name: f'{100 * share:.2f} %'
@@ -416,36 +400,27 @@ class ClassifierReport(Report):
         rows = [[name, str(total), str(right), _percent(accuracy)] for name, total, right, accuracy
                 in zip(classes, totals, counts.diagonal(), accuracies, strict=True)]
         table = Table('Accuracy of each class', ['class', 'pictures', 'right', 'accuracy'], rows)
-        return [Pictures([embed_figure(draw_class_bars('Accuracy', accuracies, classes, totals,
-                                                       'pictures'))]),
-                table if len(rows) <= _MAX_ROWS
-                else Folded(f'accuracy of all {len(rows)} classes', blocks=[table])]
+        bars = draw_class_bars('Accuracy', accuracies, classes, totals, 'pictures')
+        return [Pictures([embed_figure(bars)]), _fold(table)]
 
     def show_confusion(self) -> list[Block]:
         figure = draw_confusion(count_confusions(self._outcomes), self.results.classes)
         return [Pictures([embed_figure(figure)], 'wide')]
 
     def show_mistakes(self) -> list[Block]:
-        outcomes, classes = self._outcomes, self.results.classes
-        wrong = find_mistakes(outcomes)
-        if not len(wrong):
-            return [Note(f'none of {len(outcomes)} pictures is misclassified')]
-        shown = wrong[:_MAX_MISTAKES]
-        order = ('the most confident first' if len(shown) == len(wrong)
-                 else f'the {len(shown)} most confident')
+        outcomes = self._outcomes
         pictures = []
-        for index in shown:
+        for index in find_mistakes(outcomes)[:_MAX_MISTAKES]:
             image = open_image(outcomes.paths[index])
-            if max(image.size) > _CELL_SIDE:
-                image.thumbnail((_CELL_SIDE, _CELL_SIDE), Image.Resampling.LANCZOS)
-            scores = outcomes.scores[index]
-            truth, taken = outcomes.truths[index], outcomes.predicted[index]
-            lines = (f'is {classes[truth]} ({scores[truth]:.2f})',
-                     f'taken for {classes[taken]} ({scores[taken]:.2f})',
+            image.thumbnail((_CELL_SIDE, _CELL_SIDE), Image.Resampling.LANCZOS)
+            lines = (*describe_mistake(outcomes, index, self.results.classes),
                      Path(outcomes.paths[index]).name)
             pictures.append(embed_image(image, ', '.join(lines), lines))
-        return [Note(f'{len(wrong)} of {len(outcomes)} misclassified, {order}; in brackets: the '
-                     'score of the class'), Pictures(pictures, 'small')]
+        summary = summarize_mistakes(outcomes, _MAX_MISTAKES)
+        if not pictures:
+            return [Note(summary)]
+        return [Note(f'{summary}; in brackets: the score of the class'),
+                Pictures(pictures, 'small')]
 
     @staticmethod
     def _accuracies(counts: np.ndarray) -> np.ndarray:
@@ -454,15 +429,15 @@ class ClassifierReport(Report):
 
 
 def make_report(run: Run, predictions: str | Path | None = None, score_threshold: float = 0.3,
-                images: int = 8) -> Report:
-    """Choose the page of a run by its task; arguments and errors as of :class:`Report`."""
+                images: int = 8) -> RunReport:
+    """Choose the page of a run by its task; arguments and errors as of :class:`RunReport`."""
     try:
         scope = run.config.get('default_scope')
     except _EXPECTED:
         scope = None
         if predictions is not None:
             raise
-    task = {'mmdet': DetectorReport, 'mmpretrain': ClassifierReport}.get(scope, Report)
+    task = {'mmdet': DetectorReport, 'mmpretrain': ClassifierReport}.get(scope, RunReport)
     return task(run, predictions, score_threshold, images)
 
 
@@ -485,20 +460,18 @@ def _explain(error: Exception) -> str:
 
 
 def _describe_here() -> dict[str, str]:
-    machine = describe_machine(torch.device(get_device()))
-    versions = {name: found for name in _PACKAGES if (found := _version(name))}
-    return {name: str(machine[name]) for name in ('cpu', 'cores', 'gpu', 'cuda', 'python', 'torch')
-            if machine.get(name)} | versions | dict(spartan_mm=__version__)
+    """Describe the machine as mmengine does at the start of a log, and the packages in use."""
+    facts = {name: str(value) for name, value in collect_env().items()
+             if name != 'PyTorch compiling details'}
+    return facts | {name: sys.modules[name].__version__ for name in _PACKAGES
+                    if name in sys.modules}
 
 
-def _version(name: str) -> str | None:
-    # Two families of distributions provide the same modules.
-    for distribution in (name, f'onedl-{"mmdetection" if name == "mmdet" else name}'):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            pass
-    return None
+def _fold(table: Table) -> Block:
+    """Fold a long table, under its caption."""
+    if len(table.rows) <= _MAX_ROWS:
+        return table
+    return Folded(f'{table.caption} ({len(table.rows)})', blocks=[table])
 
 
 def _kind_of(path: Path, last: Path | None) -> str:

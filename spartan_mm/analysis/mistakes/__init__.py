@@ -1,0 +1,1 @@
+"""What a model gets wrong: predictions beside the truth, sorted, counted, drawn."""
