@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from spartan_mm.datasets import atomic_folder, make_digit_folder
 from spartan_mm.datasets import digits as detection_digits
-from spartan_mm.datasets import make_digit_folder
-from spartan_mm.datasets import once as once_module
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digit_folder.py'
 
@@ -66,7 +65,7 @@ def test_another_seed_holds_out_others(root, tmp_path):
 def test_made_once_and_completed(tmp_path, monkeypatch):
     root = make_digit_folder(tmp_path / 'digits')
     with monkeypatch.context() as patch:
-        patch.setattr(once_module.tempfile, 'mkdtemp', lambda **_: pytest.fail('made again'))
+        patch.setattr(atomic_folder.tempfile, 'mkdtemp', lambda **_: pytest.fail('made again'))
         make_digit_folder(root)
     content = snapshot(root)
     next((root / 'val' / '7').iterdir()).unlink()
