@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from spartan_mm.datasets import atomic_folder, make_digit_folder
 from spartan_mm.datasets import digits as detection_digits
-from spartan_mm.datasets import make_digit_folder
-from spartan_mm.datasets import atomic_folder
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digit_folder.py'
 
