@@ -27,7 +27,7 @@ _PNG_DPI = 200
 _COARSE = 64
 
 
-class Block:
+class Element:
     """Something on a page; the template knows by its class how to show it."""
 
     @property
@@ -37,7 +37,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Note(Block):
+class Note(Element):
     """A line of text.
 
     Args:
@@ -50,21 +50,21 @@ class Note(Block):
 
 
 @dataclass(frozen=True)
-class Heading(Block):
+class Heading(Element):
     """A heading inside of a section."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Facts(Block):
+class Facts(Element):
     """What something is called, and what it is."""
 
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Table(Block):
+class Table(Element):
     """A table, its first column names, the others numbers.
 
     Args:
@@ -102,7 +102,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures(Block):
+class Pictures(Element):
     """Pictures side by side, as the screen has room.
 
     Args:
@@ -115,14 +115,14 @@ class Pictures(Block):
 
 
 @dataclass(frozen=True)
-class Pairs(Block):
+class Pairs(Element):
     """Pictures in pairs, each with a caption."""
 
     pairs: Sequence[tuple[str, tuple[Picture, Picture]]]
 
 
 @dataclass(frozen=True)
-class Folded(Block):
+class Folded(Element):
     """What is shown when somebody asks for it: text as it is, or blocks."""
 
     summary: str
@@ -142,7 +142,7 @@ class Section:
 
     name: str
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Element]
 
 
 def render(title: str, subtitle: str, cards: Sequence[tuple[str, str]],

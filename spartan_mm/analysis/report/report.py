@@ -42,7 +42,7 @@ from ..mistakes.predictions import (
 )
 from .curves import METRICS, draw_panels
 from .html import (
-    Block,
+    Element,
     Facts,
     Folded,
     Heading,
@@ -201,15 +201,15 @@ class RunReport:
             cards.append(('training and validation', _duration(span[1] - span[0])))
         return cards
 
-    def show_results(self) -> list[Block]:
+    def show_results(self) -> list[Element]:
         """Show what was measured, and the validations of the training."""
         return [*_try(self.show_measured), *self.show_validations()]
 
-    def show_measured(self) -> list[Block]:
+    def show_measured(self) -> list[Element]:
         """Show what is measured on the predictions."""
         raise ValueError(self._reason)
 
-    def show_validations(self) -> list[Block]:
+    def show_validations(self) -> list[Element]:
         """Show the metrics of each validation."""
         records = self.run.log.evaluations
         if not records:
@@ -227,11 +227,11 @@ class RunReport:
         header = [unit, *(_COLUMNS.get(name, name) for name in names)]
         return [_fold(Table(caption, header, rows, best))]
 
-    def show_curves(self) -> list[Block]:
+    def show_curves(self) -> list[Element]:
         """Show loss, metrics and learning rate."""
         return [Pictures([embed_figure(figure) for figure in draw_panels(self.run.log)])]
 
-    def show_environment(self) -> list[Block]:
+    def show_environment(self) -> list[Element]:
         """Show machine, versions, seed and checkpoints."""
         run = self.run
         rows = [('work dir', str(run.folder)), ('log', str(run.log_path)),
@@ -243,7 +243,7 @@ class RunReport:
         memory = [record['memory'] for record in run.log.train if 'memory' in record]
         if memory:
             rows.append(('memory of the GPU', f'{max(memory):,} MB at most'))
-        blocks: list[Block] = [Facts(rows), Heading('Machine of the training')]
+        blocks: list[Element] = [Facts(rows), Heading('Machine of the training')]
         logged = read_environment(run.text_log) if run.text_log else {}
         if logged:
             blocks.append(Facts(list(logged.items())))
@@ -261,7 +261,7 @@ class RunReport:
             blocks.append(Note(f'no checkpoint in {run.folder} so far', missing=True))
         return blocks
 
-    def show_config(self) -> list[Block]:
+    def show_config(self) -> list[Element]:
         """Show the whole config as it was written."""
         path = self.run.config_file
         text = path.read_text(encoding='utf-8', errors='replace')
@@ -306,7 +306,7 @@ class DetectorReport(RunReport):
         summary = self._evaluation.summary
         return {name: _number(summary[name]) for name in ('AP', 'AP50', 'AP75')}
 
-    def show_measured(self) -> list[Block]:
+    def show_measured(self) -> list[Element]:
         rows = [(_COCO_ROWS[name], _number(value))
                 for name, value in self._evaluation.summary.items()]
         predictions = self.results.predictions
@@ -316,7 +316,7 @@ class DetectorReport(RunReport):
                     f'{len(predictions)} images, {self._evaluation.objects.sum()} objects, '
                     f'{found} detections of any score')]
 
-    def show_classes(self) -> list[Block]:
+    def show_classes(self) -> list[Element]:
         from ..mistakes.coco_curves import AREAS, draw_class_ap
         results = self._evaluation
         columns = [results.average_precision(), results.average_precision(0.5),
@@ -328,12 +328,12 @@ class DetectorReport(RunReport):
                                            'AP medium', 'AP large'], rows)
         return [Pictures([embed_figure(draw_class_ap(results))]), _fold(table)]
 
-    def show_precision_recall(self) -> list[Block]:
+    def show_precision_recall(self) -> list[Element]:
         from ..mistakes.coco_curves import draw_class_precision_recall, draw_precision_recall
         return [Pictures([embed_figure(draw_precision_recall(self._evaluation)),
                           embed_figure(draw_class_precision_recall(self._evaluation))])]
 
-    def show_gallery(self) -> list[Block]:
+    def show_gallery(self) -> list[Element]:
         dataset, pairs = self.results.dataset, []
         for index in spread(len(dataset), self.images):
             name, panels = draw_pair(dataset, self.results.predictions, index,
@@ -344,10 +344,10 @@ class DetectorReport(RunReport):
         return [Note(f'images spread evenly over the {len(dataset)}; detections with a score of '
                      f'{self.score_threshold:g} or more'), Pairs(pairs)]
 
-    def show_errors(self) -> list[Block]:
+    def show_errors(self) -> list[Element]:
         errors = find_errors(self.results.dataset, self.results.predictions, self.score_threshold)
         rows = [(KINDS[kind], str(count)) for kind, count in count_kinds(errors).items()]
-        blocks: list[Block] = [
+        blocks: list[Element] = [
             Table(f'Errors at a score of {self.score_threshold:g} and an IoU of 0.5',
                   ['kind', 'number'], rows)]
         if errors:
@@ -357,7 +357,7 @@ class DetectorReport(RunReport):
             blocks += [Heading(heading), Pictures(pictures, 'small')]
         return blocks
 
-    def show_confusion(self) -> list[Block]:
+    def show_confusion(self) -> list[Element]:
         counts = count_detections(self.results.dataset, self.results.predictions,
                                   self.score_threshold)
         figure = draw_confusion(counts, self.results.classes, surplus=True)
@@ -384,7 +384,7 @@ class ClassifierReport(RunReport):
         return {name: f'{100 * share:.2f} %'
                 for name, share in measure_tops(self._outcomes).items()}
 
-    def show_measured(self) -> list[Block]:
+    def show_measured(self) -> list[Element]:
         counts = count_confusions(self._outcomes)
         by_class = self._accuracies(counts)
         rows = [*self.measure().items(),
@@ -394,7 +394,7 @@ class ClassifierReport(RunReport):
                 self.describe_predictions(f'{len(self._outcomes)} pictures of {len(counts)} classes'
                                           )]
 
-    def show_classes(self) -> list[Block]:
+    def show_classes(self) -> list[Element]:
         counts = count_confusions(self._outcomes)
         accuracies, totals, classes = self._accuracies(counts), counts.sum(1), self.results.classes
         rows = [[name, str(total), str(right), _percent(accuracy)] for name, total, right, accuracy
@@ -403,11 +403,11 @@ class ClassifierReport(RunReport):
         bars = draw_class_bars('Accuracy', accuracies, classes, totals, 'pictures')
         return [Pictures([embed_figure(bars)]), _fold(table)]
 
-    def show_confusion(self) -> list[Block]:
+    def show_confusion(self) -> list[Element]:
         figure = draw_confusion(count_confusions(self._outcomes), self.results.classes)
         return [Pictures([embed_figure(figure)], 'wide')]
 
-    def show_mistakes(self) -> list[Block]:
+    def show_mistakes(self) -> list[Element]:
         outcomes = self._outcomes
         pictures = []
         for index in find_mistakes(outcomes)[:_MAX_MISTAKES]:
@@ -441,7 +441,7 @@ def make_report(run: Run, predictions: str | Path | None = None, score_threshold
     return task(run, predictions, score_threshold, images)
 
 
-def _try(make: Callable[[], list[Block]]) -> list[Block]:
+def _try(make: Callable[[], list[Element]]) -> list[Element]:
     """Make a part, or say why it cannot be made."""
     try:
         return make()
@@ -467,7 +467,7 @@ def _describe_here() -> dict[str, str]:
                     if name in sys.modules}
 
 
-def _fold(table: Table) -> Block:
+def _fold(table: Table) -> Element:
     """Fold a long table, under its caption."""
     if len(table.rows) <= _MAX_ROWS:
         return table
