@@ -15,10 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for pattern in (
     '*.md', 'docs/*.md', 'configs/*/README.md') for path in ROOT.glob(pattern))
 TEXTS = {page: (ROOT / page).read_text(encoding='utf-8') for page in PAGES}
-PROSE = {page: re.sub(r'^```.*?^```|`[^`\n]*`', '', text, flags=re.DOTALL | re.MULTILINE)
-         for page, text in TEXTS.items()}
-LINKS = [(page, *match) for page in PAGES
-         for match in re.findall(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)', PROSE[page])]
 BLOCKS = [(page, block) for page in PAGES
           for block in re.findall(r'^```python\n(.*?)^```', TEXTS[page], re.DOTALL | re.MULTILINE)]
 
@@ -30,16 +26,19 @@ def anchors_of(page):
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-@pytest.mark.parametrize(('page', 'picture', 'text', 'target'), LINKS)
-def test_links_lead_somewhere(page, picture, text, target):
-    assert text, f'{page}: {target} has no words'
-    if target.startswith('https://'):
-        return
-    file, _, anchor = target.partition('#')
-    path = (ROOT / page).parent / file if file else ROOT / page
-    assert path.is_file(), f'{page}: {target} is not there'
-    if anchor:
-        assert anchor in anchors_of(path.resolve().relative_to(ROOT).as_posix())
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r'^```.*?^```', '', TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r'`[^`\n]*`', 'code', prose)
+    for text, target in re.findall(r'\[([^\]]*)\]\(([^)\s]+)\)', prose):
+        assert text, f'{target} has no words'
+        if target.startswith('https://'):
+            continue
+        file, _, anchor = target.partition('#')
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.is_file(), target
+        if anchor:
+            assert anchor in anchors_of(path.resolve().relative_to(ROOT).as_posix()), target
 
 
 def test_named_files_exist():
@@ -61,28 +60,26 @@ def test_named_make_targets_exist():
     assert 'demo' in named and named <= {*targets, 'demo'}
 
 
-def command_lines():
-    """All uses of ``spartan-mm``, in code and in prose."""
-    for page, text in TEXTS.items():
-        for line in re.findall(r'spartan-mm ([a-z-]+(?:[^`#\n]*))', text):
-            yield pytest.param(line.split()[0], re.findall(r'(?<=\s)--[a-z-]+', line),
-                               id=f'{page}: {line.strip()}')
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_are_documented_with_flags_that_exist(command):
+    uses = [line for text in TEXTS.values()
+            for line in re.findall(rf'spartan-mm {command}\b[^`#\n]*', text)]
+    assert uses
+    if not (ROOT / f'spartan_mm/commands/{command.replace("-", "_")}.py').exists():
+        pytest.skip('the command is still a tool alone')
+    flags = make_parser(command)._option_string_actions
+    for line in uses:
+        assert {*re.findall(r'(?<=\s)--[a-z-]+', line)} <= flags.keys(), line
 
 
-@pytest.mark.parametrize(('command', 'flags'), command_lines())
-def test_commands_and_their_flags_exist(command, flags):
-    assert command in COMMANDS
-    assert {*flags} <= make_parser(command)._option_string_actions.keys()
+def test_no_other_commands_are_named():
+    named = {word for text in TEXTS.values() for word in re.findall(r'spartan-mm ([a-z-]+)', text)}
+    assert named <= COMMANDS.keys()
 
 
-def test_every_command_is_documented():
-    assert not [command for command in COMMANDS
-                if not any(f'spartan-mm {command}' in text for text in TEXTS.values())]
-
-
-@pytest.mark.parametrize(('page', 'block'), BLOCKS)
-def test_python_compiles(page, block):
-    compile(block, page, 'exec')
+def test_python_compiles():
+    for page, block in BLOCKS:
+        compile(block, page, 'exec')
 
 
 @pytest.mark.parametrize('block', [
