@@ -1,7 +1,7 @@
 """Names that the first version's README, docs and configs mention: they go on to work.
 
 Commands under ``tools/`` with their flags, configs, registered types, and Python API. Internals may
-be renamed; these may not.
+be renamed, and so may what only maintainers ran, the tables of README and docs; these may not.
 """
 
 import re
@@ -30,9 +30,8 @@ TOOLS = ROOT / 'tools'
 COMMANDS = {
     'analysis_tools/benchmark.py':
         '--against --against-channels-last --against-compile --against-deploy --against-fused '
-        '--amp --batch --channels-last --compile --count --data --deploy --device --docs --fused '
-        '--json --kind --multi-scale --only --out-dir --parts --quick --repeats --size --standard '
-        '--threads --train --workers',
+        '--amp --batch --channels-last --compile --count --data --deploy --device --fused --json '
+        '--multi-scale --parts --repeats --size --threads --train --workers',
     'analysis_tools/browse_dataset.py':
         '--cfg-options --columns --number --out-dir --seed --side --split --stage',
     'analysis_tools/compare.py':
@@ -49,7 +48,6 @@ COMMANDS = {
     'analysis_tools/interaction_order.py':
         '--baseline --batch-size --contexts --device --distance --grid --names --num-images '
         '--orders --out-dir --pairs --random --seed --target',
-    'analysis_tools/model_tables.py': '--check --count',
     'analysis_tools/plot_curves.py': '--metrics --names --out --x',
     'analysis_tools/spectra.py': '--device --num-images --out-dir --random --seed --window',
     'analysis_tools/worst_errors.py': '--cfg-options --iou-thr --number --out-dir --score-thr',
