@@ -31,7 +31,7 @@ EXTRAS = {
                  'grad-cam>=1.5'],
     'demo': ['scikit-learn>=1.2'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
-              'ruff>=0.6', 'codespell>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',
+              'ruff>=0.6', 'codespell[toml]>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',
               'matplotlib>=3.6', 'tqdm>=4.60'],
     # The pages as a site: make docs.
     'docs': ['mkdocs-material>=9.5'],
