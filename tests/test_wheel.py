@@ -42,6 +42,7 @@ def test_wheel_holds_configs_and_tools(built):
     assert not [name for name in names if name.startswith(('tests/', 'tools/', 'configs/'))]
 
 
+@pytest.mark.slow
 def test_wheel_works_in_an_empty_folder(built, tmp_path):
     site, empty = tmp_path / 'site', tmp_path / 'empty'
     empty.mkdir()
