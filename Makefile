@@ -1,11 +1,12 @@
-# make setup   build .venv or bring it up to date (Python 3.10-3.12; PYTHON=... chooses one)
+# make setup   build .venv or bring it up to date (Python 3.10-3.13; PYTHON=... chooses one)
 # make demo    train and evaluate a detector on generated data, with pictures, curves and a report
 # make demo-classification   the same for a classifier, on real handwritten digits
 # make test    lint and tests (ARGS='-m "not slow"' leaves out what takes long)
 # make test-parity   RT-DETR against the implementation in transformers, in an environment of its own
 # make benchmark   time and memory of the models on this machine, for docs/performance.md
 # make tables   the static columns of the paper's tables, for docs/tables.md
-# make lint    ruff alone
+# make docs    the pages of README and docs/ as a site, in site/
+# make lint    ruff and codespell
 # make clean   remove both environments and what tests and builds leave
 
 VENV := .venv
@@ -14,7 +15,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PARITY := .venv-parity
 
-.PHONY: help setup demo demo-classification benchmark tables test test-parity lint clean
+.PHONY: help setup demo demo-classification benchmark tables docs test test-parity lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -41,8 +42,16 @@ benchmark: $(READY)
 tables: $(READY)
 	$(PY) tools/analysis_tools/paper_tables.py $(ARGS)
 
+# What the pages are made of, and what they link to.
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE docs configs requirements \
+	spartan_mm
+docs: $(READY)
+	@rm -rf build/pages && mkdir -p build/pages && ln -s $(PAGES:%=$(CURDIR)/%) build/pages
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet $(ARGS)
+
 lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m codespell_lib
 
 # One thread a process: the tensors in tests are small, and CI has few cores.
 test: lint
@@ -56,4 +65,4 @@ $(PARITY)/.ready: $(READY) requirements/parity.txt requirements/parity.sh
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) build dist site *.egg-info .pytest_cache .ruff_cache

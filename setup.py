@@ -16,7 +16,7 @@ exec((ROOT / 'spartan_mm' / 'version.py').read_text(), VERSION)
 # spartan_mm/requirements.py checks what can be imported. The extras name the family whose wheels
 # install without a compiler.
 MMENGINE = ['onedl-mmengine>=0.10.8', 'opencv-python-headless>=4.5']
-MMCV = [*MMENGINE, 'onedl-mmcv>=2.3', 'torchvision>=0.16']
+MMCV = [*MMENGINE, 'onedl-mmcv>=2.3', 'torchvision>=0.21']
 EXTRAS = {
     'backbone': MMENGINE,
     'detection': [*MMCV, 'onedl-mmdetection>=3.5', 'pycocotools>=2.0.6', 'scipy>=1.9',
@@ -31,7 +31,10 @@ EXTRAS = {
                  'scikit-learn>=1.2', 'grad-cam>=1.5'],
     'demo': ['scikit-learn>=1.2'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
-              'ruff>=0.6', 'setuptools>=77', 'scikit-learn>=1.2', 'matplotlib>=3.6', 'tqdm>=4.60'],
+              'ruff>=0.6', 'codespell[toml]>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',
+              'matplotlib>=3.6', 'tqdm>=4.60'],
+    # The pages as a site: make docs.
+    'docs': ['mkdocs-material>=9.5'],
 }
 EXTRAS['all'] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
@@ -66,6 +69,7 @@ setup(
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     python_requires='>=3.10',

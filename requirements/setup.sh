@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds .venv in the repository root; `make setup` calls it. Needs Python 3.10, 3.11 or 3.12 and pip.
+# Builds .venv in the repository root; `make setup` calls it. Needs Python 3.10 to 3.13 and pip.
 # PYTHON=/path/to/python chooses the interpreter of a new .venv. Safe to run again: it brings .venv up
 # to date.
 set -euo pipefail
@@ -10,7 +10,7 @@ CONSTRAINTS=requirements/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 supported() {
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
 find_python() {
@@ -20,17 +20,17 @@ find_python() {
             echo "$PYTHON"
             return
         fi
-        echo "error: PYTHON=$PYTHON is not a working Python 3.10, 3.11 or 3.12" \
+        echo "error: PYTHON=$PYTHON is not a working Python 3.10 to 3.13" \
              "($("$PYTHON" --version 2>&1 || true))." >&2
         return 1
     fi
-    for candidate in python3 python3.12 python3.11 python3.10 python; do
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
         if supported "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.10, 3.11 or 3.12 found (python3 is: $(python3 --version 2>&1 || true))." \
+    echo "error: no Python 3.10 to 3.13 found (python3 is: $(python3 --version 2>&1 || true))." \
          "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
     return 1
 }

@@ -71,8 +71,7 @@ class TIMMFeatures(BaseModule):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def init_weights(self) -> None:
-        """Load the pretrained weights if `pretrained`; timm has initialised everything otherwise.
-        """
+        """Load the pretrained weights if `pretrained`; else timm has initialized everything."""
         if self.pretrained:
             import timm
             trained = timm.create_model(**self._settings, pretrained=True)
