@@ -123,11 +123,11 @@ def give_text(checkpoint: Any) -> None:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """Write plain content of a config as Python, an entry a line.
+    r"""Write plain content of a config as Python, an entry a line.
 
     Example:
         >>> as_text(dict(lr=0.1, model=dict(type='RTDETR', sizes=(1, 2))))
-        "lr = 0.1\\nmodel = {'type': 'RTDETR', 'sizes': (1, 2)}\\n"
+        "lr = 0.1\nmodel = {'type': 'RTDETR', 'sizes': (1, 2)}\n"
     """
     return ''.join(f'{name} = {value!r}\n' for name, value in content.items())
 
