@@ -12,7 +12,7 @@ from mmpretrain.apis import ModelHub
 
 from .. import (
     engine,  # noqa: F401
-    zoo,
+    model_index,
 )
 from .dataset import CheckedImageFolder, CheckedImageNet
 from .hooks import AverageStatisticsHook
@@ -26,4 +26,5 @@ __all__ = [
 ]
 
 # By name in mmpretrain's get_model, list_models and inferencers.
-ModelHub.register_model_index(zoo.root() / 'configs/classification/metafile.yml', zoo.root())
+ModelHub.register_model_index(model_index.root() / 'configs/classification/metafile.yml',
+                              model_index.root())

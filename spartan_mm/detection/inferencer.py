@@ -5,8 +5,8 @@ from mmdet.apis import DetInferencer as MMDetInferencer
 from mmengine.config import Config
 from torch import nn
 
+from ..model_index import UnknownModelError, get_config
 from ..weights.loading import fill_for_inference, find_meta
-from ..zoo import UnknownModelError, get_config
 
 
 class DetInferencer(MMDetInferencer):

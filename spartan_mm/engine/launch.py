@@ -22,8 +22,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
+from ..model_index import find_config
 from ..text import count
-from ..zoo import find_config, without_pretrained
+from ..weights.initialize import without_pretrained
 from .resume import find_resumable, read_resumable
 from .signals import Interrupted
 
