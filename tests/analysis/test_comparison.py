@@ -10,7 +10,7 @@ import pytest
 from matplotlib.transforms import Bbox
 
 from spartan_mm.analysis import comparison
-from spartan_mm.analysis.benchmark import BenchmarkError, StepError, Summary, Workload
+from spartan_mm.analysis.benchmark import StepError, Summary, Workload
 from spartan_mm.analysis.comparison import (
     Accuracy,
     Comparison,
@@ -21,9 +21,9 @@ from spartan_mm.analysis.comparison import (
     make_csv,
     make_markdown,
 )
-from spartan_mm.analysis.complexity import Complexity
-from spartan_mm.analysis.flops import Count
 from spartan_mm.analysis.kernels import KernelCount
+from spartan_mm.analysis.sizes import Complexity, Count
+from spartan_mm.errors import UsageError
 
 
 @pytest.mark.parametrize('name, value, metric, dataset, source', [
@@ -51,7 +51,7 @@ def test_accuracy_of_the_user():
     assert find_accuracy('timm:resnet18', 69.8) == Accuracy(69.8, 'top-1, %', 'ImageNet-1k',
                                                             'given by the user')
     assert find_accuracy('rtdetr_spartan_t', 50.).metric == 'box AP'
-    with pytest.raises(BenchmarkError, match='an accuracy is given for timm:resnet18, but'):
+    with pytest.raises(UsageError, match='an accuracy is given for timm:resnet18, but'):
         compare(['xt'], accuracies={'timm:resnet18': 69.8})
 
 

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from spartan_mm.analysis.authors_form import to_authors_form
-from spartan_mm.analysis.benchmark import BenchmarkError, Form, Group, Workload
-from spartan_mm.analysis.kernels import count_group, count_kernels, count_step, kernels_table
+from spartan_mm.analysis.benchmark import Form, Group, Workload, count_group
+from spartan_mm.analysis.kernels import count_kernels, count_step, kernels_table
 from spartan_mm.backbones import SpaRTAN
+from spartan_mm.errors import UsageError
 
 
 def empty(*shape, **options):
@@ -101,5 +102,5 @@ def test_training_step_of_a_detector(user_project):
 @pytest.mark.parametrize('workload, form', [(dict(amp='float16'), {}),
                                             ({}, dict(compile='default'))])
 def test_what_is_not_counted(workload, form):
-    with pytest.raises(BenchmarkError, match='kernels are counted in float32'):
+    with pytest.raises(UsageError, match='kernels are counted in float32'):
         count_group(Group(Workload(**workload), (Form('xt', **form), )))
