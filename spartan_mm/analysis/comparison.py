@@ -25,7 +25,7 @@ from .benchmark import (
 )
 from .models import CannotRunError, find_entry, read_config, task_of
 from .sizes import DEPLOY_FORM, Count, count_model
-from .style import COLOURS, Axes, Figure, new_figure, ticker
+from .style import COLOURS, Axes, Bbox, Figure, new_figure, ticker
 
 _NONE = '–'  # what nobody has published, or what could not be measured
 
@@ -251,7 +251,8 @@ def make_csv(comparison: Comparison) -> str:
 
 # ---- the plot ------------------------------------------------------------------------------------
 
-_TEXT_SIZE = 8  # points of the labels
+# In points.
+_TEXT_SIZE, _MARKER = 8, 9
 
 
 def draw_comparison(comparison: Comparison) -> Figure | None:
@@ -335,9 +336,13 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     adjust = compat.require('adjustText', '1.3', 'analysis')
     labels = [axes.text(x, y, text, fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4)
               for x, y, text in points]
+    half = _MARKER * axes.figure.dpi / 72 / 2
+    places = axes.transData.transform([point[:2] for point in points]) if points else []
+    back = axes.transData.inverted()
+    markers = [Bbox(back.transform([place - half, place + half])) for place in places]
     state = np.random.get_state()
     np.random.seed(0)
-    adjust.adjust_text(labels, ax=axes, iter_lim=2000, expand=(1.1, 1.6), min_arrow_len=12,
+    adjust.adjust_text(labels, objects=markers, ax=axes, iter_lim=300, min_arrow_len=15,
                        arrowprops=dict(arrowstyle='-', color='0.5', linewidth=0.6))
     np.random.set_state(state)
 

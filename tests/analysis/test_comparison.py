@@ -7,7 +7,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from matplotlib.transforms import Bbox
 
 from spartan_mm.analysis import comparison
 from spartan_mm.analysis.benchmark import StepError, Summary, Workload
@@ -109,8 +108,7 @@ def test_plot():
     figure.draw_without_rendering()
     for axes in figure.axes:
         labels = {text.get_text(): text for text in axes.texts}
-        boxes = [Bbox.padded(super(type(text), text).get_window_extent(), -1)
-                 for text in labels.values()]
+        boxes = [text.get_window_extent().padded(-1) for text in labels.values()]
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert len(figure.axes[0].texts) == 16 and len(figure.axes[5].texts) == 1
     assert figure.axes[3].get_xscale() == 'log' and figure.axes[0].get_xscale() == 'linear'
