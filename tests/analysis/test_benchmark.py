@@ -34,6 +34,7 @@ def classifier(user_project):
     return str(user_project / 'user_classifier.py')
 
 
+@pytest.mark.slow
 def test_backbone_beside_the_authors_code():
     group = Group(Workload(True, batch=2, sizes=SMALL),
                   (Form('xt'), Form('xt', channels_last=True), Form('xt', authors=True)), rounds=3,
@@ -86,6 +87,7 @@ def test_work_grows_with_the_batch(classifier):
     assert 1.6 < activations[1] / activations[0] < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('amp', [None, 'bfloat16'])
 def test_parts_of_a_training_step(detector, amp):
     group = Group(Workload(True, amp=amp), (Form(detector), ), rounds=2, warm_up=1, parts=True)

@@ -115,6 +115,7 @@ def test_tools_are_the_commands(tool, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f'usage: spartan-mm {WORDS[tool]} ')
 
 
+@pytest.mark.slow
 def test_a_tool_in_a_process_of_its_own(user_project):
     done = subprocess.run([sys.executable, TOOLS / 'get_flops.py', 'user_classifier.py'],
                           cwd=user_project, capture_output=True, text=True)

@@ -54,6 +54,7 @@ def test_accuracy_of_the_user():
         compare(['xt'], accuracies={'timm:resnet18': 69.8})
 
 
+@pytest.mark.slow
 def test_times():
     """All models that can run are measured, the others' problem is told."""
     names = ['xt', 'timm:test_resnet', 'timm:vit_tiny_patch16_224', 'xt']
@@ -97,7 +98,9 @@ def make_row(name, size, accuracy, ours=False, latency=None, metric='top-1, %'):
                latency and Summary(latency, latency, latency))
 
 
+@pytest.mark.slow
 def test_plot():
+    random.seed(0)
     rows = [make_row(f'a_model_{index}', random.uniform(2, 8), random.uniform(70, 78),
                      index % 4 == 0, random.uniform(0.02, 0.09)) for index in range(16)]
     # Apart from them: another metric, sizes far apart, and one that was not measured.

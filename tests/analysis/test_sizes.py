@@ -131,6 +131,7 @@ def test_resnet_whoever_builds_it(name):
         11689512, 1814073344, 3628146688, 2484712)
 
 
+@pytest.mark.slow
 def test_forms():
     trained, deployed = (count_model('rtdetr_spartan_t', deploy=deploy) for deploy in (False, True))
     assert (trained.form, deployed.form) == ('training form', 'deploy form')

@@ -84,6 +84,7 @@ def test_parameters_alone():
     assert isnan(count.multiply_adds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('table, label', [('II', 'SpaRTAN-XT, 224 x 224'), ('II', 'DeiT-T')])
 def test_a_row_is_what_the_page_says(table, label, page):
     """One of this package, and one of another. `make tables ARGS=--check` does it for all."""
@@ -94,6 +95,7 @@ def test_a_row_is_what_the_page_says(table, label, page):
     assert [line for line in lines if line.startswith(f'- **{label}**')] == write_notes(row, counts)
 
 
+@pytest.mark.slow
 def test_boxes_of_all_positions():
     row, = (row for row in list_rows('III') if row.source.startswith('[`rtdetr_r18vd`'))
     counts = count_row(row)

@@ -72,6 +72,7 @@ def small_models(monkeypatch, user_project):
                         {str(user_project / 'user_detector.py'): 'small detector'})
 
 
+@pytest.mark.slow
 def test_what_a_gpu_measures_at_tiny_size(small_models, tmp_path):
     results = tmp_path / 'results'
     results.mkdir()
@@ -133,6 +134,7 @@ def test_labels():
         "authors' code, compiled (reduce-overhead), channels last")
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     """A job is measured in a process of its own, and laid out; the others are not measured yet."""
     environment = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')

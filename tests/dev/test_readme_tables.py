@@ -44,6 +44,7 @@ def test_parameters(name):
     assert zoo.read_metafiles()[name]['Metadata']['Parameters'] == counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', COUNTED)
 def test_counts(name, models):
     if name == 'rtdetr_timm':
