@@ -37,10 +37,10 @@ demo-classification: $(READY)
 	$(PY) tools/demo_classification.py $(ARGS)
 
 benchmark: $(READY)
-	$(PY) tools/analysis_tools/benchmark.py --standard $(ARGS)
+	$(PY) tools/dev/performance_docs.py $(ARGS)
 
 tables: $(READY)
-	$(PY) tools/analysis_tools/paper_tables.py $(ARGS)
+	$(PY) tools/dev/paper_tables.py $(ARGS)
 
 # What the pages are made of, and what they link to.
 PAGES := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE docs configs requirements \

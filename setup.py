@@ -28,7 +28,7 @@ EXTRAS = {
     'faster-coco-eval': ['faster-coco-eval>=1.6'],
     # Pictures, tables and reports of models, data and runs.
     'analysis': ['matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60', 'jinja2>=3.0',
-                 'scikit-learn>=1.2', 'grad-cam>=1.5'],
+                 'scikit-learn>=1.2', 'grad-cam>=1.5', 'adjustText>=1.3'],
     'demo': ['scikit-learn>=1.2'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
               'ruff>=0.6', 'codespell[toml]>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',

@@ -17,6 +17,9 @@ COMMANDS = {
     'flops': 'count parameters and operations, module by module',
     'benchmark': 'measure time and memory of models and their forms',
     'cam': 'show where in a picture a model finds what it says',
+    'receptive-field': 'measure how much each pixel counts for the centre of a layer',
+    'interactions': 'measure how strongly patches of a picture interact in a classifier',
+    'spectra': 'show which frequencies the mixers of a SpaRTAN let through',
     'browse': 'show what a training sees, after its augmentations',
     'curves': 'draw the curves of trainings side by side',
     'errors': 'show the worst errors of a test',
@@ -58,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=argparse.SUPPRESS)
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ['--help']).command
-    args = make_parser(command).parse_args(argv[1:])
     from mmengine.dist import get_world_size
 
     from .engine.launch import UsageError, reporting
-    with reporting():
+    with reporting(ImportError):
+        args = make_parser(command).parse_args(argv[1:])
         try:
             return args.run(args) or 0
         except UsageError as error:

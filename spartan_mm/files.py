@@ -1,12 +1,13 @@
 """Writing files so that nobody ever sees half of one."""
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import ExplainedError
 
@@ -89,6 +90,13 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
             raise UnwritableError(error.errno, error.strerror, str(path)) from error
         raise
     _flush_folder(path.parent)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, the whole file or none."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    with write_whole(path) as file:
+        file.write(f'{text}\n'.encode(errors='backslashreplace'))
 
 
 def remove_unfinished(folder: str | Path) -> None:

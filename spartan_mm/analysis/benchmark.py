@@ -11,13 +11,14 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
@@ -25,12 +26,15 @@ from torch import Tensor, nn
 
 from ..backbones import SpaRTAN
 from ..engine.compile import compile_model
-from ..engine.launch import UsageError, choose_device
+from ..engine.launch import choose_device
+from ..errors import UsageError
+from ..text import first_line, markdown
 from ..version import __version__
 from .authors_form import to_authors_form
-from .memory import peak_of_step, size_of
-from .named_models import describe_images, load_named_model
+from .kernels import KernelCount, count_step
+from .models import CannotRunError, describe_images, load_named_model
 from .roofline import count_work, measure_limits, time_step, wait_for
+from .sizes import peak_of_step, size_of
 
 DTYPES = ('float16', 'bfloat16')
 
@@ -39,10 +43,6 @@ _NUM_OBJECTS = 7
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 200
 
 Report = Callable[[str], None]
-
-
-class BenchmarkError(ValueError):
-    """Something that cannot be measured as asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Workload:
         multi_scale: Whether to take the sizes that the config's ``BatchRandomResize`` draws from.
 
     Raises:
-        BenchmarkError: If a value is not among the legal ones.
+        UsageError: If a value is not among the legal ones.
     """
 
     train: bool = False
@@ -71,19 +71,19 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1:
-            raise BenchmarkError(f'batch {self.batch} must be at least 1')
+            raise UsageError(f'batch {self.batch} must be at least 1')
         if self.amp not in (None, *DTYPES):
-            raise BenchmarkError(f'amp {self.amp!r} must be one of {", ".join(DTYPES)}')
+            raise UsageError(f'amp {self.amp!r} must be one of {", ".join(DTYPES)}')
         if self.sizes is not None:
             # From JSON they come as lists.
             object.__setattr__(self, 'sizes', tuple(tuple(size) for size in self.sizes))
             if not self.sizes or min(min(size) for size in self.sizes) < 1:
-                raise BenchmarkError(f'sizes {self.sizes} must be pairs of positive numbers')
+                raise UsageError(f'sizes {self.sizes} must be pairs of positive numbers')
         if self.sizes is not None and self.multi_scale:
-            raise BenchmarkError('sizes are given, and those of multi-scale training asked for: '
+            raise UsageError('sizes are given, and those of multi-scale training asked for: '
                                  'choose one of the two')
         if self.device.partition(':')[0] not in ('cpu', 'cuda', 'meta'):
-            raise BenchmarkError(f'device {self.device!r} must be cpu or cuda, or one such as '
+            raise UsageError(f'device {self.device!r} must be cpu or cuda, or one such as '
                                  'cuda:1')
 
 
@@ -124,7 +124,7 @@ class Form:
         return f'compiled ({self.compile})'
 
 
-class StepError(BenchmarkError):
+class StepError(CannotRunError):
     """A model that fails in its step.
 
     Args:
@@ -132,7 +132,7 @@ class StepError(BenchmarkError):
         message: What went wrong.
     """
 
-    def __init__(self, form: Form, message: str):
+    def __init__(self, form: Form, message: str) -> None:
         super().__init__(message)
         self.form = form
 
@@ -147,7 +147,7 @@ class Group:
         rounds: Steps of each form; None for as many as take `seconds` in all.
         seconds: See `rounds`; there are at least 5 rounds, and at most 200.
         warm_up: Steps of each form, and each size, before anything is measured.
-        parts: Whether to measure the parts of a training step, too, with the optimiser's, for the
+        parts: Whether to measure the parts of a training step, too, with the optimizer's, for the
             forms that are not compiled.
     """
 
@@ -160,18 +160,18 @@ class Group:
 
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 1:
-            raise BenchmarkError(f'{self.rounds} rounds: must be at least 1')
+            raise UsageError(f'{self.rounds} rounds: must be at least 1')
         for form in self.forms:
             if form.deploy and self.workload.train:
-                raise BenchmarkError('the deploy form cannot be trained: measure one of the two')
+                raise UsageError('the deploy form cannot be trained: measure one of the two')
             if form.authors and (form.deploy or form.fused):
-                raise BenchmarkError("the authors' code has neither a deploy form nor a fused one")
+                raise UsageError("the authors' code has neither a deploy form nor a fused one")
             if form.fused and self.workload.device != 'cpu':
-                raise BenchmarkError('the fused form is for a CPU: measure it with --device cpu')
+                raise UsageError('the fused form is for a CPU: measure it with --device cpu')
         if self.parts and not self.workload.train:
-            raise BenchmarkError('parts are those of a training step')
+            raise UsageError('parts are those of a training step')
         if self.parts and all(form.compile for form in self.forms):
-            raise BenchmarkError('a compiled step has no parts: measure them without compiling')
+            raise UsageError('a compiled step has no parts: measure them without compiling')
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> 'Group':
@@ -188,7 +188,7 @@ class Subject:
         workload: The work; the same random images for every subject.
 
     Raises:
-        BenchmarkError: If the form or the work does not go with the model.
+        UsageError: If the form or the work does not go with the model.
         UnknownModelError: If the form's name stands for no model.
     """
 
@@ -207,7 +207,7 @@ class Subject:
         self.sizes = workload.sizes or (
             self._training_sizes() if workload.multi_scale else (named.shape, ))
         if None in self.sizes:
-            raise BenchmarkError(f'{form.model} does not say in its test pipeline how large the '
+            raise UsageError(f'{form.model} does not say in its test pipeline how large the '
                                  'images are; give a size')
         inputs = {size: self._make_inputs(size) for size in self.sizes}
         self.inputs = [inputs[size] for size in self.sizes]
@@ -280,7 +280,7 @@ class Subject:
             try:
                 to_authors_form(backbone)
             except ValueError as error:
-                raise BenchmarkError(f'{self.form.model}: {error}') from error
+                raise UsageError(f'{self.form.model}: {error}') from error
         model.train(self.train).to(self.device)
         if self.form.deploy:
             from ..weights.forms import switch_to_deploy
@@ -295,7 +295,7 @@ class Subject:
     def _find_spartan(self, model: nn.Module) -> SpaRTAN:
         backbone = getattr(model, 'backbone', model)
         if not isinstance(backbone, SpaRTAN):
-            raise BenchmarkError(f'{self.form.model} has no SpaRTAN backbone, which alone has the '
+            raise UsageError(f'{self.form.model} has no SpaRTAN backbone, which alone has the '
                                  f'form "{self.form.label}"')
         return backbone
 
@@ -323,7 +323,7 @@ class Subject:
         sizes = [tuple(size) for augment in augments or ()
                  for size in getattr(augment, 'sizes', ())]
         if not sizes:
-            raise BenchmarkError(f'{self.form.model} does not train at several scales: it has no '
+            raise UsageError(f'{self.form.model} does not train at several scales: it has no '
                                  'BatchRandomResize')
         return tuple(sizes)
 
@@ -372,6 +372,23 @@ class PartTimer:
         self._last = now
 
 
+def default_device() -> str:
+    """A GPU if there is one."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@contextmanager
+def measuring(threads: int | None = None) -> Iterator[None]:
+    """Measure with so many threads of the CPU; say it in a line if memory runs out."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UsageError('out of memory, give a smaller --batch-size or --size '
+                         f'({error})') from error
+
+
 def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any]:
     """Measure forms side by side.
 
@@ -386,17 +403,14 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
         images), 'first_step' (seconds, with compiling), 'work' (see :class:`Work`), and 'parts'.
 
     Raises:
-        BenchmarkError: If a form or the work does not go with the model.
+        UsageError: If a form or the work does not go with the model.
         StepError: If a model fails in its first step.
         UnknownModelError: If a form's name stands for no model.
     """
     workload = group.workload
     if workload.device == 'meta':
-        raise BenchmarkError('on the meta device nothing is computed that could be timed')
-    try:
-        device = torch.device(choose_device(workload.device))
-    except UsageError as error:
-        raise BenchmarkError(str(error)) from error
+        raise UsageError('on the meta device nothing is computed that could be timed')
+    device = torch.device(choose_device(workload.device))
     report('the limits of the machine')
     limits = measure_limits(device, getattr(torch, workload.amp or 'float32'))
 
@@ -434,8 +448,33 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
                 limits=asdict(limits), results=results)
 
 
+def count_group(group: Group) -> dict[str, KernelCount]:
+    """Count the kernels of a step of each form that a benchmark would time.
+
+    A training step is that of a detector's or classifier's loss, with seven objects in an image, or
+    of the sum of a backbone's outputs; without the optimizer's.
+
+    Args:
+        group: Of its work, the device does not matter.
+
+    Returns:
+        By model and form, in words.
+
+    Raises:
+        UsageError: If a form is compiled or the work in mixed precision, or as by ``Subject``.
+    """
+    if group.workload.amp or any(form.compile for form in group.forms):
+        raise UsageError('kernels are counted in float32, as PyTorch runs them without compiling')
+    counts = {}
+    for form in group.forms:
+        subject = Subject(form, replace(group.workload, device='meta'))
+        count_step(subject.step)  # What it makes and keeps does not count.
+        counts[f'{Path(form.model).stem}, {form.label}'] = count_step(subject.step)
+    return counts
+
+
 def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
-    """Share out the time of a training step, the optimiser's included, to the parts of the model.
+    """Share out the time of a training step, the optimizer's included, to the parts of the model.
 
     Args:
         subject: A classifier or a detector in training. Its weights change, and its methods are
@@ -446,7 +485,7 @@ def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
         Seconds of each part, as medians over the steps.
     """
     if subject.config is None:
-        raise BenchmarkError(f'{subject.form.model} has no config, which says how it is optimised: '
+        raise UsageError(f'{subject.form.model} has no config, which says how it is optimised: '
                              'measure the parts of a model that has one')
     model, timer = subject.model, PartTimer(subject.device)
     for name, part in (('backbone', 'backbone'), ('neck', 'neck'), ('decoder', 'decoder'),
@@ -472,7 +511,7 @@ def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         steps.append(timer.seconds)
-    steps = steps[1:]  # the first one allocates the optimiser's state
+    steps = steps[1:]  # the first one allocates the optimizer's state
     return {part: median(step.get(part, 0.) for step in steps) for part in steps[0]}
 
 
@@ -493,9 +532,7 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> 'Summary':
         """Summarise some values."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, middle, high = quantiles(values, n=4, method='inclusive')
+        low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
         return cls(middle, low, high)
 
     def write(self, scale: float = 1., digits: int = 1) -> str:
@@ -509,13 +546,6 @@ def speedup(result: Mapping[str, Any], reference: Mapping[str, Any]) -> Summary:
     """How many times as fast as the reference, from the steps that ran next to each other."""
     return Summary.of([theirs / ours for ours, theirs in
                        zip(result['times'], reference['times'], strict=True)])
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The value below which this percentage of the values lies, interpolated."""
-    if len(values) == 1:
-        return values[0]
-    return quantiles(values, n=100, method='inclusive')[percent - 1]
 
 
 def throughput(result: Mapping[str, Any]) -> float:
@@ -546,9 +576,10 @@ def table(group: Mapping[str, Any]) -> str:
             Path(result['form']['model']).stem, result['label'],
             'training' if workload['train'] else 'inference', str(result['batch']),
             write_sizes(result['sizes']), workload['amp'] or 'float32',
-            Summary.of(result['times']).write(1e3), f"{1e3 * percentile(result['times'], 90):.1f}",
-            f'{throughput(result):.1f}', f"{result['peak_memory'] / 2**20:.0f}",
-            f"{result['held_memory'] / 2**20:.0f}", f"{result['first_step']:.1f}",
+            Summary.of(result['times']).write(1e3),
+            f"{1e3 * np.percentile(result['times'], 90):.1f}", f'{throughput(result):.1f}',
+            f"{result['peak_memory'] / 2**20:.0f}", f"{result['held_memory'] / 2**20:.0f}",
+            f"{result['first_step']:.1f}",
             f"{100 * result['work']['fused_seconds'] / median(result['times']):.0f}"]
         if compared:
             reference = results[-1]
@@ -568,18 +599,6 @@ def parts_table(parts: Mapping[str, float]) -> str:
     rows = [[name, f'{1e3 * seconds:.1f}', f'{100 * seconds / total:.1f}']
             for name, seconds in parts.items()]
     return markdown([['part', 'ms', '%'], *rows, ['all', f'{1e3 * total:.1f}', '100']])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table, its first row the head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, '|' + '---|' * len(rows[0]))
-    return '\n'.join(lines) + '\n'
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_sizes(sizes: Sequence[Sequence[int]]) -> str:

@@ -11,30 +11,21 @@ from typing import Any
 import numpy as np
 
 from .. import compat
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
+from ..text import markdown
 from .benchmark import (
-    BenchmarkError,
     Form,
     Group,
     StepError,
     Summary,
     Workload,
     machine_line,
-    markdown,
     run_group,
     throughput,
 )
-from .flops import DEPLOY_FORM, Count, CountError, count_model
-from .named_models import find_entry, read_config, task_of
-from .style import COLOURS
-
-compat.require('matplotlib', '3.6', 'analysis')
-
-# ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from .models import CannotRunError, find_entry, read_config, task_of
+from .sizes import DEPLOY_FORM, Count, count_model
+from .style import COLOURS, Axes, Bbox, Figure, new_figure, ticker
 
 _NONE = '–'  # what nobody has published, or what could not be measured
 
@@ -143,13 +134,13 @@ def compare(names: Sequence[str], shape: tuple[int, int] | None = None, deploy: 
 
     Raises:
         UnknownModelError: If a name stands for no model.
-        BenchmarkError: If times cannot be measured as asked for, or an accuracy is given for a
+        UsageError: If times cannot be measured as asked for, or an accuracy is given for a
             model that is not among the names.
     """
     accuracies = accuracies or {}
     unknown = accuracies.keys() - set(names)
     if unknown:
-        raise BenchmarkError(f'an accuracy is given for {", ".join(sorted(unknown))}, but the '
+        raise UsageError(f'an accuracy is given for {", ".join(sorted(unknown))}, but the '
                              f'models are {", ".join(names)}')
     rows = []
     for name in dict.fromkeys(names):
@@ -157,7 +148,7 @@ def compare(names: Sequence[str], shape: tuple[int, int] | None = None, deploy: 
         accuracy = find_accuracy(name, accuracies.get(name))
         try:
             rows.append(Row(name, _count(name, shape, deploy), accuracy))
-        except CountError as error:
+        except CannotRunError as error:
             rows.append(Row(name, accuracy=accuracy, problem=str(error)))
     if workload is None:
         return Comparison(tuple(rows))
@@ -260,10 +251,8 @@ def make_csv(comparison: Comparison) -> str:
 
 # ---- the plot ------------------------------------------------------------------------------------
 
-# Points of the labels, and how far from a marker they may stand, in points.
-_TEXT_SIZE = 8
-_DISTANCES = (6., 9., 14., 20., 28., 38., 50., 65.)
-_MARKER = 9.
+# In points.
+_TEXT_SIZE, _MARKER = 8, 9
 
 
 def draw_comparison(comparison: Comparison) -> Figure | None:
@@ -290,8 +279,7 @@ def draw_comparison(comparison: Comparison) -> Figure | None:
     # Room that grows with what is to be written in it.
     side = 3.6 * max(1., math.sqrt(max(map(len, measures.values())) / 9))
     size = side * len(quantities), side * len(measures) + 0.5
-    figure = Figure(figsize=size, layout='constrained', dpi=140)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(*size, dpi=140)
     grid = figure.subplots(len(measures), len(quantities), squeeze=False, sharey='row')
     drawn = []
     for ((metric, dataset), mine), line in zip(measures.items(), grid, strict=True):
@@ -309,9 +297,9 @@ def draw_comparison(comparison: Comparison) -> Figure | None:
         figure.supxlabel(machine_line(comparison.machine), fontsize=7)
     # Where everything stands is known only now.
     figure.draw_without_rendering()
+    figure.set_layout_engine('none')
     for axes, shown, quantity in drawn:
-        _place_labels(axes, canvas, [(quantity(row), row.accuracy.value, _label(row))
-                                     for row in shown])
+        _place_labels(axes, [(quantity(row), row.accuracy.value, _label(row)) for row in shown])
     return figure
 
 
@@ -325,9 +313,9 @@ def _scatter(axes: Axes, rows: Sequence[Row], values: Sequence[float]) -> None:
                          edgecolors='white', linewidths=0.6, label=label, zorder=3)
     if values and max(values) > 8 * min(values):
         axes.set_xscale('log')
-        axes.xaxis.set_major_locator(LogLocator(subs=(1., 2., 5.)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1., 2., 5.)))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     # Room for the labels.
     axes.margins(0.3, 0.2)
     axes.grid(alpha=0.3, linewidth=0.6)
@@ -338,90 +326,25 @@ def _label(row: Row) -> str:
     return f'{row.title} (deploy)' if row.count.form == DEPLOY_FORM else row.title
 
 
-def _place_labels(axes: Axes, canvas: FigureCanvasAgg,
-                  points: Sequence[tuple[float, float, str]]) -> None:
+def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write a name beside each point, where it covers no other name and no point.
 
     Args:
         axes: Of the points, laid out already.
-        canvas: Of the figure.
         points: For each its coordinates and its name.
     """
-    pixels = canvas.figure.dpi / 72
+    adjust = compat.require('adjustText', '1.3', 'analysis')
+    labels = [axes.text(x, y, text, fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4)
+              for x, y, text in points]
+    half = _MARKER * axes.figure.dpi / 72 / 2
     places = axes.transData.transform([point[:2] for point in points]) if points else []
-    half = _MARKER * pixels / 2
-    # Boxes are x1, y1, x2, y2.
-    taken = [np.array([*(place - half), *(place + half)]) for place in places]
-    lines = [np.zeros((0, 2))]
-    frame = np.array(axes.get_window_extent().extents)
-    for place, (x, y, text) in zip(places, points, strict=True):
-        note = axes.annotate(text, (x, y), (0, 0), textcoords='offset points',
-                             fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4,
-                             arrowprops=dict(arrowstyle='-', color='0.5', linewidth=0.6,
-                                             shrinkA=0., shrinkB=_MARKER / 2))
-        # The layout is as it shall be.
-        note.set_in_layout(False)
-        box = note.get_window_extent(canvas.get_renderer())
-        size = np.array([box.width, box.height]) + 2 * pixels
-        distances = np.repeat(_DISTANCES, 16)
-        angles = np.tile(np.linspace(0, 2 * np.pi, 16, endpoint=False), len(_DISTANCES))
-        offsets = _offsets(angles, distances * pixels, size)
-        costs = _costs(place, offsets, size, np.array(taken), np.concatenate(lines), frame)
-        # The nearest of the best.
-        best = int(np.argmin(costs))
-        note.set_position(offsets[best] / pixels)
-        if distances[best] <= _DISTANCES[1]:
-            note.arrow_patch.set_visible(False)
-        else:
-            lines.append(_lines(place, offsets[best]))
-        middle = place + offsets[best]
-        taken.append(np.array([*(middle - size / 2), *(middle + size / 2)]))
-
-
-def _offsets(angles: np.ndarray, distances: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """From a point to the middle of a label whose edge has these distances from it, (N, 2)."""
-    directions = np.stack([np.cos(angles), np.sin(angles)], -1)
-    with np.errstate(divide='ignore'):
-        to_edge = np.min(size / 2 / np.abs(directions), -1)
-    return directions * (distances + to_edge)[:, None]
-
-
-def _lines(place: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Points of the lines from a point to its label, (..., 16, 2)."""
-    return place + offsets[..., None, :] * np.linspace(0.1, 0.9, 16)[:, None]
-
-
-def _costs(place: np.ndarray, offsets: np.ndarray, size: np.ndarray, taken: np.ndarray,
-           lines: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """How much of a label would lie on others, on lines or beyond the frame; its line on others.
-
-    Args:
-        place: Of the point, (2, ).
-        offsets: From the point to the middle of the label, (N, 2).
-        size: Of the label, (2, ).
-        taken: Boxes of the points and of the labels that are placed, (K, 4).
-        lines: Points of the lines that are placed, (M, 2).
-        frame: The box of the axes, (4, ).
-    """
-    middles = place + offsets
-    boxes = np.concatenate([middles - size / 2, middles + size / 2], -1)
-    hidden = _overlap(boxes[:, None], taken).sum(-1)
-    outside = size.prod() - _overlap(boxes, frame)
-    others = taken[~_contain(taken, place)]
-    crossing = _contain(others, _lines(place, offsets)[:, :, None]).sum((1, 2))
-    covering = _contain(boxes[:, None], lines).sum(-1)
-    # Without the noise of the last digits, by which far places would win over near ones.
-    return np.round(hidden + outside + crossing + covering, 3)
-
-
-def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    sides = (np.minimum(boxes[..., 2:], others[..., 2:])
-             - np.maximum(boxes[..., :2], others[..., :2]))
-    return np.clip(sides, 0, None).prod(-1)
-
-
-def _contain(boxes: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return ((points > boxes[..., :2]) & (points < boxes[..., 2:])).all(-1)
+    back = axes.transData.inverted()
+    markers = [Bbox(back.transform([place - half, place + half])) for place in places]
+    state = np.random.get_state()
+    np.random.seed(0)
+    adjust.adjust_text(labels, objects=markers, ax=axes, iter_lim=300, min_arrow_len=15,
+                       arrowprops=dict(arrowstyle='-', color='0.5', linewidth=0.6))
+    np.random.set_state(state)
 
 
 # ---- measuring -----------------------------------------------------------------------------------

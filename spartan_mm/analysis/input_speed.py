@@ -15,14 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
-from .benchmark import (
-    BenchmarkError,
-    PartTimer,
-    describe_machine,
-    machine_line,
-    markdown,
-)
-from .named_models import read_config, task_of
+from ..errors import UsageError
+from ..text import markdown
+from .benchmark import PartTimer, describe_machine, machine_line
+from .models import read_config, task_of
 
 # (height, width) of the usual picture of COCO and of ImageNet, and objects in one of COCO.
 _SIZES = {'detection': (480, 640), 'classification': (375, 500)}
@@ -52,14 +48,14 @@ def measure_input(name: str, workers: int = 2, seconds: float = 10.,
         transform), 'workers', 'batch' and 'rate' (images per second with these; None without).
 
     Raises:
-        BenchmarkError: The config has no data for training, or neither its data is there nor is it
+        UsageError: The config has no data for training, or neither its data is there nor is it
             clear where made-up pictures would go.
     """
     config = read_config(name)
     if config is None or 'dataset' not in config.get('train_dataloader', {}):
-        raise BenchmarkError(f'{name} has no train_dataloader with a dataset')
+        raise UsageError(f'{name} has no train_dataloader with a dataset')
     if workers < 0:
-        raise BenchmarkError(f'{workers} workers: must be at least 0')
+        raise UsageError(f'{workers} workers: must be at least 0')
 
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
@@ -114,7 +110,7 @@ def _find_data(dataset: Config) -> str | None:
 def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
     """Make pictures and let a dataset's config point to them."""
     if 'pipeline' not in dataset:
-        raise BenchmarkError(f'the data of {dataset.type} is not there, and pictures can be made '
+        raise UsageError(f'the data of {dataset.type} is not there, and pictures can be made '
                              'up only for a dataset with a pipeline of its own')
     classes = getattr(DATASETS.get(dataset.type), 'METAINFO', {}).get('classes') or ('object', )
     height, width = _SIZES[task]
@@ -166,7 +162,7 @@ def _time_transforms(settings: Config, seconds: float) -> tuple[int, float, dict
     dataset = DATASETS.build(settings)
     timer = PartTimer(torch.device('cpu'))
     if not hasattr(dataset, 'pipeline'):
-        raise BenchmarkError(f'{settings.type} has no pipeline of its own to look into')
+        raise UsageError(f'{settings.type} has no pipeline of its own to look into')
     for step, transform in enumerate(dataset.pipeline.transforms):
         _wrap(timer, transform, f'{step + 1} {type(transform).__name__}')
 

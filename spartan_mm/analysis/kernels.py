@@ -6,8 +6,7 @@ changed in place, and an expanded one by all of its elements.
 """
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .benchmark import BenchmarkError, Group, Subject, markdown
+from ..text import markdown
 
 # These only set memory aside, or look at it in another way.
 NO_KERNELS = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided',
@@ -86,32 +85,6 @@ def count_step(step: Callable[[], object], device: str = 'meta') -> KernelCount:
     with counter, _OneKernelAttention():
         step()
     return counter.count
-
-
-def count_group(group: Group) -> dict[str, KernelCount]:
-    """Count the kernels of a step of each form that a benchmark would time.
-
-    A training step is that of a detector's or classifier's loss, with seven objects in an image, or
-    of the sum of a backbone's outputs; without the optimiser's.
-
-    Args:
-        group: Of its work, the device does not matter.
-
-    Returns:
-        By model and form, in words.
-
-    Raises:
-        BenchmarkError: A form is compiled or the work in mixed precision, or as by ``Subject``.
-    """
-    if group.workload.amp or any(form.compile for form in group.forms):
-        raise BenchmarkError('kernels are counted in float32, as PyTorch runs them without '
-                             'compiling')
-    counts = {}
-    for form in group.forms:
-        subject = Subject(form, replace(group.workload, device='meta'))
-        count_step(subject.step)  # what it makes and keeps does not count
-        counts[f'{Path(form.model).stem}, {form.label}'] = count_step(subject.step)
-    return counts
 
 
 def kernels_table(counts: Mapping[str, KernelCount], most: int = 20) -> str:

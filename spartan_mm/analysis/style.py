@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-__all__ = ['COLOURS', 'COLOUR_MAP', 'Axes', 'Figure', 'ScalarMappable', 'clear', 'colormaps',
-           'colors', 'finish', 'new_figure', 'patches', 'ticker', 'write_figure']
+__all__ = ['COLOURS', 'COLOUR_MAP', 'Axes', 'Bbox', 'Figure', 'ScalarMappable', 'clear',
+           'colormaps', 'colors', 'finish', 'new_figure', 'patches', 'ticker', 'write_figure']
 
 #: The colours that Okabe and Ito chose to be told apart by everybody; yellow, which is too pale for
 #: a line on white, left out.

@@ -71,10 +71,59 @@ def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
                         'seed of all random numbers (default: %(default)s)')
 
 
-def add_images(parser: ArgumentParser, default: int, help: str, *older: str) -> None:
+def add_looked_at(parser: ArgumentParser, several: bool = True) -> None:
+    """Add INPUT, the pictures, and the models that look at them, or one model."""
+    from ..analysis.models import NAMES
+    parser.add_argument('input', metavar='INPUT',
+                        help='an image, or a folder; it is searched with its subfolders')
+    help = f'with its weights, a file or URL. MODEL is {NAMES}'
+    if not several:
+        parser.add_argument('model', metavar='MODEL[=CHECKPOINT]', help=f'a model {help}')
+        return
+    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
+                        help=f'models, each {help}')
+    add_names(parser)
+
+
+def add_names(parser: ArgumentParser) -> None:
+    """Add ``--names``, which takes as many as there are models."""
+    parser.add_argument('--names', nargs='+', metavar='NAME',
+                        help='what to call the models (default: their own names)')
+
+
+def add_random(parser: ArgumentParser) -> None:
+    """Add ``--random``."""
+    parser.add_argument('--random', action='store_true',
+                        help='give models without a checkpoint random weights')
+
+
+def add_layers(parser: ArgumentParser, help: str) -> None:
+    """Add ``--layer``; :func:`layer_of_each` reads it."""
+    parser.add_argument('--layer', nargs='+', default=[None], dest='layers', metavar='LAYER',
+                        help=f'{help}, one for all models or one for each (default: the last stage '
+                             'of the backbone); spartan-mm cam --list-layers prints all there are')
+
+
+def layer_of_each(args: argparse.Namespace) -> list[str | None]:
+    """The layer of each model; leave if there is another number of them."""
+    if len(args.layers) not in (1, len(args.models)):
+        args.parser.error(f'--layer: {len(args.layers)} layers for {len(args.models)} models')
+    return args.layers if len(args.layers) > 1 else args.layers * len(args.models)
+
+
+def add_work(parser: ArgumentParser) -> None:
+    """Add what times depend on: device, ``--amp`` and ``--threads``; `use_threads` reads that."""
+    add_device(parser)
+    parser.add_argument('--amp', choices=('float16', 'bfloat16'),
+                        help='automatic mixed precision')
+    parser.add_argument('--threads', type=positive, metavar='N',
+                        help="of the CPU (default: PyTorch's)")
+
+
+def add_images(parser: ArgumentParser, default: int | None, help: str, *older: str) -> None:
     """Add ``--images``, how many of them; `older` names of the flag go on to work."""
     parser.add_argument('--images', *older, type=positive, default=default, metavar='N',
-                        help=f'{help} (default: %(default)s)')
+                        help=f'{help} (default: {default or "all"})')
 
 
 def add_size(parser: ArgumentParser, default: tuple[int, ...] | None, help: str,
@@ -90,10 +139,11 @@ def add_batch_size(parser: ArgumentParser, default: int | None, help: str, *olde
                         help=help)
 
 
-def add_rounds(parser: ArgumentParser, default: int, *older: str) -> None:
+def add_rounds(parser: ArgumentParser, default: int | None, *older: str) -> None:
     """Add ``--rounds``; `older` names of the flag go on to work."""
     parser.add_argument('--rounds', *older, type=positive, default=default, metavar='N',
-                        help='how often each is timed (default: %(default)s)')
+                        help='how often each is timed (default: '
+                             f'{default or "as often as takes some 20 s"})')
 
 
 def add_score_thr(parser: ArgumentParser, help: str = 'least score of a detection that counts'

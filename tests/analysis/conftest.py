@@ -1,17 +1,38 @@
 """What tests of pages have in common, and those that measure."""
 
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from spartan_mm.analysis import roofline
+from spartan_mm.cli import main
 
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
     """Products of matrices in bfloat16 take minutes on a CPU that doesn't know it."""
     monkeypatch.setitem(roofline._SIDE, 'cpu', 256)
+
+
+@pytest.fixture
+def run(user_project, monkeypatch, capfd):
+    """Run a command in the user's folder; return what it printed, or its errors if it fails."""
+    monkeypatch.chdir(user_project)
+
+    def run_command(*arguments, status=0):
+        try:
+            found = main([*map(str, arguments)])
+        except SystemExit as leaving:
+            found = leaving.code
+            if isinstance(found, str):
+                print(found, file=sys.stderr)
+                found = 1
+        printed = capfd.readouterr()
+        assert found == status, printed
+        return printed.err if status else printed.out
+    return run_command
 
 
 class Reader(HTMLParser):

@@ -8,18 +8,17 @@ import torch
 
 from spartan_mm.analysis import benchmark
 from spartan_mm.analysis.benchmark import (
-    BenchmarkError,
     Form,
     Group,
     Subject,
     Summary,
     Workload,
-    percentile,
     run_group,
     speedup,
     table,
     throughput,
 )
+from spartan_mm.errors import UsageError
 from spartan_mm.zoo import UnknownModelError
 
 SMALL = ((32, 32), )
@@ -35,6 +34,7 @@ def classifier(user_project):
     return str(user_project / 'user_classifier.py')
 
 
+@pytest.mark.slow
 def test_backbone_beside_the_authors_code():
     group = Group(Workload(True, batch=2, sizes=SMALL),
                   (Form('xt'), Form('xt', channels_last=True), Form('xt', authors=True)), rounds=3,
@@ -87,6 +87,7 @@ def test_work_grows_with_the_batch(classifier):
     assert 1.6 < activations[1] / activations[0] < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('amp', [None, 'bfloat16'])
 def test_parts_of_a_training_step(detector, amp):
     group = Group(Workload(True, amp=amp), (Form(detector), ), rounds=2, warm_up=1, parts=True)
@@ -153,11 +154,6 @@ class TestNumbers:
         assert Summary.of([5., 1., 2., 3., 4.]) == Summary(3., 2., 4.)
         assert Summary.of([2.]).write(1e3) == '2000.0 (2000.0–2000.0)'
 
-    def test_percentile(self):
-        values = [float(value) for value in range(101)]
-        assert percentile(values, 90) == pytest.approx(90.)
-        assert percentile([7.], 90) == 7.
-
     def test_throughput(self):
         assert throughput(dict(times=[1., 2., 100.], batch=4, sizes=[(8, 8)])) == 2.
         # Of several sizes, each belongs to it.
@@ -174,7 +170,7 @@ class TestMistakes:
         (dict(device='tpu'), "device 'tpu' must be cpu or cuda"),
     ])
     def test_workload(self, options, message):
-        with pytest.raises(BenchmarkError, match=message):
+        with pytest.raises(UsageError, match=message):
             Workload(**options)
 
     @pytest.mark.parametrize('workload, options, message', [
@@ -183,13 +179,13 @@ class TestMistakes:
         (dict(device='cuda'), dict(fused=True), 'the fused form is for a CPU'),
     ])
     def test_group(self, workload, options, message):
-        with pytest.raises(BenchmarkError, match=message):
+        with pytest.raises(UsageError, match=message):
             Group(Workload(**workload), (Form('xt', **options), ))
 
     def test_parts(self):
-        with pytest.raises(BenchmarkError, match='parts are those of a training step'):
+        with pytest.raises(UsageError, match='parts are those of a training step'):
             Group(Workload(), (Form('xt'), ), parts=True)
-        with pytest.raises(BenchmarkError, match='xt has no config'):
+        with pytest.raises(UsageError, match='xt has no config'):
             run_group(Group(Workload(True, batch=2, sizes=SMALL), (Form('xt'), ), rounds=1,
                             warm_up=0, parts=True))
 
@@ -210,11 +206,11 @@ class TestMistakes:
     def test_size_that_nobody_says(self, tmp_path, classifier):
         path = tmp_path / 'config.py'
         path.write_text(f'_base_ = {classifier!r}\ntest_dataloader = dict(_delete_=True)\n')
-        with pytest.raises(BenchmarkError, match='does not say .* how large'):
+        with pytest.raises(UsageError, match='does not say .* how large'):
             Subject(Form(str(path)), Workload())
 
     def test_no_multi_scale(self, detector):
-        with pytest.raises(BenchmarkError, match='does not train at several scales'):
+        with pytest.raises(UsageError, match='does not train at several scales'):
             Subject(Form(detector), Workload(True, multi_scale=True))
 
     @pytest.mark.parametrize('form', [dict(authors=True), dict(fused=True)])
@@ -222,21 +218,21 @@ class TestMistakes:
         path = tmp_path / 'resnet.py'
         path.write_text(f"_base_ = {classifier!r}\nmodel = dict(backbone=dict(\n    _delete_=True, "
                         "type='ResNet', depth=18), head=dict(in_channels=512))\n")
-        with pytest.raises(BenchmarkError, match='has no SpaRTAN backbone'):
+        with pytest.raises(UsageError, match='has no SpaRTAN backbone'):
             Subject(Form(str(path), **form), Workload())
 
     def test_authors_form_of_an_ablation(self, tmp_path, classifier):
         path = tmp_path / 'conv.py'
         path.write_text(f"_base_ = {classifier!r}\n"
                         "model = dict(backbone=dict(spatial_mixer='conv'))\n")
-        with pytest.raises(BenchmarkError, match='smixer is ConvMixer instead of SMixer'):
+        with pytest.raises(UsageError, match='smixer is ConvMixer instead of SMixer'):
             Subject(Form(str(path), authors=True), Workload())
 
     def test_nothing_to_time(self):
-        with pytest.raises(BenchmarkError, match='nothing is computed that could be timed'):
+        with pytest.raises(UsageError, match='nothing is computed that could be timed'):
             run_group(Group(Workload(device='meta'), (Form('xt'), )))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
     def test_no_gpu(self):
-        with pytest.raises(BenchmarkError, match='torch finds no GPU'):
+        with pytest.raises(UsageError, match='torch finds no GPU'):
             run_group(Group(Workload(device='cuda'), (Form('xt'), )))

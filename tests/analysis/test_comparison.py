@@ -7,10 +7,9 @@ import random
 from dataclasses import replace
 
 import pytest
-from matplotlib.transforms import Bbox
 
 from spartan_mm.analysis import comparison
-from spartan_mm.analysis.benchmark import BenchmarkError, StepError, Summary, Workload
+from spartan_mm.analysis.benchmark import StepError, Summary, Workload
 from spartan_mm.analysis.comparison import (
     Accuracy,
     Comparison,
@@ -21,9 +20,9 @@ from spartan_mm.analysis.comparison import (
     make_csv,
     make_markdown,
 )
-from spartan_mm.analysis.complexity import Complexity
-from spartan_mm.analysis.flops import Count
 from spartan_mm.analysis.kernels import KernelCount
+from spartan_mm.analysis.sizes import Complexity, Count
+from spartan_mm.errors import UsageError
 
 
 @pytest.mark.parametrize('name, value, metric, dataset, source', [
@@ -51,10 +50,11 @@ def test_accuracy_of_the_user():
     assert find_accuracy('timm:resnet18', 69.8) == Accuracy(69.8, 'top-1, %', 'ImageNet-1k',
                                                             'given by the user')
     assert find_accuracy('rtdetr_spartan_t', 50.).metric == 'box AP'
-    with pytest.raises(BenchmarkError, match='an accuracy is given for timm:resnet18, but'):
+    with pytest.raises(UsageError, match='an accuracy is given for timm:resnet18, but'):
         compare(['xt'], accuracies={'timm:resnet18': 69.8})
 
 
+@pytest.mark.slow
 def test_times():
     """All models that can run are measured, the others' problem is told."""
     names = ['xt', 'timm:test_resnet', 'timm:vit_tiny_patch16_224', 'xt']
@@ -98,7 +98,9 @@ def make_row(name, size, accuracy, ours=False, latency=None, metric='top-1, %'):
                latency and Summary(latency, latency, latency))
 
 
+@pytest.mark.slow
 def test_plot():
+    random.seed(0)
     rows = [make_row(f'a_model_{index}', random.uniform(2, 8), random.uniform(70, 78),
                      index % 4 == 0, random.uniform(0.02, 0.09)) for index in range(16)]
     # Apart from them: another metric, sizes far apart, and one that was not measured.
@@ -109,8 +111,7 @@ def test_plot():
     figure.draw_without_rendering()
     for axes in figure.axes:
         labels = {text.get_text(): text for text in axes.texts}
-        boxes = [Bbox.padded(super(type(text), text).get_window_extent(), -1)
-                 for text in labels.values()]
+        boxes = [text.get_window_extent().padded(-1) for text in labels.values()]
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert len(figure.axes[0].texts) == 16 and len(figure.axes[5].texts) == 1
     assert figure.axes[3].get_xscale() == 'log' and figure.axes[0].get_xscale() == 'linear'

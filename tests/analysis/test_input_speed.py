@@ -2,8 +2,8 @@
 
 import pytest
 
-from spartan_mm.analysis.benchmark import BenchmarkError
 from spartan_mm.analysis.input_speed import input_table, measure_input
+from spartan_mm.errors import UsageError
 
 SHORT = dict(seconds=0.1, num_images=4)
 
@@ -31,7 +31,7 @@ def test_workers(user_project, monkeypatch):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(BenchmarkError, match='has no train_dataloader'):
+    with pytest.raises(UsageError, match='has no train_dataloader'):
         measure_input('xt')
-    with pytest.raises(BenchmarkError, match='-1 workers: must be at least 0'):
+    with pytest.raises(UsageError, match='-1 workers: must be at least 0'):
         measure_input('spartan_t_224', workers=-1)

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from spartan_mm.analysis.authors_form import to_authors_form
-from spartan_mm.analysis.benchmark import BenchmarkError, Form, Group, Workload
-from spartan_mm.analysis.kernels import count_group, count_kernels, count_step, kernels_table
+from spartan_mm.analysis.benchmark import Form, Group, Workload, count_group
+from spartan_mm.analysis.kernels import count_kernels, count_step, kernels_table
 from spartan_mm.backbones import SpaRTAN
+from spartan_mm.errors import UsageError
 
 
 def empty(*shape, **options):
@@ -58,6 +59,7 @@ def test_the_model_stays_as_it_is():
         'convolution': (1, 4 * (2 * 3 * 16 + 24 + 8 + 2 * 8 * 16))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form, train, kernels, gigabytes', [
     ('training', True, 2950, 260), ('training', False, 1000, 85), ('deploy', False, 900, 75)])
 def test_spartan_stays_below(form, train, kernels, gigabytes):
@@ -68,18 +70,21 @@ def test_spartan_stays_below(form, train, kernels, gigabytes):
     assert found.kernels <= kernels and found.bytes <= 1e9 * gigabytes
 
 
+@pytest.mark.slow
 def test_authors_code_has_more():
     found = count_kernels(to_authors_form(SpaRTAN('t')), (224, 224), 256, train=True)
     assert found.kernels == pytest.approx(2934, rel=0.01)
     assert found.bytes == pytest.approx(306e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_detector_stays_below():
     found, = count_group(Group(Workload(True, batch=16, sizes=((640, 640), )),
                                (Form('rtdetr_spartan_t'), ))).values()
     assert found.kernels <= 5050 and found.bytes <= 195e9
 
 
+@pytest.mark.slow
 def test_training_step_of_a_detector(user_project):
     """With the matching, which reads numbers."""
     detector = str(user_project / 'user_detector.py')
@@ -101,5 +106,5 @@ def test_training_step_of_a_detector(user_project):
 @pytest.mark.parametrize('workload, form', [(dict(amp='float16'), {}),
                                             ({}, dict(compile='default'))])
 def test_what_is_not_counted(workload, form):
-    with pytest.raises(BenchmarkError, match='kernels are counted in float32'):
+    with pytest.raises(UsageError, match='kernels are counted in float32'):
         count_group(Group(Workload(**workload), (Form('xt', **form), )))

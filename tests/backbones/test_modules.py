@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
-from spartan_mm.analysis.complexity import measure_modules
+from spartan_mm.analysis.sizes import measure_modules
 
 from .toy import OPTIONS, LowRank, assert_near, compare_steps, images, make
 

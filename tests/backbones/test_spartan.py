@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from spartan_mm.analysis.complexity import measure_complexity
+from spartan_mm.analysis.sizes import measure_complexity
 from spartan_mm.backbones import ConvMixer, SpaRTAN
 from spartan_mm.backbones.layers import DropPath, GroupNorm1, LayerNorm2d
 from spartan_mm.backbones.spartan import Block, CMixer, SMixer, SqueezeExcitation, modulate

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
@@ -21,7 +22,6 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
-from spartan_mm.analysis import soak
 from spartan_mm.engine import checkpoint_hook
 from spartan_mm.engine.checkpoint_hook import ResumableCheckpointHook, SavingError
 from spartan_mm.engine.resume import ResumableTrainLoop, find_resumable

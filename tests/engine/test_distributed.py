@@ -5,6 +5,7 @@ import sys
 
 import cloudpickle
 import pytest
+import soak
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -16,7 +17,6 @@ from torch import nn
 
 import spartan_mm.classification  # noqa: F401
 import spartan_mm.detection  # noqa: F401
-from spartan_mm.analysis import soak
 from spartan_mm.engine.signals import SignalConsensus
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,8 @@ def run_ranks(tmp_path, count, function):
 
     They are new ones: after a compiled model autograd refuses to work in a fork.
     """
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for module in (sys.modules[__name__], soak):
+        cloudpickle.register_pickle_by_value(module)
     (tmp_path / 'function.pkl').write_bytes(cloudpickle.dumps(function))
     code = '''
 import pickle, sys

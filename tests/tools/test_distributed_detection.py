@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from soak import Command
 from torch.testing import assert_close
 
 import spartan_mm.detection  # noqa: F401 - for the forks
-from spartan_mm.analysis.soak import Command
 from spartan_mm.datasets import make_digits
 
 ROOT = Path(__file__).parents[2]

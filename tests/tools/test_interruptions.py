@@ -6,10 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import soak
 
 import spartan_mm.classification  # noqa: F401 - for the forks
 import spartan_mm.detection  # noqa: F401
-from spartan_mm.analysis import soak
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 

@@ -1,0 +1,46 @@
+"""Count a model's parameters and operations, as a whole and module by module.
+
+    spartan-mm flops rtdetr_spartan_t --deploy        both forms, and the modules of the deploy form
+    spartan-mm flops spartan_t --size 224 --depth 4
+    spartan-mm flops timm:resnet18
+
+CONFIG is the name of a model of this package, a config file or a checkpoint that holds its config,
+xt or t (the backbone alone), timm:NAME, mmpretrain:NAME or mmdet:NAME, or a config of theirs such
+as mmdet::detr/detr_r50_8xb2-150e_coco.py. Neither data nor weights are needed.
+"""
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from ..analysis.sizes import COUNTED, DEPLOY_FORM, count_model, forms_table, tree
+from ..files import check_writable, write_json
+from .arguments import add_size
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags."""
+    parser.add_argument('config', metavar='CONFIG')
+    add_size(parser, None, "of the image (default: as in the config's test pipeline)", '--shape')
+    parser.add_argument('--deploy', action='store_true', help='the inference form, too')
+    parser.add_argument('--depth', type=int, default=2, metavar='N',
+                        help='how far down the modules are listed; -1 for all of them (default: '
+                             '%(default)s)')
+    parser.add_argument('--json', type=Path, metavar='FILE',
+                        help='write the numbers of all modules to it, too')
+
+
+def run(args: Namespace) -> None:
+    """Count, and print what was counted."""
+    if args.json:
+        check_writable(args.json)
+    counts = [count_model(args.config, args.size)]
+    if args.deploy and counts[0].form != DEPLOY_FORM:
+        counts.append(count_model(args.config, args.size, deploy=True))
+    last = counts[-1]
+    print(f'{last.name} ({last.source})\n\n{forms_table(counts)}\n'
+          f'{last.form}, module by module\n\n'
+          f'{tree(last, None if args.depth < 0 else args.depth)}\n'
+          f'{COUNTED} torch {torch.__version__}')
+    if args.json:
+        write_json(args.json, [count.to_dict() for count in counts])
