@@ -14,8 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .requirements import require  # noqa: F401 - where analysis/ looks for it yet
-
 MMCV_EXT = 'mmcv._ext'
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import compat
 from ..errors import CheckpointError, UsageError
+from ..requirements import require
 from ..text import markdown
 from .benchmark import (
     Form,
@@ -333,7 +333,7 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
         axes: Of the points, laid out already.
         points: For each its coordinates and its name.
     """
-    adjust = compat.require('adjustText', '1.3', 'analysis')
+    adjust = require('adjustText', '1.3', 'analysis')
     labels = [axes.text(x, y, text, fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4)
               for x, y, text in points]
     half = _MARKER * axes.figure.dpi / 72 / 2

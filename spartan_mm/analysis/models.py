@@ -17,10 +17,11 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from .. import compat, zoo
+from .. import zoo
 from ..backbones import SpaRTAN
 from ..engine.launch import load_config
 from ..errors import UsageError
+from ..requirements import require
 from ..weights.initialize import without_pretrained
 from ..weights.loading import load_for_inference
 from ..weights.stored_config import config_from, find_test_dataset
@@ -34,7 +35,7 @@ NAMES = ("the name of a model of this package, a config file, a checkpoint that 
          "their model zoos), or one of their configs such as "
          "'mmdet::detr/detr_r50_8xb2-150e_coco.py'")
 
-# Per package of OpenMMLab: the oldest version that works, see `compat.require`.
+# Per package of OpenMMLab: the oldest version that works, see `requirements.require`.
 _MINIMUM = {'mmdet': '3.3.0', 'mmpretrain': '1.2.0'}
 
 
@@ -305,7 +306,7 @@ def _resolve(name: str) -> tuple[str, Config | None, str | None]:
 
 def _packaged(package: str) -> Path:
     """The folder in a package of OpenMMLab that has its metafiles and configs."""
-    compat.require(package, _MINIMUM[package], TASKS[package])
+    require(package, _MINIMUM[package], TASKS[package])
     folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     # An editable install has them beside the package.
     return folder / '.mim' if (folder / '.mim').is_dir() else folder.parent
@@ -331,7 +332,7 @@ def _packaged_config(package: str, path: bool, name: str) -> Config:
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:
-    timm = compat.require('timm', '1.0.4', 'timm')
+    timm = require('timm', '1.0.4', 'timm')
     if not timm.is_model(name):
         known = difflib.get_close_matches(name, timm.list_models(), 4, 0.)
         raise UnknownModelError(f'timm {timm.__version__} has no model {name!r}; the closest are '

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from .. import compat
 from ..files import write_whole
+from ..requirements import require
 
-compat.require('matplotlib', '3.6', 'analysis')
+require('matplotlib', '3.6', 'analysis')
 
 # ruff: noqa: E402 - the version is checked before anything of matplotlib is touched
 from matplotlib import colormaps, colors, patches, ticker

@@ -25,11 +25,12 @@ from rich.progress import track
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spartan_mm import compat, zoo
+from spartan_mm import zoo
 from spartan_mm.analysis.models import build_without_numbers, load_named_model
 from spartan_mm.analysis.sizes import measure_complexity
 from spartan_mm.detection.hybrid_encoder import RepVGGBlock
 from spartan_mm.files import write_whole
+from spartan_mm.requirements import require
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'tables.md'
@@ -164,7 +165,7 @@ def _named(name: str, change: Callable[[nn.Module], Any] | None = None, device: 
 def _timm(name: str, **settings: Any) -> Build:
     """A model of timm's with other settings."""
     def build() -> nn.Module:
-        timm = compat.require('timm', '1.0.4', 'timm')
+        timm = require('timm', '1.0.4', 'timm')
         return build_without_numbers(lambda: timm.create_model(name, **settings))
     return build
 

@@ -38,12 +38,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ... import compat
 from ...drawing import class_name
 from ...engine.launch import choose_device
 from ...errors import UsageError
 from ...files import write_json
 from ...inference import Classifier, Detections, Detector, InputError, load_model
+from ...requirements import require
 from ...text import shorten
 from ..models import read_config
 from ..style import (
@@ -123,7 +123,7 @@ class Explainer:
     def __init__(self, model: Detector | Classifier, layer: str | None = None,
                  method: str | None = None, score_threshold: float = 0.3,
                  top: int | None = None) -> None:
-        library = compat.require('pytorch_grad_cam', '1.5', 'analysis')
+        library = require('pytorch_grad_cam', '1.5', 'analysis')
         if method is None:
             method = 'gradcam' if isinstance(model, Classifier) else 'layercam'
         if method not in METHODS:

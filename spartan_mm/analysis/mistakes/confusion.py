@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ... import compat
 from ...errors import UsageError
 from ...inference import Detections
+from ...requirements import require
 from ..style import Figure, new_figure
 from .errors import check_overlap, compare, match
 from .predictions import DetectionDataset, Outcomes, found_in
 
-compat.require('sklearn', '1.2', 'analysis')
+require('sklearn', '1.2', 'analysis')
 
 # ruff: noqa: E402 - the version is checked before anything of the package is touched
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix

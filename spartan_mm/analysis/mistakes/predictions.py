@@ -11,10 +11,10 @@ from mmengine import fileio
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ... import compat
 from ...datasets.data_errors import DataError
 from ...errors import UsageError
 from ...inference import Detections
+from ...requirements import require
 
 _REMEDY = 'make it with `tools/test.py CONFIG CHECKPOINT --out FILE.pkl`'
 
@@ -243,7 +243,7 @@ def _crowd_mask(item: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
     region = item.get('mask')
     if not region:
         return fill_box(item['bbox'], shape)
-    compat.require('pycocotools', '2.0', 'detection')
+    require('pycocotools', '2.0', 'detection')
     from pycocotools import mask as coco_mask
     if isinstance(region, list) or isinstance(region['counts'], list):
         region = coco_mask.frPyObjects(region, *shape)

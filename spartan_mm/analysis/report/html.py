@@ -11,12 +11,12 @@ from typing import Any
 import matplotlib
 from PIL import Image
 
-from ... import compat
+from ...requirements import require
 from ...version import __version__
 from ..style import Figure
 
 # What torch installs, too.
-jinja2 = compat.require('jinja2', '3.0', 'analysis')
+jinja2 = require('jinja2', '3.0', 'analysis')
 
 _TEMPLATE = Path(__file__).with_suffix('.html')
 
