@@ -23,6 +23,7 @@ from typing import Any
 
 from . import zoo
 from .errors import ExplainedError
+from .text import Console
 
 FAILED, BELOW_BAR, INTERRUPTED = 1, 3, 130
 SPLITS = ('train', 'val', 'test')
@@ -55,37 +56,6 @@ class Goal:
     def write(self, value: float) -> str:
         """Write the metric with a value."""
         return f'{self.name} {value:{self.form}}{self.unit}'
-
-
-class Console:
-    """Lines that stay, and below them one that changes; in a file, now and then a line of it."""
-
-    def __init__(self, pause: float = 20.) -> None:
-        self._live = sys.stdout.isatty()
-        self._pause = pause
-        self._shown = 0.
-        self._width = 0
-
-    def line(self, text: str = '') -> None:
-        """Print a line that stays."""
-        self._clear()
-        self._shown = time.monotonic()
-        print(text, flush=True)
-
-    def status(self, text: str) -> None:
-        """Show how far a step is."""
-        if self._live:
-            text = text[:shutil.get_terminal_size().columns - 1]
-            print(f'\r{text:<{self._width}}', end='', flush=True)
-            self._width = len(text)
-        elif time.monotonic() - self._shown > self._pause:
-            self._shown = time.monotonic()
-            print(text, flush=True)
-
-    def _clear(self) -> None:
-        if self._width:
-            print(f'\r{"":<{self._width}}\r', end='')
-            self._width = 0
 
 
 class Commands:

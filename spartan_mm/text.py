@@ -1,5 +1,8 @@
-"""Words for people: names cut to length, tables, the gist of an error."""
+"""Words for people: names cut to length, tables, the gist of an error; and lines on a screen."""
 
+import shutil
+import sys
+import time
 from collections.abc import Iterable, Sequence
 
 
@@ -51,3 +54,34 @@ def count(number: int, noun: str) -> str:
     """
     ending = 'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'
     return f'{number} {noun}{"" if number == 1 else ending}'
+
+
+class Console:
+    """Lines that stay, and below them one that changes; in a file, now and then a line of it."""
+
+    def __init__(self, pause: float = 20.) -> None:
+        self._live = sys.stdout.isatty()
+        self._pause = pause
+        self._shown = 0.
+        self._width = 0
+
+    def line(self, text: str = '') -> None:
+        """Print a line that stays."""
+        self._clear()
+        self._shown = time.monotonic()
+        print(text, flush=True)
+
+    def status(self, text: str) -> None:
+        """Show how far a step is."""
+        if self._live:
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(f'\r{text:<{self._width}}', end='', flush=True)
+            self._width = len(text)
+        elif time.monotonic() - self._shown > self._pause:
+            self._shown = time.monotonic()
+            print(text, flush=True)
+
+    def _clear(self) -> None:
+        if self._width:
+            print(f'\r{"":<{self._width}}\r', end='')
+            self._width = 0

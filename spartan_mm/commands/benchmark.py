@@ -18,8 +18,8 @@ from ..analysis import benchmark
 from ..analysis.benchmark import Form, Group, Workload
 from ..analysis.input_speed import input_table, measure_input
 from ..analysis.kernels import kernels_table
-from ..demo import Console
 from ..files import check_writable, write_json
+from ..text import Console
 from .arguments import add_batch_size, add_rounds, add_size, add_work
 
 # What PyTorch's profiler, which measures memory on a CPU, says about itself.

@@ -17,8 +17,8 @@ from argparse import ArgumentParser, Namespace
 from ..analysis.benchmark import Workload, default_device, measuring
 from ..analysis.comparison import compare, draw_comparison, make_csv, make_markdown
 from ..analysis.style import write_figure
-from ..demo import Console
 from ..files import check_writable, write_whole
+from ..text import Console
 from .arguments import add_batch_size, add_names, add_out_dir, add_rounds, add_size, add_work
 
 # What PyTorch's profiler, which measures memory on a CPU, says about itself.

@@ -37,9 +37,9 @@ from spartan_mm.analysis.benchmark import (
 )
 from spartan_mm.analysis.input_speed import input_table, measure_input
 from spartan_mm.analysis.style import COLOURS, Figure, finish, new_figure
-from spartan_mm.demo import Console, find_home, run_process, shorten
+from spartan_mm.demo import run_process
 from spartan_mm.errors import UsageError
-from spartan_mm.text import markdown
+from spartan_mm.text import Console, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / 'docs' / 'performance.md'
@@ -527,16 +527,15 @@ def measure_all(args: argparse.Namespace, console: Console, kind: str, out_dir: 
 def show_results(args: argparse.Namespace, console: Console, kind: str, out_dir: Path) -> None:
     """Lay out the results that are there, and put them into the document if that is asked for."""
     results = read_results(out_dir)
-    home = find_home(ROOT)
     tables = make_tables(kind, results)
     text = '\n'.join(f'## {name}\n\n{table}' for name, table in tables.items())
     (out_dir / 'tables.md').write_text(text, encoding='utf-8')
     if 'growth' in results['jobs']:
         draw_growth(results['jobs']['growth']).savefig(out_dir / 'growth.png')
-    console.line(f"Tables, plot and results lie in {shorten(out_dir, home)}")
+    console.line(f"Tables, plot and results lie in {out_dir}")
     if args.docs:
         write_docs(DOCUMENT, kind, results)
-        console.line(f'{shorten(DOCUMENT, home)} has them, too')
+        console.line(f'{DOCUMENT} has them, too')
 
 
 def main() -> None:
@@ -551,7 +550,7 @@ def main() -> None:
                 return
             kind = args.kind or ('gpu' if default_device() == 'cuda' else 'cpu')
             name = f'{kind}_quick' if args.quick else kind
-            out_dir = args.out_dir or find_home(ROOT) / 'work_dirs' / 'benchmark' / name
+            out_dir = args.out_dir or ROOT / 'work_dirs' / 'benchmark' / name
             if not args.no_measuring:
                 measure_all(args, console, kind, out_dir)
             show_results(args, console, kind, out_dir)
