@@ -19,7 +19,6 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'analysis_tools' / 'compare_pretrai
 def compare(monkeypatch, tmp_path):
     """Run the command, with trainings that only leave a log; return their configs by work dir."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'path', sys.path[:])
     (tmp_path / 'classifier.pth').touch()
     configs = {}
 

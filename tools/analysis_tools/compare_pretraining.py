@@ -11,14 +11,11 @@ import os
 import sys
 from pathlib import Path
 
+from spartan_mm import demo as steps
+from spartan_mm.analysis.report.curves import RunLog, draw_curves, read_log
+from spartan_mm.datasets import make_digits
+
 ROOT = Path(__file__).resolve().parents[2]
-# A checkout that is not installed; what is installed comes first.
-sys.path.append(str(ROOT))
-
-from spartan_mm import demo as steps  # noqa: E402
-from spartan_mm.analysis.report.curves import RunLog, draw_curves, read_log  # noqa: E402
-from spartan_mm.datasets import make_digits  # noqa: E402
-
 CONFIG = ROOT / 'configs' / 'detection' / 'rtdetr_spartan_xt_digits.py'
 METRICS = {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}
 SCRATCH, PRETRAINED = 'from random weights', "from the classifier's backbone"
