@@ -6,7 +6,8 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -81,7 +82,7 @@ def list_unknown_names(path: str | Path) -> list[str]:
         path: A file written by ``torch.save``; of one from before torch 1.6 they cannot be told.
     """
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with _declared_safe():
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     # What is no checkpoint can raise anything.
     except Exception:
@@ -164,7 +165,7 @@ def _read_pickle(path: Path, map_location: Any) -> Any:
     elif tarfile.is_tarfile(path):
         raise CheckpointError('it is a tar archive, which torch wrote before version 0.1.10')
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with _declared_safe():
             return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise _explain(str(error)) from error
@@ -179,6 +180,22 @@ def _explain(message: str) -> Exception:
             # It leaves the module of Python's own functions out.
             return _Refused(name if '.' in name or ' ' in name else f'builtins.{name}')
     return CheckpointError(message.rpartition('WeightsUnpickler error:')[2].strip().split('\n')[0])
+
+
+@contextmanager
+def _declared_safe() -> Iterator[None]:
+    """Tell torch what stands for which name; ours come before what the process declared."""
+    declared, own = torch.serialization.get_safe_globals(), _safe_globals()
+    names = {name for _, name in own}
+    others = [entry for entry in declared if names.isdisjoint([
+        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'])]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *own])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(declared)
 
 
 @cache
@@ -198,11 +215,12 @@ def _safe_globals() -> list[tuple[Callable, str]]:
                     for code in np.typecodes['All'] if np.dtype(code).kind in 'biufc']
     return [
         *arrays, *number_types,
-        (np.ndarray, 'numpy array'),
+        (_Array, 'numpy array'),
         (_array_type, 'numpy.ndarray'),
         (_plain_dtype, 'numpy.dtype'),
         # Protocol 2 makes b'' so; an array without elements has it.
         (bytes, 'builtins.bytes'),
+        *((kind, f'builtins.{kind.__name__}') for kind in (frozenset, range, slice)),
         (_statistics_method, 'builtins.getattr'),
         (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
     ]
@@ -215,9 +233,27 @@ def _plain_dtype(code: str, *_: Any) -> np.dtype:
     return np.dtype(code)
 
 
+class _Array(np.ndarray):
+    """An array that takes its numbers once.
+
+    NOTE: NumPy frees the numbers that an array has when it gets others, also while a tensor looks
+    at them, and torch makes a tensor of an array if a file asks for it.
+    """
+
+    def __setstate__(self, state: tuple) -> None:
+        """Take numbers."""
+        if self.size:
+            raise _Refused('a second change of a numpy.ndarray')
+        super().__setstate__(state)
+
+    def __reduce__(self) -> tuple:
+        """Be an ordinary array in a file."""
+        return self.view(np.ndarray).__reduce__()
+
+
 def _empty_array(*_: Any) -> np.ndarray:
     """Stand in for NumPy's ``_reconstruct``; a state gives the array its numbers."""
-    return np.empty(0)
+    return _Array(0)
 
 
 def _array_type(*_: Any) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints are read as data: what runs code is refused, whatever way it comes in."""
 
+import copy
 import hashlib
 import io
 import json
@@ -261,6 +262,17 @@ class TestWhatIsNotWritten:
         found = read_checkpoint(pickled(tmp_path, content))
         assert (found, found.names, found.hasobject) == (np.dtype('f8'), None, False)
 
+    def test_an_array_whose_numbers_a_tensor_looks_at(self, tmp_path):
+        # NumPy would free them.
+        state = (1, (2, ), np.dtype('f8'), False, bytes(16))
+        change = pickle.dumps(state, 2)[2:-1] + b'b'
+        tensor = (b'h\xff' + named('torch.float64') + b'X\x03\x00\x00\x00cpu\x89')
+        content = (b'\x80\x02' + named('numpy._core.multiarray._reconstruct') + b')R' + change
+                   + b'q\xff' + named('torch._utils._rebuild_device_tensor_from_numpy') + b'('
+                   + tensor + b'tRh\xff' + change + b'\x86.')
+        with pytest.raises(CheckpointError, match='refused: .* run a second change of a numpy'):
+            read_checkpoint(pickled(tmp_path, content))
+
     @pytest.mark.parametrize('function', ['torch.load', 'torch.hub.load', 'numpy.load'])
     def test_functions_of_known_packages(self, tmp_path, function):
         content = b'\x80\x02' + named(function) + b'X\x01\x00\x00\x00a\x85R.'
@@ -296,6 +308,20 @@ def test_torch_is_not_left_with_other_safe_classes(tmp_path):
         assert set(torch.serialization.get_safe_globals()) == before
 
 
+def test_what_stands_for_a_name_is_not_the_users(tmp_path):
+    path = saved(tmp_path, dict(a=np.arange(3)))
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, np.array([]).__reduce__()[0]]):
+        assert read_checkpoint(path)['a'].tolist() == [0, 1, 2]
+        with pytest.raises(CheckpointError, match=r'refused: .* run numpy\.dtype'):
+            read_checkpoint(saved(tmp_path, dict(a=np.array([{}]))))
+
+
+def test_an_array_is_written_as_any_other(tmp_path):
+    found = read_checkpoint(saved(tmp_path, dict(a=np.arange(3))))
+    again = read_checkpoint(saved(tmp_path, copy.deepcopy(found)))
+    assert again['a'].tolist() == [0, 1, 2]
+
+
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_no_advice_to_be_careless(tmp_path):
     path = tmp_path / 'protocol.pth'
@@ -320,6 +346,7 @@ def test_all_that_a_training_writes(tmp_path, zipped):
     content = dict(
         state_dict=model.state_dict(), optimizer=optimizer.state_dict(), parameter=model[0].bias,
         half=torch.ones(2, dtype=torch.bfloat16), shape=torch.Size([1, 2]), numbers={1, 2},
+        parts=(frozenset([1]), range(3), slice(1)),
         best=np.float64(0.5), count=np.int64(3), flag=np.bool_(True), bytes=b'\xff\x00',
         random=np.random.get_state(), meta=dict(classes=('a', 'b'), none=None),
         message_hub=dict(log_scalars=dict(loss=HistoryBuffer([0.5, 0.25], [1, 1]))))
