@@ -1,5 +1,5 @@
 """What SpaRTAN is given, checked: architecture, options, images, and the weights it loads."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def check_images(x: Tensor, min_size: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)  # twice as fast there
 
 
-def check_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+def check_state_dict(backbone: nn.Module, state_dict: MutableMapping[str, Any], prefix: str
+                     ) -> None:
     """Refuse weights of another architecture or form than the backbone's: a RuntimeError.
 
     mmengine loads pretrained weights leniently and only logs what did not fit: such weights would
@@ -106,6 +107,12 @@ def check_state_dict(backbone: nn.Module, state_dict: Mapping[str, Any], prefix:
             f'{forms[backbone.deploy]}: '
             + ('call switch_to_deploy() before loading it' if deploy
                else 'load it before switch_to_deploy() is called'))
+
+    # Deploy forms were written that have these affines in the convolutions, too.
+    norms = [name for name in expected if '.norm1.' in name or '.norm2.' in name]
+    if deploy and not any('.norm1.' in name for name in given):
+        state_dict.update({prefix + name: torch.full(expected[name], float('weight' in name))
+                           for name in norms if name not in given})
 
     differences = [
         f'stage {i + 1} has {found} blocks instead of {depth}'

@@ -108,6 +108,22 @@ def test_weights_load_into_a_deployed_model():
     assert_close(fresh(x), deployed(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('channel_mixer, folded', [('cmixer', '.norm1.'), ('mlp', '.norm')])
+@torch.no_grad()
+def test_weights_with_the_affines_of_norms_in_the_convolutions(channel_mixer, folded):
+    model = make(channel_mixer=channel_mixer)
+    for name, parameter in model.stages.named_parameters():
+        if '.blocks.' in name and folded in name:
+            parameter.fill_(name.endswith('weight'))
+    deployed, fresh = deploy(model), deploy(make(channel_mixer=channel_mixer))
+    weights = {name: value for name, value in deployed.state_dict().items()
+               if '.blocks.' not in name or folded not in name}
+    assert len(weights) < len(deployed.state_dict())
+    fresh.load_state_dict(weights)
+    x = images(1, 3, 48, 64)
+    assert_close(fresh(x), deployed(x), rtol=0, atol=0)
+
+
 def test_weights_do_not_load_into_the_training_form():
     with pytest.raises(RuntimeError, match='in deploy form, the model is in training form: call '
                                            r'switch_to_deploy\(\) before'):
