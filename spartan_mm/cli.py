@@ -61,21 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=argparse.SUPPRESS)
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ['--help']).command
-    from mmengine.dist import get_world_size
-
-    from .engine.launch import UsageError, reporting
-    with reporting(ImportError):
-        args = make_parser(command).parse_args(argv[1:])
-        try:
-            return args.run(args) or 0
-        except UsageError as error:
-            if get_world_size() > 1:
-                raise  # The other processes have to end, too.
-            print(f'error: {error}', file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print('stopped by Ctrl-C', file=sys.stderr)
-            return 130
+    try:
+        return _run(command, argv[1:])
+    except KeyboardInterrupt:
+        print('stopped by Ctrl-C', file=sys.stderr)
+        return 130
 
 
 def make_overview() -> str:
@@ -84,6 +74,22 @@ def make_overview() -> str:
     lines = [f'  {name:{width}}  {text}' for name, text in COMMANDS.items()]
     return '\n'.join(['SpaRTAN and RT-DETR for OpenMMLab.', '', *lines, '',
                       'spartan-mm COMMAND --help shows an example and the flags.'])
+
+
+def _run(command: str, flags: Sequence[str]) -> int:
+    # These imports take seconds, in which Ctrl-C may come.
+    from mmengine.dist import get_world_size
+
+    from .engine.launch import UsageError, reporting
+    with reporting(ImportError):
+        args = make_parser(command).parse_args(flags)
+        try:
+            return args.run(args) or 0
+        except UsageError as error:
+            if get_world_size() > 1:
+                raise  # The other processes have to end, too.
+            print(f'error: {error}', file=sys.stderr)
+            return 2
 
 
 if __name__ == '__main__':

@@ -51,6 +51,7 @@ def test_list(capsys):
     assert cli.main(['list', 'rtdetr_spartan_?']) == 0
     assert capsys.readouterr().out.split() == ['rtdetr_spartan_t', 'detection']
     assert cli.main(['list', 'no_such_*']) == 1
+    assert capsys.readouterr().err == "error: no model's name matches 'no_such_*'\n"
 
 
 @pytest.mark.parametrize('error, status, message', [
@@ -64,3 +65,12 @@ def test_statuses(error, status, message, monkeypatch, capsys):
     monkeypatch.setattr(command, 'run', run)
     assert cli.main(['list']) == status
     assert capsys.readouterr().err == message
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
+    def make_parser(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, 'make_parser', make_parser)
+    assert cli.main(['list']) == 130
+    assert capsys.readouterr().err == 'stopped by Ctrl-C\n'

@@ -65,10 +65,9 @@ def add_run(parser: ArgumentParser) -> None:
 
 def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
     """Add ``--seed``."""
+    shown = 'random' if default is None else default
     parser.add_argument('--seed', type=int, default=default, metavar='N',
-                        help=f'seed of all random numbers (default: {default or "random"})'
-                        if default is None else
-                        'seed of all random numbers (default: %(default)s)')
+                        help=f'seed of all random numbers (default: {shown})')
 
 
 def add_looked_at(parser: ArgumentParser, several: bool = True) -> None:

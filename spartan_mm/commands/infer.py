@@ -9,6 +9,8 @@ these and their scores. The config says which of the two it is.
 import sys
 from argparse import ArgumentParser, Namespace
 
+from ..engine.launch import choose_device
+from ..files import check_writable
 from ..inference import find_source, infer, load_model
 from .arguments import add_batch_size, add_device, add_out_dir, add_score_thr, positive
 
@@ -33,7 +35,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Infer, and say what was found."""
     source = find_source(args.input, args.out_dir)
-    model = load_model(args.config, args.checkpoint, args.device)
+    check_writable(args.out_dir / 'results.json')
+    model = load_model(args.config, args.checkpoint, choose_device(args.device))
     report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
 
     pictures = f'{len(report.results)} pictures'

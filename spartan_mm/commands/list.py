@@ -4,6 +4,7 @@
 
 Every command takes such a name in place of a config file.
 """
+import sys
 from argparse import ArgumentParser, Namespace
 
 from .. import zoo
@@ -22,4 +23,6 @@ def run(args: Namespace) -> int:
     names = zoo.list_models(args.pattern, args.task)
     for name in names:
         print(f'{name:32} {zoo.task_of(name)}')
+    if not names:
+        print(f"error: no model's name matches {args.pattern!r}", file=sys.stderr)
     return int(not names)

@@ -15,6 +15,7 @@ from ..analysis.look_inside.spectra import CUTOFF, WINDOWS, collect, draw_spectr
 from ..analysis.style import write_figure
 from ..files import check_writable, write_json
 from ..inference import find_images
+from ..text import count
 from .arguments import add_device, add_images, add_looked_at, add_out_dir, add_random, add_seed
 
 
@@ -43,8 +44,7 @@ def run(args: Namespace) -> None:
     stages = collect(backbone, (read(path) for path in track(images, description='collecting')),
                      args.window)
 
-    plural = 's' if len(images) > 1 else ''
-    write_figure(target, draw_spectra(stages, f'{given.title}, {len(images)} image{plural}'))
+    write_figure(target, draw_spectra(stages, f'{given.title}, {count(len(images), "image")}'))
     write_json(target.with_suffix('.json'), dict(
         model=given.name, checkpoint=given.checkpoint, random_weights=not given.trained,
         weights=digest_weights(given.named.model), images=len(images), window=args.window,

@@ -2,7 +2,7 @@
 
     spartan-mm test rtdetr_spartan_t epoch_72.pth --out predictions.pkl
 
-For several processes, see tools/dist_test.sh.
+For several processes, see tools/dist_test.sh; a wheel has it in spartan_mm/.mim/tools.
 """
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace

@@ -3,7 +3,8 @@
     spartan-mm train rtdetr_spartan_t --auto-scale-lr --resume
 
 Checkpoints and logs go to the work dir. Given again after an interruption, the same command goes
-on from the last checkpoint. For several processes, see tools/dist_train.sh.
+on from the last checkpoint. For several processes, see tools/dist_train.sh; a wheel has it in
+spartan_mm/.mim/tools.
 """
 import os
 from argparse import ArgumentParser, Namespace

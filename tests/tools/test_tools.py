@@ -168,6 +168,16 @@ class TestInfer:
         assert stopped.value.code == 2
         assert message in capfd.readouterr().err
 
+    def test_no_place(self, run_here):
+        with pytest.raises(SystemExit, match='results.json cannot be written: .* is a file'):
+            run_here('infer', 'pictures', 'user_detector.py', 'none.pth', '--out-dir',
+                     'user_detector.py')
+
+    def test_no_such_device(self, run_here):
+        output = run_here('infer', 'pictures', 'user_detector.py', 'none.pth', '--device',
+                          'cuda:99', status=2)
+        assert "error: device 'cuda:99': torch finds" in output
+
     def test_folder(self, trained, user_project, run_here, tmp_path):
         work_dir, _ = trained
         output = run_here('infer', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
