@@ -53,9 +53,9 @@ class MMCVExtStandIn(ModuleType):
         """Greedy non-maximum suppression with torchvision, in the terms of mmcv's op.
 
         Args:
-            boxes: corners x1, y1, x2, y2, shape (N, 4).
-            scores: shape (N,).
-            iou_threshold: a box is dropped if it overlaps a better one by more than this.
+            boxes: Corners x1, y1, x2, y2, shape (N, 4).
+            scores: Shape (N,).
+            iou_threshold: A box is dropped if it overlaps a better one by more than this.
             offset: 0 for a width of x2 - x1; 1 for x2 - x1 + 1, the convention in which x2 and y2
                 name the last pixel inside.
 
@@ -63,7 +63,7 @@ class MMCVExtStandIn(ModuleType):
             Indices of the kept boxes, best score first, shape (K,).
 
         Raises:
-            ImportError: if torchvision is missing.
+            ImportError: Torchvision is missing.
         """
         try:
             from torchvision.ops import nms

@@ -27,10 +27,10 @@ def check_writable(path: str | Path) -> None:
     """Check before long work that its result has a place, as far as one can tell by looking.
 
     Args:
-        path: the file to write; its folder need not exist.
+        path: The file to write; its folder need not exist.
 
     Raises:
-        UnwritableError: it is a folder, or its folder is a file or closed to this user.
+        UnwritableError: It is a folder, or its folder is a file or closed to this user.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -50,13 +50,13 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
     for what it stood for before.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: The file; its folder is made if need be.
 
     Yields:
         The file, open for bytes.
 
     Raises:
-        UnwritableError: the file cannot be written, for want of space for example.
+        UnwritableError: The file cannot be written, for want of space for example.
 
     Example:
         >>> import pathlib, tempfile

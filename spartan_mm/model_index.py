@@ -38,13 +38,13 @@ def read_metafiles(folder: str | Path | None = None) -> dict[str, dict[str, Any]
     """Read what ``model-index.yml`` and the metafiles that it imports say of the models.
 
     Args:
-        folder: the one that holds ``model-index.yml``; None for this package's own.
+        folder: The one that holds ``model-index.yml``; None for this package's own.
 
     Returns:
         The entry of each model by its name, in their order.
 
     Raises:
-        ValueError: if two models have the same name.
+        ValueError: Two models have the same name.
     """
     folder = root() if folder is None else Path(folder)
     models = {}
@@ -60,11 +60,11 @@ def list_models(pattern: str = '*', task: str | None = None) -> list[str]:
     """List the names that :func:`get_config` and :func:`get_model` take.
 
     Args:
-        pattern: which names, with the wildcards of a shell, such as ``'rtdetr_*'``.
+        pattern: Which names, with the wildcards of a shell, such as ``'rtdetr_*'``.
         task: 'detection' or 'classification'; None for both.
 
     Raises:
-        ValueError: if there is no such task.
+        ValueError: There is no such task.
 
     Example:
         >>> list_models('rtdetr_spartan_?', task='detection')
@@ -88,10 +88,10 @@ def config_path(name: str) -> str:
     ``_base_ = __import__('spartan_mm').config_path('rtdetr_spartan_t')``.
 
     Args:
-        name: one of :func:`list_models`.
+        name: One of :func:`list_models`.
 
     Raises:
-        UnknownModelError: if there is no such model; the message has the closest names.
+        UnknownModelError: There is no such model; the message has the closest names.
 
     Example:
         >>> config_path('rtdetr_spartan_t')
@@ -119,10 +119,10 @@ def find_config(name_or_path: str | Path) -> Path:
     """Find a config by its path, or by the name of a model.
 
     Args:
-        name_or_path: a file that exists, or one of :func:`list_models`.
+        name_or_path: A file that exists, or one of :func:`list_models`.
 
     Raises:
-        FileNotFoundError: if it is neither.
+        FileNotFoundError: It is neither.
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
@@ -136,11 +136,11 @@ def get_config(name: str) -> Config:
     """Read the config of a model and register what it names.
 
     Args:
-        name: one of :func:`list_models`.
+        name: One of :func:`list_models`.
 
     Raises:
-        UnknownModelError: if there is no such model; the message has the closest names.
-        ImportError: if what the model's task needs is not installed; the message says what to do.
+        UnknownModelError: There is no such model; the message has the closest names.
+        ImportError: What the model's task needs is not installed; the message says what to do.
     """
     path = config_path(name)
     importlib.import_module(f'spartan_mm.{task_of(name)}')

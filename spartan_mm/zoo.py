@@ -38,15 +38,15 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
     those of a backbone for which the config names a pretrained file.
 
     Args:
-        name: one of :func:`list_models`, or a config, for a model with other settings.
-        pretrained: a checkpoint with all weights, a local path or a URL; None for random weights.
-        num_classes: number of classes; None for what the config says.
+        name: One of :func:`list_models`, or a config, for a model with other settings.
+        pretrained: A checkpoint with all weights, a local path or a URL; None for random weights.
+        num_classes: Number of classes; None for what the config says.
 
     Raises:
-        UnknownModelError: if there is no such model; the message has the closest names.
-        ImportError: if what the model's task needs is not installed; the message says what to do.
-        FileNotFoundError: if there is no checkpoint at the path ``pretrained``.
-        CheckpointError: if the checkpoint belongs to another architecture.
+        UnknownModelError: There is no such model; the message has the closest names.
+        ImportError: What the model's task needs is not installed; the message says what to do.
+        FileNotFoundError: There is no checkpoint at the path ``pretrained``.
+        CheckpointError: The checkpoint belongs to another architecture.
 
     Example:
         >>> model = get_model('spartan_xt', num_classes=10)

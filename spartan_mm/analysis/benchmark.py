@@ -81,10 +81,10 @@ class Workload:
                 raise UsageError(f'sizes {self.sizes} must be pairs of positive numbers')
         if self.sizes is not None and self.multi_scale:
             raise UsageError('sizes are given, and those of multi-scale training asked for: '
-                                 'choose one of the two')
+                             'choose one of the two')
         if self.device.partition(':')[0] not in ('cpu', 'cuda', 'meta'):
             raise UsageError(f'device {self.device!r} must be cpu or cuda, or one such as '
-                                 'cuda:1')
+                             'cuda:1')
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Subject:
             self._training_sizes() if workload.multi_scale else (named.shape, ))
         if None in self.sizes:
             raise UsageError(f'{form.model} does not say in its test pipeline how large the '
-                                 'images are; give a size')
+                             'images are; give a size')
         inputs = {size: self._make_inputs(size) for size in self.sizes}
         self.inputs = [inputs[size] for size in self.sizes]
         self.step_index = 0
@@ -296,7 +296,7 @@ class Subject:
         backbone = getattr(model, 'backbone', model)
         if not isinstance(backbone, SpaRTAN):
             raise UsageError(f'{self.form.model} has no SpaRTAN backbone, which alone has the '
-                                 f'form "{self.form.label}"')
+                             f'form "{self.form.label}"')
         return backbone
 
     def _make_inputs(self, size: tuple[int, int]) -> tuple[Tensor, Any]:
@@ -324,7 +324,7 @@ class Subject:
                  for size in getattr(augment, 'sizes', ())]
         if not sizes:
             raise UsageError(f'{self.form.model} does not train at several scales: it has no '
-                                 'BatchRandomResize')
+                             'BatchRandomResize')
         return tuple(sizes)
 
 
@@ -485,8 +485,8 @@ def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
         Seconds of each part, as medians over the steps.
     """
     if subject.config is None:
-        raise UsageError(f'{subject.form.model} has no config, which says how it is optimised: '
-                             'measure the parts of a model that has one')
+        raise UsageError(f'{subject.form.model} has no config, which says how it is optimized: '
+                         'measure the parts of a model that has one')
     model, timer = subject.model, PartTimer(subject.device)
     for name, part in (('backbone', 'backbone'), ('neck', 'neck'), ('decoder', 'decoder'),
                        ('head', 'head')):

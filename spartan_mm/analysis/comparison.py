@@ -141,7 +141,7 @@ def compare(names: Sequence[str], shape: tuple[int, int] | None = None, deploy: 
     unknown = accuracies.keys() - set(names)
     if unknown:
         raise UsageError(f'an accuracy is given for {", ".join(sorted(unknown))}, but the '
-                             f'models are {", ".join(names)}')
+                         f'models are {", ".join(names)}')
     rows = []
     for name in dict.fromkeys(names):
         report(f'{name}: counting')

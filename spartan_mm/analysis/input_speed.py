@@ -111,7 +111,7 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
     """Make pictures and let a dataset's config point to them."""
     if 'pipeline' not in dataset:
         raise UsageError(f'the data of {dataset.type} is not there, and pictures can be made '
-                             'up only for a dataset with a pipeline of its own')
+                         'up only for a dataset with a pipeline of its own')
     classes = getattr(DATASETS.get(dataset.type), 'METAINFO', {}).get('classes') or ('object', )
     height, width = _SIZES[task]
     random = np.random.default_rng(0)

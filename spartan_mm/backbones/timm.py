@@ -25,7 +25,7 @@ class TIMMFeatures(BaseModule):
         pretrained: Whether `init_weights`, which mmengine calls before a training, loads timm's
             pretrained weights; they are downloaded unless `pretrained_cfg_overlay=dict(file=...)`
             names a local file.
-        normalize: Whether images come in RGB with values from 0 to 1 and are normalised here as the
+        normalize: Whether images come in RGB with values from 0 to 1 and are normalized here as the
             model was pretrained, which every model of timm knows about itself.
         init_cfg: See mmengine's BaseModule; must be None, see `pretrained`.
         kwargs: What else `timm.create_model` takes, such as `drop_path_rate`.

@@ -1,4 +1,4 @@
-"""The datasets of a config, checked before a long run: what ``tools/check_dataset.py`` calls.
+"""The datasets of a config, checked before a long run: ``spartan-mm check-data``.
 
 A training refuses what is an error here, in the same words: annotation files when they are loaded,
 the rest by ``PreflightHook``.

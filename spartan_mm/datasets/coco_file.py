@@ -1,6 +1,6 @@
 """COCO annotation files: read, examined from end to end, and described by findings.
 
-What a dataset refuses, what ``tools/check_dataset.py`` reports and what evaluation insists on is
+What a dataset refuses, what ``spartan-mm check-data`` reports and what evaluation insists on is
 said here once, in the same words.
 """
 

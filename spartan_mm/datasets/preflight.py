@@ -20,7 +20,7 @@ class PreflightHook(Hook):
 
     What annotation files say was checked when the datasets were loaded, and the classes of the
     heads are by ``ClassCountCheckHook``. Here the folders of the images are listed, without opening
-    an image, and strange boxes and classes are counted; ``tools/check_dataset.py`` says more, in
+    an image, and strange boxes and classes are counted; ``spartan-mm check-data`` says more, in
     the same words. The first process looks, and all stop together.
     """
 

@@ -47,7 +47,7 @@ class CheckedCocoMetric(CocoMetric):
     Raises:
         FileNotFoundError: There is no annotation file.
         DataError: It is not what it should be.
-        ImportError: Faster_coco_eval is to be used and not installed.
+        ImportError: The backend is faster_coco_eval, and that is not installed.
         ValueError: There is no such backend, or it is not the one that ``use_mp_eval`` is for.
     """
 

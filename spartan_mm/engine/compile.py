@@ -31,7 +31,7 @@ def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | Non
         options: Others of torch.compile.
 
     Raises:
-        RuntimeError: Torch.compile knows no such mode; the message lists them.
+        RuntimeError: ``torch.compile`` knows no such mode; the message lists them.
     """
     model = model.module if is_model_wrapper(model) else model
     parts = [model]

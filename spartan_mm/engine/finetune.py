@@ -63,7 +63,7 @@ class FineTuneHook(StrictCheckpointHook):
     checkpoint and training set both know by name go to its new place, and the rows of all others
     keep the initialization of the config. Where one of them has no names, an equal number of
     classes is taken for the same classes, and another number for other classes. The log says what
-    was done. ``tools/train.py`` registers this hook by itself.
+    was done. ``spartan-mm train`` registers this hook by itself.
 
     NOTE: mmengine loads whatever has the same name and shape and warns of the rest: a checkpoint
     of the same number of other classes would start with the heads of the wrong ones.

@@ -40,8 +40,6 @@ VISUALIZATION_HOOKS = {
 TIMEOUT = 1800
 
 
-
-
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
                 launcher: str = 'none') -> Config:
     """Read a config and apply the flags that every command has.

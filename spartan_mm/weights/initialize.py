@@ -12,6 +12,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
 from ..errors import CheckpointError
+from ..text import join
 from .converters.common import load_checkpoint, pick_state_dict
 from .converters.rtdetr import convert_resnet_vd
 from .converters.spartan import convert_spartan_backbone
@@ -72,15 +73,16 @@ class CheckedPretrained:
         load_all_weights(module, chosen, self.checkpoint,
                          f'Give {name} the options that the weights were trained with')
 
-        # Nothing below has weights left to initialise.
+        # Nothing below has weights left to initialize.
         for part in module.modules():
             if isinstance(part, BaseModule):
                 part.is_init = True
         if hasattr(module, '_params_init_info'):
             update_init_info(module, f'{type(self).__name__}: from {self.checkpoint}')
         place = f' ({self.prefix}*)' if self.prefix else ''
+        others = join(skipped, _MAX_NAMED, 'nothing')
         print_log(f'{name}: loaded {len(chosen)} of {len(module.state_dict())} tensors from '
-                  f'{self.checkpoint}{place}; skipped: {_join(skipped)}', 'current')
+                  f'{self.checkpoint}{place}; skipped: {others}', 'current')
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -158,8 +160,3 @@ def without_pretrained(settings: Any) -> Any:
 
 def _loads(init_cfg: Any) -> bool:
     return isinstance(init_cfg, dict) and init_cfg.get('checkpoint') is not None
-
-
-def _join(keys: list[str]) -> str:
-    more = f', ... ({len(keys)} in all)' if len(keys) > _MAX_NAMED else ''
-    return (', '.join(keys[:_MAX_NAMED]) or 'nothing') + more

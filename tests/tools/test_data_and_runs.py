@@ -136,7 +136,7 @@ class TestFilesOfBoth:
         for name in ('found.pth', 'half.pkl'):
             said, _ = fail_here(command, 'user_detector.py', name)
             assert said.startswith(f'error: {name} cannot be read as predictions (')
-            assert said.endswith('make it with `tools/test.py CONFIG CHECKPOINT --out FILE.pkl`')
+            assert said.endswith('make it with `spartan-mm test CONFIG CHECKPOINT --out FILE.pkl`')
 
     @pytest.mark.parametrize('place', ['pictures/1.png', 'pictures/1.png/deeper'])
     def test_no_place(self, fail_here, detections, command, place):

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from ...errors import UsageError
 from ...files import write_json
+from ...text import count
 from ..style import COLOURS, Figure, finish, new_figure
 
 #: Orders of the released settings, in parts of n - 2.
@@ -70,7 +71,7 @@ class Settings:
         contexts: Number of contexts for each pair and order; all there are if that is not more.
         fractions: Orders m in parts of n - 2, each from 0 to 1.
         distance: The largest distance in a pair, in patches along either side; None for any.
-        baseline: What a patch that is left out is filled with: 'zero' after the normalisation of
+        baseline: What a patch that is left out is filled with: 'zero' after the normalization of
             the model's input (the average colour of the training images), or 'mean', the average
             colour of the image.
         target: The class whose log odds f is: 'predicted', what the model takes the whole image
@@ -538,9 +539,8 @@ def draw_strengths(curves: Mapping[str, np.ndarray], settings: Settings, images:
     axes.set_xlabel('order m, in parts of n − 2', fontsize=12)
     axes.set_ylabel('relative strength $J^{(m)}$', fontsize=12)
     axes.tick_params(labelsize=11)
-    plural = 's' if images > 1 else ''
     figure.supxlabel(
-        f'{images} image{plural}, {settings.grid}×{settings.grid} patches, {settings.pairs} pairs, '
-        f'{settings.contexts} contexts', fontsize=10, color='0.35', x=0.01, ha='left')
+        f'{count(images, "image")}, {settings.grid}×{settings.grid} patches, {settings.pairs} '
+        f'pairs, {settings.contexts} contexts', fontsize=10, color='0.35', x=0.01, ha='left')
     axes.legend(frameon=False, fontsize=11)
     return figure

@@ -1,4 +1,4 @@
-"""The predictions that ``tools/test.py --out`` wrote, with the dataset that they belong to."""
+"""The predictions that ``spartan-mm test --out`` wrote, with the dataset that they belong to."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ...inference import Detections
 from ...requirements import require
 
-_REMEDY = 'make it with `tools/test.py CONFIG CHECKPOINT --out FILE.pkl`'
+_REMEDY = 'make it with `spartan-mm test CONFIG CHECKPOINT --out FILE.pkl`'
 
 
 class DetectionDataset(Protocol):
@@ -106,7 +106,7 @@ def read_results(config: Config, path: str | Path) -> DetectorResults | Classifi
 
     Args:
         config: A detector's, whose ``default_scope`` is 'mmdet', or else a classifier's.
-        path: The file that ``tools/test.py CONFIG CHECKPOINT --out FILE.pkl`` wrote.
+        path: The file that ``spartan-mm test CONFIG CHECKPOINT --out FILE.pkl`` wrote.
 
     Raises:
         FileNotFoundError: There is no such file, or a file of the dataset is missing.
@@ -137,7 +137,7 @@ def read_results(config: Config, path: str | Path) -> DetectorResults | Classifi
 
 
 def read_predictions(path: str | Path) -> dict[Any, Detections]:
-    """Read a detector's predictions by image id from the file that ``tools/test.py --out`` writes.
+    """Read a detector's predictions by image id from what ``spartan-mm test --out`` wrote.
 
     The file is a pickle, which can hold code: read none from strangers.
 
@@ -158,7 +158,7 @@ def collect_predictions(samples: Iterable[Mapping[str, Any]]) -> dict[Any, Detec
 
     Args:
         samples: Mmdet's ``DetDataSample`` of a model's ``test_step``, or the dicts of the pickle
-            file that ``tools/test.py --out`` writes.
+            file that ``spartan-mm test --out`` writes.
     """
     predictions = {}
     for sample in samples:
@@ -174,7 +174,7 @@ def collect_outcomes(samples: Iterable[Mapping[str, Any]]) -> Outcomes:
 
     Args:
         samples: Mmpretrain's ``DataSample`` of a model's ``test_step``, or the dicts of the pickle
-            file that ``tools/test.py --out`` writes; of one class each.
+            file that ``spartan-mm test --out`` writes; of one class each.
     """
     paths, truths, scores = [], [], []
     for sample in samples:

@@ -172,7 +172,7 @@ def _view_batches(config: Config, loader: Mapping[str, Any], packed: list[dict[s
 
 
 def _restore(images: torch.Tensor, preprocessor: nn.Module) -> tuple[torch.Tensor, bool]:
-    """Undo the normalisation of a batch.
+    """Undo the normalization of a batch.
 
     Returns:
         Images (N, 3, H, W) from 0 to 255, and whether their channels are in BGR order.

@@ -91,7 +91,7 @@ class RunReport:
 
     Args:
         run: The run.
-        predictions: The file that ``tools/test.py --out`` wrote, a pickle, which can hold code:
+        predictions: The file that ``spartan-mm test --out`` wrote, a pickle, which can hold code:
             take none from strangers. None for the latest one in the folder of the run.
         score_threshold: The least score of a detection that is drawn, or counts as an error.
         images: Number of images beside their ground truth.
@@ -113,7 +113,7 @@ class RunReport:
         self._results: DetectorResults | ClassifierResults | None = None
         # Why there are none.
         self._reason = f'no predictions in {run.folder}' + (
-            f': `python tools/report.py {shlex.quote(str(run.folder))} --test` makes them'
+            f': `spartan-mm report {shlex.quote(str(run.folder))} --test` makes them'
             if run.last else ', and no checkpoint yet to make them with')
         if predictions is not None:
             self._take(Path(predictions))

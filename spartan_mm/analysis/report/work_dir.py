@@ -106,7 +106,7 @@ class Run:
         """The command that makes predictions."""
         named = self._config_files
         config = named[-1] if named else self.config_path or 'CONFIG'
-        return shlex.join(['python', 'tools/test.py', str(config), str(self.last or 'CHECKPOINT'),
+        return shlex.join(['spartan-mm', 'test', str(config), str(self.last or 'CHECKPOINT'),
                            '--work-dir', str((self.folder / PREDICTIONS).parent),
                            '--out', str(self.folder / PREDICTIONS)])
 

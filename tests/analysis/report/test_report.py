@@ -112,7 +112,7 @@ def test_training_in_progress(user, tmp_path, render):
     html, missing = render(folder)
     assert 'unfinished, epoch 1 of 2' in html and '<b>0.250</b><span>AP, last validation' in html
     assert len(missing) == 6 and set(missing) == {
-        f'no predictions in {folder}: `python tools/report.py {folder} --test` makes them'}
+        f'no predictions in {folder}: `spartan-mm report {folder} --test` makes them'}
 
 
 def test_hardly_anything_left(detector, render):
