@@ -51,7 +51,7 @@ class FiniteNumbersHook(Hook):
 
     With 'stop', the training ends with an error that names the images and the terms. Whatever the
     action, the batch, the weights and buffers before it, and the states of the random number
-    generators are kept in ``nonfinite/`` of the work dir, for ``tools/dev/replay_batch.py``.
+    generators are kept in ``nonfinite/`` of the work dir, for ``spartan-mm replay``.
 
     In mixed precision with a loss scale, an overflow of the *scaled* gradient is part of the
     method: the scaler leaves the step out and lowers the scale. That is no reason to stop, unless
@@ -278,7 +278,7 @@ class FiniteNumbersHook(Hook):
         paths = [str(path) for path in dist.all_gather_object(path) if path is not None]
         if not paths:
             return ''
-        return (f'; replay it with `python tools/dev/replay_batch.py CONFIG {paths[0]}`'
+        return (f'; replay it with `spartan-mm replay CONFIG {paths[0]}`'
                 + (f' ({len(paths)} processes wrote one)' if len(paths) > 1 else ''))
 
 

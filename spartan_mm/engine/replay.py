@@ -17,6 +17,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..files import write_whole
+from ..model_index import find_config
 from ..weights.loading import load_all_weights
 from .random_state import set_random_state
 
@@ -61,7 +62,7 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
     terms; another kind of device draws other random numbers.
 
     Args:
-        config: The config of the training.
+        config: The config of the training, a file or the name of a model.
         path: What :class:`FiniteNumbersHook` has written.
         device: Such as 'cpu' or 'cuda:0'; None for the kind that the training ran on, if there is
             one.
@@ -71,9 +72,7 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
         ValueError: The file is not a dump.
         CheckpointError: The weights in it are not those of the config's model.
     """
-    if not Path(config).is_file():
-        raise FileNotFoundError(f'config {config} does not exist')
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(find_config(config))
     about, weights, batches, states = read_dump(path)
     if device is None:
         device = get_device() if about['device'] != 'cpu' else 'cpu'

@@ -1,7 +1,5 @@
 """A NaN never reaches the weights, and the batch that made it can be run again."""
 
-import runpy
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +14,11 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
 
+from spartan_mm.cli import main
 from spartan_mm.engine import nan_guard
 from spartan_mm.engine.nan_guard import FiniteNumbersHook, NonFiniteError
 from spartan_mm.engine.replay import pack, read_dump, replay, unpack
 
-ROOT = Path(__file__).parents[2]
 BAD = 5  # the image that makes trouble; batches of 2, so in the third iteration
 
 
@@ -221,17 +219,17 @@ class TestReplay:
         with pytest.raises(ValueError, match=r'code\.pth is no dump'):
             read_dump(tmp_path / 'code.pth')
 
-    def test_command(self, config, tmp_path, monkeypatch, capsys):
-        def run(*arguments):
-            monkeypatch.setattr(sys, 'argv', ['replay_batch.py', *map(str, arguments)])
-            runpy.run_path(str(ROOT / 'tools/dev/replay_batch.py'), run_name='__main__')
-
-        with pytest.raises(SystemExit, match='^error: config none.py does not exist$'):
-            run('none.py', 'x')
+    def test_command(self, config, tmp_path, capsys):
+        with pytest.raises(SystemExit, match='^error: .*none.py'):
+            main(['replay', 'none.py', 'x'])
+        config.dump(tmp_path / 'config.py')
+        (tmp_path / 'text.pth').write_text('no dump')
+        assert main(['replay', str(tmp_path / 'config.py'), str(tmp_path / 'text.pth')]) == 2
         with pytest.raises(NonFiniteError):
             train(config)
         capsys.readouterr()
-        run(tmp_path / 'config.py', tmp_path / 'work/nonfinite/iter_3_rank_0.pth')
+        dump = tmp_path / 'work/nonfinite/iter_3_rank_0.pth'
+        assert main(['replay', str(tmp_path / 'config.py'), str(dump)]) == 0
         written = capsys.readouterr().out
         assert 'iteration 3 of epoch 1: the loss was not finite' in written
         assert 'image 5.png' in written and 'the terms are those of the training' in written

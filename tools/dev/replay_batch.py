@@ -1,46 +1,7 @@
-"""Run a batch once more that stopped a training by a NaN or infinite loss or gradient.
+"""Run a batch once more that stopped a training: ``spartan-mm replay``."""
+import sys
 
-The training says where it kept the batch: nonfinite/ in its work dir. Weights, images and random
-numbers are the ones of that moment. Printed are the terms of the loss, then and now, the first
-layer that makes something not finite of finite inputs, and the gradients that are not finite.
-"""
-
-import argparse
-
-from spartan_mm.engine.launch import reporting
-from spartan_mm.engine.replay import replay
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file of the training')
-    parser.add_argument('dump', help='what the training kept, such as '
-                                     'work_dirs/x/nonfinite/iter_12_rank_0.pth')
-    parser.add_argument('--device', help="such as 'cpu' or 'cuda:0' (default: as the training)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    with reporting(ValueError):
-        result = replay(args.config, args.dump, args.device)
-
-    about = result.about
-    print(f'iteration {about["iteration"]} of epoch {about["epoch"]}: {about["what"]} was not '
-          'finite')
-    for then, now in zip(about['passes'], result.terms, strict=True):
-        print(f'images: {", ".join(then["images"])}')
-        width = max(map(len, now))
-        print(f'  {"term":<{width}} {"then":>12} {"now":>12}')
-        for name, value in then['terms'].items():
-            print(f'  {name:<{width}} {value:12.6g} {now[name]:12.6g}')
-    print('the terms are those of the training' if not result.differences() else
-          f'other than in the training: {", ".join(result.differences())}')
-    print(f'first output that is not finite: {", ".join(result.first_broken) or "none"}')
-    print(f'{len(result.broken_gradients)} gradients are not finite: '
-          f'{", ".join(result.broken_gradients[:5]) or "none"}')
-
+from spartan_mm.cli import main
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main(['replay', *sys.argv[1:]]))
