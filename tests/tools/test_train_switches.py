@@ -1,6 +1,5 @@
 """The switches for scaling, each in a few iterations of a user's classifier on the CPU."""
 
-import os
 import shutil
 from itertools import count
 
@@ -157,8 +156,6 @@ def test_compile(train):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif('SLOW_TESTS' not in os.environ,
-                    reason='takes minutes; set SLOW_TESTS=1 to run it')
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'c++'))),
                     reason='torch.compile needs a C++ compiler on a CPU, and there is none')
 def test_compile_to_machine_code(train):
