@@ -85,7 +85,7 @@ def check_state_dict(backbone: nn.Module, state_dict: MutableMapping[str, Any], 
 
     mmengine loads pretrained weights leniently and only logs what did not fit: such weights would
     leave most of the backbone random without stopping anybody. `prefix` is what its names begin
-    with in `state_dict`.
+    with in `state_dict`, which gets what an older deploy form had no need to hold.
     """
     given = {name[len(prefix):]: tuple(getattr(value, 'shape', ()))
              for name, value in state_dict.items() if name.startswith(prefix)}
@@ -108,11 +108,13 @@ def check_state_dict(backbone: nn.Module, state_dict: MutableMapping[str, Any], 
             + ('call switch_to_deploy() before loading it' if deploy
                else 'load it before switch_to_deploy() is called'))
 
-    # Deploy forms were written that have these affines in the convolutions, too.
-    norms = [name for name in expected if '.norm1.' in name or '.norm2.' in name]
+    # Deploy forms were written that have the affines of norms before linear mixers folded, too.
+    waves = any('.cmixer.refine.' in name for name in expected)  # their argmax is not linear
+    norms = ('.norm1.', ) if waves else ('.norm1.', '.norm2.')
     if deploy and not any('.norm1.' in name for name in given):
-        state_dict.update({prefix + name: torch.full(expected[name], float('weight' in name))
-                           for name in norms if name not in given})
+        state_dict.update({prefix + name: torch.full(shape, float('weight' in name))
+                           for name, shape in expected.items()
+                           if any(norm in name for norm in norms) and name not in given})
 
     differences = [
         f'stage {i + 1} has {found} blocks instead of {depth}'

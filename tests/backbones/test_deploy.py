@@ -124,6 +124,14 @@ def test_weights_with_the_affines_of_norms_in_the_convolutions(channel_mixer, fo
     assert_close(fresh(x), deployed(x), rtol=0, atol=0)
 
 
+def test_affines_that_an_argmax_looks_at_are_not_made_up():
+    deployed = deploy(make())
+    weights = {name: value for name, value in deployed.state_dict().items()
+               if '.blocks.' not in name or '.norm' not in name}
+    with pytest.raises(RuntimeError, match=r'Missing key.*norm2\.weight'):
+        deployed.load_state_dict(weights)
+
+
 def test_weights_do_not_load_into_the_training_form():
     with pytest.raises(RuntimeError, match='in deploy form, the model is in training form: call '
                                            r'switch_to_deploy\(\) before'):
