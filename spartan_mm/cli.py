@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .errors import UsageError
 from .version import __version__
 
 #: What each command does. It lives in ``commands/``, with an underscore for the hyphen.
@@ -81,7 +82,7 @@ def _run(command: str, flags: Sequence[str]) -> int:
     # These imports take seconds, in which Ctrl-C may come.
     from mmengine.dist import get_world_size
 
-    from .engine.launch import UsageError, reporting
+    from .engine.launch import reporting
     with reporting(ImportError):
         args = make_parser(command).parse_args(flags)
         try:

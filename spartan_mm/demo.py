@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from . import zoo
+from .datasets.check import SPLITS
 from .errors import ExplainedError
 from .text import Console
 
 FAILED, BELOW_BAR, INTERRUPTED = 1, 3, 130
-SPLITS = ('train', 'val', 'test')
 NUM_SHOWN = 8  # pictures to infer on
 SCORE_THRESHOLD = 0.4  # of detections that are drawn
 

@@ -95,6 +95,7 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, the whole file or none."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
+    # Bytes of a name that are no UTF-8 become escapes, which JSON reads as Python's own names.
     with write_whole(path) as file:
         file.write(f'{text}\n'.encode(errors='backslashreplace'))
 

@@ -3,7 +3,6 @@
 NOTE: The toolboxes' inferencers load what fits of a checkpoint, be it nothing; mmdet's
 ``inference_detector`` takes no batches. The models here insist on weights that fit.
 """
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
@@ -24,6 +23,7 @@ from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .errors import ExplainedError
+from .files import write_json
 from .weights.loading import find_meta, load_for_inference
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
@@ -362,9 +362,7 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             film.release()
     content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
                    results=report.results, failures=report.failures)
-    # Bytes of a name that are no UTF-8 become escapes, which JSON reads as Python's own names.
-    (out_dir / 'results.json').write_text(json.dumps(content, ensure_ascii=False, indent=1),
-                                          encoding='utf-8', errors='backslashreplace')
+    write_json(out_dir / 'results.json', content)
     return report
 
 

@@ -3,7 +3,8 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -28,21 +29,23 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def join(items: Iterable[object], limit: int = 8, none: str = 'none') -> str:
+def join(items: Iterable[Any], limit: int = 8, none: str = 'none',
+         write: Callable[[Any], str] = str) -> str:
     """Name some things, or the first of them and their number if there are many.
 
     Args:
-        items: Written with ``str``.
+        items: The things.
         limit: The most that are named.
         none: What to say if there are none.
+        write: Writes one.
 
     Example:
         >>> join(['cat', 'dog']), join([]), join(range(9), limit=2)
         ('cat, dog', 'none', '0, 1, ... (9 in all)')
     """
-    items = [str(item) for item in items]
+    items = list(items)
     more = f', ... ({len(items)} in all)' if len(items) > limit else ''
-    return (', '.join(items[:limit]) or none) + more
+    return (', '.join(map(write, items[:limit])) or none) + more
 
 
 def count(number: int, noun: str) -> str:

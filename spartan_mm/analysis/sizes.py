@@ -1,5 +1,6 @@
 """How large models are: parameters, operations and kernels by module, memory of a step."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from ..text import first_line, markdown
 from ..weights.forms import is_deployed, switch_to_deploy
 from .kernels import KernelCount, count_kernels
 from .models import CannotRunError, load_named_model
+
+# What PyTorch's profiler, which measures memory on a CPU, says about itself.
+os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 aten = torch.ops.aten
 

@@ -9,7 +9,6 @@ CONFIG is a config file, the name of a model, the arch of a SpaRTAN backbone (xt
 another package: timm:NAME, mmpretrain:NAME, mmdet:NAME. Forms that are measured beside each other
 take turns, so that ratios do not depend on what else is running.
 """
-import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +20,6 @@ from ..analysis.kernels import kernels_table
 from ..files import check_writable, write_json
 from ..text import Console
 from .arguments import add_batch_size, add_rounds, add_size, add_work
-
-# What PyTorch's profiler, which measures memory on a CPU, says about itself.
-os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 AUTHORS = 'authors'
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')

@@ -10,6 +10,7 @@ mmcv with compiled ops, and mmpretrain's, which draws what each step of the pipe
 """
 from argparse import ArgumentParser, Namespace
 
+from ..datasets.check import SPLITS
 from ..files import check_writable, write_whole
 from .arguments import add_config, add_images, add_out_dir, add_seed, positive
 
@@ -21,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument('--stage', nargs='+', choices=STAGES, default=['model'], metavar='STAGE',
                         help=f'one or several of {", ".join(STAGES)} (default: model)')
-    parser.add_argument('--split', choices=('train', 'val', 'test'), default='train',
+    parser.add_argument('--split', choices=SPLITS, default='train',
                         help='which dataset (default: %(default)s)')
     add_images(parser, 16, 'how many samples', '--number')
     add_seed(parser)

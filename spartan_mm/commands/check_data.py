@@ -7,14 +7,12 @@ have, images of another size than annotated ... The summary is printed; DIR gets
 pictures: objects of each class, sizes of boxes, and the images to look at. The exit status is 1 if
 there are errors, which a training would refuse, too, or stumble over.
 """
-import json
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
+from ..datasets.check import SPLITS, check_config
 from ..errors import UsageError
-from ..files import check_writable, write_whole
+from ..files import check_writable, write_json
 from .arguments import add_config, add_out_dir, positive
-
-SPLITS = ('train', 'val', 'test')
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,7 +33,6 @@ def run(args: Namespace) -> int:
     from rich.progress import Progress
 
     from ..analysis.report.dataset_pictures import describe, write_pictures
-    from ..datasets.check import check_config
     from ..engine.launch import load_config
     config = load_config(args.config, options=args.cfg_options)
     check_writable(args.out_dir / 'report.json')
@@ -52,9 +49,7 @@ def run(args: Namespace) -> int:
     errors, warnings = levels.count('error'), levels.count('warning')
     record = dict(config=args.config, decoded=args.decode, errors=errors, warnings=warnings,
                   datasets=[report.as_record() for report in reports])
-    with write_whole(args.out_dir / 'report.json') as file:
-        file.write(json.dumps(record, ensure_ascii=False, indent=1).encode(
-            'utf-8', 'backslashreplace'))
+    write_json(args.out_dir / 'report.json', record)
     write_pictures(reports, args.out_dir)
     print(f'{errors} errors, {warnings} warnings; see {args.out_dir}')
     return int(errors > 0)

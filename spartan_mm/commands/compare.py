@@ -10,7 +10,6 @@ else slows the machine slows all of them. Published accuracies come from this pa
 and those that mmpretrain and mmdet come with; timm comes with none: give those by --accuracy.
 """
 import argparse
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 
@@ -20,9 +19,6 @@ from ..analysis.style import write_figure
 from ..files import check_writable, write_whole
 from ..text import Console
 from .arguments import add_batch_size, add_names, add_out_dir, add_rounds, add_size, add_work
-
-# What PyTorch's profiler, which measures memory on a CPU, says about itself.
-os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 
 def add_arguments(parser: ArgumentParser) -> None:

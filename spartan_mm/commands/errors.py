@@ -8,10 +8,9 @@ localised, duplicates; DIR gets errors.png with the worst of each kind, and erro
 Of a classifier, DIR gets mistakes.png and mistakes.json, the most confident first. Whole pictures
 ranked by their AP are what mmdet's own analyze_results.py draws.
 """
-import json
 from argparse import ArgumentParser, Namespace
 
-from ..files import check_writable, write_whole
+from ..files import check_writable, write_json, write_whole
 from .arguments import add_results, positive
 
 
@@ -46,7 +45,5 @@ def run(args: Namespace) -> None:
         sheet = draw_mistakes(outcomes, classes, args.images or 48)
     with write_whole(args.out_dir / f'{name}.png') as file:
         sheet.save(file, 'PNG')
-    with write_whole(args.out_dir / f'{name}.json') as file:
-        file.write(json.dumps(records, ensure_ascii=False, indent=1).encode(
-            'utf-8', 'backslashreplace'))
+    write_json(args.out_dir / f'{name}.json', records)
     print(f'see {args.out_dir}')

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import text
 from ..errors import ExplainedError
 
 MAX_NAMED = 5
@@ -81,9 +82,8 @@ def join(values: Iterable[Any], limit: int = _MAX_LISTED) -> str:
         >>> join(range(9), limit=2)
         '0, 1, ... (9 in all)'
     """
-    values = list(values)
-    shown = ', '.join(value if isinstance(value, str) else show(value) for value in values[:limit])
-    return shown + (f', ... ({len(values)} in all)' if len(values) > limit else '')
+    return text.join(values, limit, '',
+                     lambda value: value if isinstance(value, str) else show(value))
 
 
 def show(value: Any) -> str:

@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,9 +43,6 @@ from spartan_mm.text import Console, markdown
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / 'docs' / 'performance.md'
 INPUT = 'input'
-
-# What PyTorch's profiler, which measures memory on a CPU, says about itself.
-os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
 BACKBONES = {'xt': 'SpaRTAN-XT', 't': 'SpaRTAN-T'}
 DETECTORS = {
