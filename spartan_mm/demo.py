@@ -89,9 +89,8 @@ class Commands:
         if code:
             with open(log, encoding='utf-8', errors='replace') as file:
                 tail = deque((line.rstrip() for line in file if line.strip()), maxlen=12)
-            raise StepError('\n'.join([
-                f'tools/{name} failed with exit code {code}. Its last lines, all in {log}:',
-                *(f'    {line}' for line in tail)]))
+            raise StepError(
+                f'tools/{name} failed with exit code {code}. Its last lines, all in {log}:', *tail)
 
     def train(self, config: Path, work_dir: Path, arguments: Sequence[str] = (),
               metrics: Mapping[str, str] | None = None) -> str:
