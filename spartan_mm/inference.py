@@ -23,7 +23,7 @@ from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .errors import ExplainedError
-from .files import write_json
+from .files import write_json, write_whole
 from .weights.loading import find_meta, load_for_inference
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
@@ -33,6 +33,9 @@ VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.web
 
 # What a model makes of an image: a picture to look at, and a record fit for JSON.
 Processed = tuple[np.ndarray, dict[str, Any]]
+
+# What says in the results which image or frame it is, and the image.
+Named = tuple[dict[str, Any], np.ndarray]
 
 
 class InputError(ExplainedError, ValueError):
@@ -60,11 +63,8 @@ class Detections:
 
     def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Describe each detection by a dict fit for JSON."""
-        return [
-            dict(bbox=[round(float(corner), 2) for corner in box], label=int(label),
-                 class_name=class_name(classes, label), score=round(float(score), 4))
-            for box, label, score in zip(self.boxes, self.labels, self.scores, strict=True)
-        ]
+        return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
+                for box, record in zip(self.boxes, _name_all(self, classes), strict=True)]
 
 
 @dataclass
@@ -85,9 +85,13 @@ class Classification:
 
     def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Describe each class by a dict fit for JSON."""
-        return [dict(label=int(label), class_name=class_name(classes, label),
-                     score=round(float(score), 4))
-                for label, score in zip(self.labels, self.scores, strict=True)]
+        return _name_all(self, classes)
+
+
+def _name_all(found: Detections | Classification, classes: Sequence[str]) -> list[dict[str, Any]]:
+    return [dict(label=int(label), class_name=class_name(classes, label),
+                 score=round(float(score), 4))
+            for label, score in zip(found.labels, found.scores, strict=True)]
 
 
 @dataclass
@@ -111,8 +115,8 @@ class InferenceReport:
 
     Args:
         results: One dict for each image or frame, fit for JSON.
-        failures: For each image that could not be read or written, and for a video that breaks
-            off, what is wrong with it.
+        failures: What is wrong with each image that could not be read or written, and with a video
+            that breaks off.
     """
 
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -142,30 +146,25 @@ class Model:
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
                  device: str | None = None) -> None:
-        cfg, name = _read_config(config), _name_of(config)
+        cfg, name = _read_config(config)
         if checkpoint is None and not is_checkpoint(name):
             raise InputError(f'{name} is a config without weights; name a checkpoint, too')
-        scope = cfg.get('default_scope')
-        if scope != self.scope:
-            raise InputError(f'{name} describes no {self.kind} (its default_scope is {scope!r}, '
-                             f'not {self.scope!r})')
-        with DefaultScope.overwrite_default_scope(scope):
-            self._build(cfg, checkpoint or name, device)
-
-    def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
-        # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        meta = find_meta(load_for_inference(model, checkpoint))
-        self.model = model.to(device or get_device()).eval()
-
+        if cfg.get('default_scope') != self.scope:
+            raise InputError(f'{name} describes no {self.kind} (its default_scope is '
+                             f'{cfg.get("default_scope")!r}, not {self.scope!r})')
         dataset = find_test_dataset(cfg)
-        self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
         loader, *steps = dataset.pipeline
         self._decoding = dict(flag=loader.get('color_type', 'color'),
                               backend=loader.get('imdecode_backend'))
         self._float = loader.get('to_float32', False)
-        self._pipeline = Compose(
-            [step for step in steps if step['type'] != 'LoadAnnotations'])
+        with DefaultScope.overwrite_default_scope(self.scope):
+            self._pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
+            # A pretrained backbone that the config names is not loaded: nothing calls
+            # init_weights().
+            model = revert_sync_batchnorm(MODELS.build(cfg.model))
+            meta = find_meta(load_for_inference(model, checkpoint or name))
+            self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
+        self.model = model.to(device or get_device()).eval()
 
     def read(self, path: Path) -> np.ndarray:
         """Read an image the way the config's pipeline does.
@@ -266,12 +265,13 @@ class Classifier(Model):
 def load_model(config: str | Config, checkpoint: str | None = None,
                device: str | None = None) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
-    scope = _read_config(config).get('default_scope')
+    cfg, name = _read_config(config)
     tasks = {task.scope: task for task in (Detector, Classifier)}
-    if scope not in tasks:
-        raise InputError(f'{_name_of(config)} describes neither a detector nor a classifier (its '
-                         f'default_scope is {scope!r}, not one of {", ".join(map(repr, tasks))})')
-    return tasks[scope](config, checkpoint, device)
+    if cfg.get('default_scope') not in tasks:
+        raise InputError(
+            f'{name} describes neither a detector nor a classifier (its default_scope is '
+            f'{cfg.get("default_scope")!r}, not one of {", ".join(map(repr, tasks))})')
+    return tasks[cfg.default_scope](config, checkpoint, device)
 
 
 def find_source(path: str | Path, out_dir: str | Path) -> Source:
@@ -335,9 +335,9 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             ``score_threshold``.
 
     Raises:
-        InputError: If a video cannot be opened or has no frames. An image that cannot be decoded,
-            and a video that breaks off, is noted in the report and in the file, and the others
-            are processed.
+        InputError: If a video cannot be opened or has no frames. An image that cannot be read, one
+            that cannot be written, and a video that breaks off, is noted in the report and in the
+            file, and the others are processed.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -349,20 +349,23 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
     try:
         while batch := list(islice(images, batch_size)):
             processed = model.process([image for _, image in batch], **options)
-            for (place, image), (picture, record) in zip(batch, processed, strict=True):
+            for (name, image), (picture, record) in zip(batch, processed, strict=True):
                 height, width = image.shape[:2]
-                report.results.append(dict(place, width=width, height=height, **record))
+                report.results.append(dict(name, width=width, height=height, **record))
                 if source.video is not None:
                     film = film or _open_film(source.video, out_dir, picture)
                     film.write(picture)
-                elif failure := _write_image(out_dir / place['file'], picture):
-                    report.failures[place['file']] = failure
+                    continue
+                try:
+                    _write_image(out_dir / name['file'], picture)
+                except InputError as error:
+                    report.failures[name['file']] = str(error)
     finally:
         if film is not None:
             film.release()
-    content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
-                   results=report.results, failures=report.failures)
-    write_json(out_dir / 'results.json', content)
+    write_json(out_dir / 'results.json',
+               dict(source=str(source.video or source.root), classes=list(model.classes), **options,
+                    results=report.results, failures=report.failures))
     return report
 
 
@@ -400,9 +403,7 @@ def draw_classification(image: np.ndarray, found: Classification,
     return draw_bars(image[..., ::-1], names, found.scores, colours)[..., ::-1].copy()
 
 
-def _read_images(model: Model, source: Source, report: InferenceReport
-                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Read images, each with what says in the results which one it is."""
+def _read_images(model: Model, source: Source, report: InferenceReport) -> Iterator[Named]:
     for path in track(source.images, description=model.doing):
         name = path.relative_to(source.root).as_posix()
         try:
@@ -413,9 +414,7 @@ def _read_images(model: Model, source: Source, report: InferenceReport
             yield dict(file=name), image
 
 
-def _read_frames(path: Path, doing: str, report: InferenceReport
-                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Read the frames of a video, and note how it ends."""
+def _read_frames(path: Path, doing: str, report: InferenceReport) -> Iterator[Named]:
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
         raise InputError(f'{path} cannot be opened as a video')
@@ -445,29 +444,25 @@ def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWrit
     return film
 
 
-def _write_image(path: Path, image: np.ndarray) -> str:
-    """Write a picture; return what went wrong, if anything."""
+def _write_image(path: Path, image: np.ndarray) -> None:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         path = path.with_name(f'{path.name}.png')
-    path.parent.mkdir(parents=True, exist_ok=True)
     # cv2.imwrite cannot write to names beyond ASCII on Windows.
     encoded, content = cv2.imencode(path.suffix, image)
     if not encoded:
         height, width = image.shape[:2]
-        return (f'{path} cannot be written: {path.suffix} holds no picture of {width}x{height} '
-                'pixels; its results are in results.json')
-    path.write_bytes(content.tobytes())
-    return ''
+        raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
+                         f'{width}x{height} pixels; its results are in results.json')
+    with write_whole(path) as file:
+        file.write(content)
 
 
-def _read_config(config: str | Config) -> Config:
+def _read_config(config: str | Config) -> tuple[Config, str]:
+    """Read a config, and say what it is called."""
     if isinstance(config, Config):
-        return config
-    return config_from(config) if is_checkpoint(config) else Config.fromfile(find_config(config))
-
-
-def _name_of(config: str | Config) -> str:
-    return str(config.filename) if isinstance(config, Config) else config
+        return config, str(config.filename)
+    return (config_from(config) if is_checkpoint(config)
+            else Config.fromfile(find_config(config))), str(config)
 
 
 def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],
