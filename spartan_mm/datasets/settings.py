@@ -1,0 +1,301 @@
+"""The settings of data loaders in a config: keys that nobody takes, and values of a wrong form.
+
+``spartan-mm check-data`` reports what is wrong here, commands refuse it before they build anything,
+and this package's datasets when they are made, all in the same words.
+"""
+
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+
+from ..errors import ExplainedError
+from ..text import first_line
+from .data_errors import DataError, Finding, join, read_lines, show
+
+SPLITS = ('train', 'val', 'test')
+
+#: What mmdet 2 and mmpretrain's predecessor call some settings, and what to write today.
+RENAMED = {
+    'img_prefix': "data_prefix=dict(img='...')", 'seg_prefix': "data_prefix=dict(seg='...')",
+    'img_dir': "data_prefix=dict(img='...')", 'classes': "metainfo=dict(classes=('...', ))",
+    'CLASSES': "classes=('...', )", 'PALETTE': 'palette=[...]',
+    'filter_empty_gt': 'filter_cfg=dict(filter_empty_gt=...)', 'file_client_args': 'backend_args',
+    'samples_per_gpu': 'batch_size', 'imgs_per_gpu': 'batch_size',
+    'workers_per_gpu': 'num_workers', 'img_scale': 'scale', 'flip_ratio': 'prob',
+    'Collect': 'PackDetInputs (mmpretrain: PackInputs)',
+    'DefaultFormatBundle': 'PackDetInputs (mmpretrain: PackInputs)',
+    'ImageToTensor': 'PackDetInputs (mmpretrain: PackInputs)', 'MultiScaleFlipAug': 'TestTimeAug',
+    'Normalize': 'mean and std of model.data_preprocessor',
+    'Pad': 'pad_size_divisor of model.data_preprocessor'}
+
+Test = Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, test: Test) -> bool:
+    return isinstance(value, list | tuple) and all(map(test, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_dict(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_prefix(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_text, value.values()))
+
+
+_FLAG = (_is_flag, 'True or False')
+_FORMS: dict[str, tuple[Test, str]] = {
+    'data_root': (lambda value: value is None or _is_text(value), 'a text, the path of a folder'),
+    'split': (_is_text, 'a text, the name of a folder'),
+    'ann_file': (_is_text, 'a text, the path of one file; several are joined by '
+                           "dict(type='ConcatDataset', datasets=[...])"),
+    'data_prefix': (_is_prefix, "a dict of texts, such as data_prefix=dict(img='images/')"),
+    'pipeline': (lambda value: isinstance(value, list | tuple), 'a list of dicts'),
+    'metainfo': (_is_dict, "a dict, such as metainfo=dict(classes=('cat', 'dog'))"),
+    'filter_cfg': (_is_dict, 'a dict, such as filter_cfg=dict(filter_empty_gt=False)'),
+    'backend_args': (_is_dict, 'a dict, such as backend_args=dict(backend="local")'),
+    'indices': (lambda value: value is None or _is_whole(value) or _is_list(value, _is_whole),
+                'a whole number, or a list of them'),
+    'max_refetch': (_is_whole, 'a whole number'),
+    'test_mode': _FLAG, 'serialize_data': _FLAG, 'lazy_init': _FLAG, 'with_label': _FLAG,
+    'allow_no_objects': _FLAG, 'allow_empty_classes': _FLAG, 'classes_by_name': _FLAG}
+_LOADER_FORMS: dict[str, tuple[Test, str]] = {
+    'batch_size': (lambda value: _is_whole(value) and value > 0, 'a whole number from 1 on'),
+    'num_workers': (lambda value: _is_whole(value) and value >= 0, 'a whole number from 0 on'),
+    'dataset': (lambda value: not isinstance(value, list | tuple | str) and value is not None,
+                "a dict; several are joined by dict(type='ConcatDataset', datasets=[...])"),
+    'sampler': (_is_dict, "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
+    'batch_sampler': (_is_dict, 'a dict'), 'persistent_workers': _FLAG, 'drop_last': _FLAG,
+    'pin_memory': _FLAG}
+
+
+def check_loaders(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
+    """Check the settings of a config's data loaders, before anything is built; log the warnings.
+
+    Args:
+        cfg: The config.
+        splits: Those to check, of 'train', 'val' and 'test'.
+
+    Raises:
+        DataError: The first key that nobody takes, or value of a wrong form.
+    """
+    for split in splits:
+        raise_first(find_loader_faults(cfg, split))
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
+            for where, dataset in find_datasets(cfg, split):
+                raise_first(find_dataset_faults(dataset, where))
+
+
+def raise_first(findings: Iterable[Finding]) -> None:
+    """Raise the first finding that is an error, and log the warnings before it."""
+    for finding in findings:
+        if finding.level == 'error':
+            raise DataError(finding.message)
+        print_log(finding.message, 'current', logging.WARNING)
+
+
+def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
+    """Find what is wrong with the settings of a data loader, those of its datasets apart."""
+    where = f'{split}_dataloader'
+    loader = cfg.get(where)
+    if loader is None and isinstance(cfg.get('data'), Mapping):
+        yield _fault(where, f"is missing, and `data` is mmdet 2's: write {where}=dict("
+                     'batch_size=..., dataset=dict(...))')
+    elif isinstance(loader, Mapping):
+        yield from _check_forms(loader, _LOADER_FORMS, where)
+        for key in loader:
+            if key in RENAMED:
+                yield _fault(f'{where}.{key}', f'is no setting any more: write {RENAMED[key]}')
+        if 'dataset' not in loader:
+            yield _fault(where, 'has no `dataset`')
+    elif loader is not None and not hasattr(loader, 'dataset'):
+        yield _fault(where, f'is {show(loader)}, but must be a dict')
+
+
+def find_datasets(cfg: Config, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Find the configs of the datasets of a split, those inside wrappers such as ``RepeatDataset``.
+
+    Yields:
+        Where each is in the config, and its own config.
+    """
+    def walk(dataset: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not isinstance(dataset, Mapping):
+            return
+        parts = dataset.get('datasets')
+        if isinstance(parts, list | tuple):
+            for number, part in enumerate(parts):
+                yield from walk(part, f'{where}.datasets[{number}]')
+        elif 'dataset' in dataset:
+            yield from walk(dataset['dataset'], f'{where}.dataset')
+        else:
+            yield where, dict(dataset)
+
+    loader = cfg.get(f'{split}_dataloader')
+    if isinstance(loader, Mapping):
+        yield from walk(loader.get('dataset'), f'{split}_dataloader.dataset')
+
+
+def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Finding]:
+    """Find what is wrong with the settings of a dataset.
+
+    Args:
+        settings: Its config; the default scope must be that of the config it comes from.
+        where: What to call it.
+    """
+    if 'type' not in settings:
+        yield _fault(where, 'has no `type`, the name of a dataset')
+        return
+    with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
+        name = settings['type']
+        kind = registry.get(name) if isinstance(name, str) else name
+    if kind is None:
+        yield _fault(f'{where}.type', f'is {name!r}, but there is no dataset of type {name!r}: is '
+                     'its package in custom_imports of the config?')
+        return
+    yield from find_argument_faults(
+        kind, {key: value for key, value in settings.items() if key not in ('type', '_scope_')},
+        where)
+    pipeline = settings.get('pipeline')
+    for number, step in enumerate(pipeline if isinstance(pipeline, list | tuple) else ()):
+        yield from _find_step_faults(step, f'{where}.pipeline[{number}]')
+
+
+def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
+                         ) -> Iterator[Finding]:
+    """Find what is wrong with the arguments of a dataset.
+
+    Args:
+        kind: Its class.
+        arguments: Those given by name.
+        where: What to call it.
+    """
+    yield from _find_unknown(kind, arguments, where)
+    taken = _find_parameters(kind)
+    forms = dict(_FORMS)
+    # mmpretrain's take a text for the folder of the images, and names of classes beside `metainfo`.
+    if 'classes' in (taken or ()):
+        forms['data_prefix'] = (lambda value: _is_text(value) or _is_prefix(value), 'a text, the '
+                                "name of a folder, or a dict, such as dict(img_path='images/')")
+    yield from _check_forms(arguments, forms, where)
+    metainfo = arguments.get('metainfo')
+    if not isinstance(metainfo, Mapping):
+        return
+    known = {'classes', 'palette', *(getattr(kind, 'METAINFO', None) or {})}
+    for key in metainfo:
+        if key in RENAMED and key not in known:
+            yield _fault(f'{where}.metainfo.{key}', f'is not read: write {RENAMED[key]}')
+        elif key not in known:
+            yield Finding('warning', 'setting', f'{where}.metainfo.{key} is not read by '
+                          f'{kind.__name__}, which knows {join(sorted(known))}')
+    classes = metainfo.get('classes', ())
+    if isinstance(classes, str):
+        if not os.path.isfile(classes):
+            yield _fault(f'{where}.metainfo', f'has classes={classes!r}, which must be a tuple; a '
+                         f'single class is written dict(classes=({classes!r},)), and there is no '
+                         'file of that name')
+    elif not _is_list(classes, lambda name: isinstance(name, str)):
+        yield _fault(f'{where}.metainfo.classes', f'is {show(classes)}, but must be a tuple of '
+                     "texts, such as ('cat', 'dog')")
+    elif twice := [name for name in dict.fromkeys(classes) if list(classes).count(name) > 1]:
+        # ImageNet's has two pairs of the same name.
+        yield Finding('warning', 'setting', f'{where}.metainfo.classes has {join(twice)} more than '
+                      'once')
+
+
+def with_class_names(metainfo: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Read the names of the classes where ``metainfo`` names a file with one in each line."""
+    if metainfo and isinstance(metainfo.get('classes'), str):
+        return dict(metainfo, classes=tuple(read_lines(metainfo['classes'])))
+    return metainfo
+
+
+def explain_build(error: Exception, where: str) -> Finding:
+    """Say what kept something from being built."""
+    return _fault(where, f'cannot be built: {type(error).__name__}: {first_line(error)}')
+
+
+def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
+    """Find what is wrong with a step of a pipeline."""
+    if not isinstance(step, Mapping):
+        if not callable(step):
+            yield _fault(where, f"is {show(step)}, but must be a dict, such as dict(type='Resize', "
+                         'scale=(64, 64))')
+        return
+    name = step.get('type')
+    if name is None:
+        yield _fault(where, 'has no `type`, the name of a transform')
+        return
+    with TRANSFORMS.switch_scope_and_registry(step.get('_scope_')) as registry:
+        kind = registry.get(name) if isinstance(name, str) else name
+    if kind is None:
+        today = f'; mmdet 2 had it, today it is {RENAMED[name]}' if name in RENAMED else ''
+        yield _fault(where, f'has type={name!r}, but there is no transform of that name{today}')
+        return
+    arguments = {key: value for key, value in step.items() if key not in ('type', '_scope_')}
+    faults = list(_find_unknown(kind, arguments, f'{where} ({name})'))
+    yield from faults
+    if faults:
+        return
+    try:
+        with TRANSFORMS.switch_scope_and_registry(None) as registry:
+            registry.build(copy.deepcopy(dict(step)))
+    except ExplainedError as error:
+        yield _fault(f'{where} ({name})', str(error))
+    except Exception as error:  # whatever a transform refuses its arguments with
+        yield explain_build(error, f'{where} ({name})')
+
+
+def _find_unknown(kind: Any, arguments: Mapping[str, Any], where: str) -> Iterator[Finding]:
+    """Find arguments that a class does not take."""
+    taken = _find_parameters(kind)
+    for key in arguments:
+        if taken is not None and key not in taken:
+            today = f': write {RENAMED[key]}' if key in RENAMED else f', but {join(sorted(taken))}'
+            yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
+
+
+def _find_parameters(kind: Any) -> set[str] | None:
+    """Names of the arguments of a class, those handed on to its bases too; None if any will do."""
+    if not inspect.isclass(kind):
+        return None
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        names.update(item.name for item in parameters
+                     if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY))
+        if not any(item.kind == item.VAR_KEYWORD for item in parameters):
+            return names - {'self'}
+    return None
+
+
+def _check_forms(settings: Mapping[str, Any], forms: Mapping[str, tuple[Test, str]], where: str
+                 ) -> Iterator[Finding]:
+    for key, value in settings.items():
+        test, form = forms.get(key, (None, ''))
+        if test is not None and not test(value):
+            yield _fault(f'{where}.{key}', f'is {show(value)}, but must be {form}')
+
+
+def _fault(where: str, message: str) -> Finding:
+    return Finding('error', 'setting', f'{where} {message}')
