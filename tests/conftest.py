@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,15 +10,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import mmengine
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from mmengine.registry import DefaultScope
+from yapf.yapflib import yapf_api
 
 import spartan_mm  # noqa: F401 - before any test imports mmdet or mmcv
 
 DATA = Path(__file__).parent / 'data'
+
+# A runner lays its config out four times, and asks compilers for their versions, which together
+# takes longer than many a training here.
+yapf_api.FormatCode = lambda text, **style: (text, True)
+mmengine.runner.runner.collect_env = functools.cache(mmengine.runner.runner.collect_env)
 
 
 @pytest.fixture(autouse=True)

@@ -36,14 +36,7 @@ class StrictCheckpointHook(Hook):
 
     def find_weights(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any],
                      name: str) -> dict[str, Tensor]:
-        """Find the weights to load.
-
-        Args:
-            runner: The runner.
-            model: Its model, out of its wrapper.
-            checkpoint: The checkpoint.
-            name: What to call it in an error message.
-        """
+        """Find the weights to load into a model, out of its wrapper."""
         if find_meta(checkpoint).get('deploy'):
             switch_to_deploy(model)
         return find_state_dict(checkpoint, name)
