@@ -1,6 +1,6 @@
 """What every test starts from."""
 
-import functools
+import gc
 import json
 import os
 import shutil
@@ -22,10 +22,14 @@ import spartan_mm  # noqa: F401 - before any test imports mmdet or mmcv
 
 DATA = Path(__file__).parent / 'data'
 
-# A runner lays its config out four times, and asks compilers for their versions, which together
-# takes longer than many a training here.
+# A runner lays its config out four times and asks compilers for their versions, and each dataset
+# collects garbage: together that takes longer than most trainings here.
 yapf_api.FormatCode = lambda text, **style: (text, True)
-mmengine.runner.runner.collect_env = functools.cache(mmengine.runner.runner.collect_env)
+mmengine.runner.runner.collect_env = dict
+
+
+def pytest_collection_finish():
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
