@@ -16,8 +16,7 @@ from ..datasets.classes import find_heads
 from ..errors import CheckpointError
 from ..text import count, join
 from ..weights.loading import find_classes, find_meta
-from . import hooks
-from .checkpoint import StrictCheckpointHook
+from .hooks import StrictCheckpointHook, classes_of
 
 Names = Sequence[str] | None
 StateDict = Mapping[str, Tensor]
@@ -90,7 +89,7 @@ class FineTuneHook(StrictCheckpointHook):
             return state_dict
         own = model.state_dict()
         theirs = find_classes(checkpoint)
-        ours = hooks.find_classes(runner.train_dataloader.dataset, 'train_dataloader')
+        ours = classes_of(runner.train_dataloader.dataset, 'train_dataloader')
         fitted, changes = fit_classes(state_dict, own, find_rows(runner.cfg.model, own), theirs,
                                       ours)
         anew = any(change.kept < change.total for change in changes)

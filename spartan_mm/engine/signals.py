@@ -35,18 +35,11 @@ class LeaveOnSignalHook(Hook):
 
     During validation there is nothing new to save: the run leaves at once, and goes on with that
     validation.
-
-    Args:
-        signals: Names of the signals; those of them that the system does not have are left out.
     """
 
     priority = 'LOWEST'
-
-    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
-        self.signals = [getattr(signal, name) for name in signals if hasattr(signal, name)]
-        self._received = 0
-        self._handlers: dict[int, Any] = {}
-        self._consensus: SignalConsensus | None = None
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    _received = 0
 
     def before_train(self, runner: Runner) -> None:
         """Begin to listen, in the process, but not in those that load data."""
@@ -76,7 +69,7 @@ class LeaveOnSignalHook(Hook):
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                        outputs: Sequence | None = None) -> None:
         """Leave, by :class:`Interrupted`, if this rank got a signal."""
-        if self._received and self._handlers:
+        if self._received:
             self._leave(self._received, 'in validation')
 
     def after_train(self, runner: Runner | None = None) -> None:
