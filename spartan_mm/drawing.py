@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .datasets.data_errors import UndecodableError
+from .datasets.images import open_picture
 
 Colour = tuple[int, int, int]
 
@@ -64,7 +65,9 @@ def open_image(path: str | Path) -> Image.Image:
         UndecodableError: No image can be made of it.
     """
     try:
-        with Image.open(path) as file:
+        with open_picture(path) as file:
+            if file is None:
+                raise UndecodableError('it is of no known image format, or damaged')
             return ImageOps.exif_transpose(file).convert('RGB')
     except FileNotFoundError:
         raise

@@ -249,9 +249,9 @@ def test_another_process_may_be_the_one(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(nan_guard.dist, 'get_world_size', lambda: 2)
     monkeypatch.setattr(nan_guard.dist, 'all_reduce', all_reduce)
-    other = (True, ['theirs.png'], dict(loss_square=float('inf')))
+    other = [dict(images=['theirs.png'], terms=dict(loss_square=float('inf')))]
     monkeypatch.setattr(nan_guard.dist, 'all_gather_object', lambda value: [
-        value, other if isinstance(value, tuple) else 'nonfinite/iter_2_rank_1.pth'])
+        value, (True, other, 'nonfinite/iter_2_rank_1.pth')])
     with pytest.raises(NonFiniteError, match=r'iteration 2: the loss is not finite '
                                              r'\(loss_square=inf\); images: theirs\.png; replay '
                                              r'it with .*iter_2_rank_1\.pth'):
