@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
@@ -21,6 +22,7 @@ from ..errors import ExplainedError
 from .classes import describe_class_count, describe_other_classes, find_heads, name_dataset
 from .coco_file import NOTHING_LEFT, CocoFile, read_json
 from .data_errors import (
+    MARKS,
     MAX_NAMED,
     DataError,
     Finding,
@@ -37,6 +39,7 @@ from .settings import (
     find_dataset_faults,
     find_datasets,
     find_loader_faults,
+    raise_first,
 )
 
 # Images that a task of a worker process decodes.
@@ -178,7 +181,7 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = Fal
 
 
 def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options: Any) -> Any:
-    """Build a data loader; if that fails, say what :func:`check_config` finds, if it does.
+    """Build a data loader whose settings are right; if it can't be built, say why if it is known.
 
     Args:
         build: Builds it, a runner's.
@@ -187,15 +190,19 @@ def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options:
         options: Further arguments of ``build``.
 
     Raises:
-        DataError: It cannot be built, and it is known why.
+        DataError: A setting is wrong, or the loader cannot be built and :func:`check_config` finds
+            why.
     """
+    splits = [split for split in SPLITS if cfg.get(f'{split}_dataloader') == loader][:1]
+    for split in splits:
+        for where, dataset in find_datasets(cfg, split):
+            raise_first(find_dataset_faults(dataset, where))
     try:
         return build(loader, **options)
     except (ExplainedError, FileNotFoundError):
         raise
     except Exception as error:
-        splits = [split for split in SPLITS if cfg.get(f'{split}_dataloader') == loader]
-        for report in check_config(cfg, splits[:1]) if isinstance(loader, Mapping) else ():
+        for report in check_config(cfg, splits):
             for finding in report.findings:
                 if finding.level == 'error':
                     raise DataError(f'{report.split}_dataloader: {finding.message}') from error
@@ -428,6 +435,14 @@ def _read_coco(dataset: Any) -> tuple[Content, list[Finding]]:
         file = CocoFile(read_json(dataset.ann_file, dataset.backend_args), dataset.ann_file,
                         dataset.metainfo.get('classes'), dataset.test_mode, 'drop',
                         allow_no_objects=True)
+        with fileio.get_local_path(dataset.ann_file, dataset.backend_args) as path:
+            with open(path, 'rb') as content:
+                marked = content.read(2) in MARKS
+        if marked:
+            file.findings.append(Finding(
+                'error', 'byte order mark', 'begins with a byte order mark, which '
+                f'{type(dataset).__name__} does not read: save it as UTF-8 without one, or take '
+                'CheckedCocoDataset'))
     prefix = dataset.data_prefix.get('img', '')
     infos = [dict(img_path=os.path.join(prefix, image['file_name']), img_id=image['id'],
                   width=image['width'], height=image['height'], ann_file=dataset.ann_file)

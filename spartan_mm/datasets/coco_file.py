@@ -343,7 +343,7 @@ class CocoFile:
         if self.broken:
             return
         empty, *others = self.categories
-        if (others and str(empty.get('supercategory')).lower() == 'none'
+        if (others and empty.get('supercategory') == 'none' and (self.labels > 0).any()
                 and not (self.labels == 0).any()):
             self._add('warning', 'placeholder category',
                       f"category {_name(empty)} has no object and supercategory 'none': Roboflow's "

@@ -11,6 +11,8 @@ from mmengine import fileio
 from .. import text
 from ..errors import ExplainedError
 
+#: The first two bytes of a text with a byte order mark.
+MARKS = (codecs.BOM_UTF8[:2], codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_NAMED = 5
 _MAX_LISTED = 20
 

@@ -57,8 +57,15 @@ def hint_at_name(paths: Iterable[str]) -> str:
 
 
 def find_max_pixels() -> int:
-    """Say how many pixels an image may have; a small file may claim to hold any number of them."""
-    return int(os.environ.get(MAX_PIXELS_VARIABLE) or MAX_PIXELS)
+    """Say how many pixels an image may have; a small file may claim to hold any number of them.
+
+    Raises:
+        DataError: The environment says something else than a number.
+    """
+    value = os.environ.get(MAX_PIXELS_VARIABLE) or str(MAX_PIXELS)
+    if not value.isdecimal() or int(value) < 1:
+        raise DataError(f'{MAX_PIXELS_VARIABLE}={value} must be a whole number from 1 on.')
+    return int(value)
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
             deep = picture is not None and picture.mode.startswith('I')
         image = mmcv.imfrombytes(content, flag=flag,
                                  backend='cv2' if deep and backend == 'pillow' else backend)
-    except UndecodableError:
+    except DataError:
         raise
     except Exception as error:  # each decoder has exceptions of its own
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())

@@ -8,12 +8,12 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from ..errors import ExplainedError
 from ..text import first_line
@@ -88,21 +88,14 @@ _LOADER_FORMS: dict[str, tuple[Test, str]] = {
     'pin_memory': _FLAG}
 
 
-def check_loaders(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
-    """Check the settings of a config's data loaders, before anything is built; log the warnings.
-
-    Args:
-        cfg: The config.
-        splits: Those to check, of 'train', 'val' and 'test'.
+def check_loaders(cfg: Config) -> None:
+    """Check the settings of a config's data loaders, those of their datasets apart.
 
     Raises:
-        DataError: The first key that nobody takes, or value of a wrong form.
+        DataError: A key that nobody takes, or a value of a wrong form.
     """
-    for split in splits:
+    for split in SPLITS:
         raise_first(find_loader_faults(cfg, split))
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
-            for where, dataset in find_datasets(cfg, split):
-                raise_first(find_dataset_faults(dataset, where))
 
 
 def raise_first(findings: Iterable[Finding]) -> None:
@@ -117,10 +110,11 @@ def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
     """Find what is wrong with the settings of a data loader, those of its datasets apart."""
     where = f'{split}_dataloader'
     loader = cfg.get(where)
-    if loader is None and isinstance(cfg.get('data'), Mapping):
-        yield _fault(where, f"is missing, and `data` is mmdet 2's: write {where}=dict("
-                     'batch_size=..., dataset=dict(...))')
-    elif isinstance(loader, Mapping):
+    older = cfg.get('data')
+    if isinstance(older, Mapping) and {split, 'samples_per_gpu'} & older.keys():
+        yield _fault('data', f"is mmdet 2's and not read: write {where}=dict(batch_size=..., "
+                     'dataset=dict(...)) and remove it')
+    if isinstance(loader, Mapping):
         yield from _check_forms(loader, _LOADER_FORMS, where)
         for key in loader:
             if key in RENAMED:

@@ -23,7 +23,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..datasets.check import build_loader
-from ..datasets.settings import SPLITS, check_loaders
+from ..datasets.settings import check_loaders
 from ..errors import ExplainedError, UsageError
 from ..model_index import find_config
 from ..text import count, printable
@@ -288,7 +288,7 @@ def build_runner(cfg: Config) -> Runner:
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
     _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
-    check_loaders(cfg, [split for split in SPLITS if cfg.get(f'{split}_cfg') is not None])
+    check_loaders(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.build_dataloader = partial(build_loader, runner.build_dataloader, cfg)
     if cfg.get('randomness', {}).get('deterministic'):

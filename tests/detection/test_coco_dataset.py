@@ -132,7 +132,7 @@ BAD_FILES = [
     (edit('annotations', 1, 'area', value=0), 'annotation 12 of image 3 .* no area'),
     (edit('images', 1, 'id', value=7), r'image 7 \(dog.jpg\) has an id'),
     (edit('images', 1, 'width', value=None), r'image 3 \(dog.jpg\) has no width'),
-    (edit('images', 1, 'width', value=0), r'image 3 \(dog.jpg\) is 0x64'),
+    (edit('images', 1, 'width', value=0), r'image 3 \(dog.jpg\) has width=0'),
     (edit('categories', 1, 'id', value=5), r'category 5 \(cat\) has an id'),
     (edit('categories', 1, 'name', value='dog'), r'category 30 \(dog\) has a name'),
 ]  # fmt: skip
