@@ -190,8 +190,8 @@ class TestPictures:
 
     def test_bomb(self, root, monkeypatch):
         monkeypatch.setenv('SPARTAN_MM_MAX_PIXELS', '15')
-        with pytest.raises(DataError, match=r'class 0, cat\) cannot be decoded: it is 4x4 pixels, 16 '
-                                            'in all, and no more than 15 are read'):
+        with pytest.raises(DataError, match=r'class 0, cat\) cannot be decoded: it is 4x4 pixels, '
+                                            '16 in all, and no more than 15 are read'):
             build(root, split='val')[0]
 
     def test_missing_picture(self, root):

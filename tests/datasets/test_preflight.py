@@ -69,12 +69,12 @@ def test_more_objects_than_queries(make, logged):
                                    for number in (2, 3)]
 
     PreflightHook().before_train(make_runner(make(change=add), queries=2))
-    line, = (line for line in logged if 'queries' in line)
+    line, = (line for line in logged if 'the model has queries' in line)
     assert line.startswith('train data, more objects than queries: 1 images have more objects than '
                            'the model has queries (2) (')
     logged.clear()
     PreflightHook().before_train(make_runner(make(change=add), queries=3))
-    assert not [line for line in logged if 'queries' in line]
+    assert not [line for line in logged if 'the model has queries' in line]
 
 
 def test_missing_images_of_a_joined_set(make, tmp_path, logged):

@@ -156,11 +156,14 @@ def test_an_error_of_the_user_keeps_its_traceback(root):
 @pytest.mark.parametrize('config', ['user_detector.py', 'user_classifier.py'])
 def test_train_and_test_refuse(user_project, tmp_path, monkeypatch, config):
     monkeypatch.chdir(user_project)
-    change = ['--work-dir', str(tmp_path), '--cfg-options', 'train_dataloader.dataset.ann_file=3']
-    with pytest.raises(SystemExit) as stopped:
-        main(['train', config, *change])
-    assert stopped.value.code.startswith(
-        'error: train_dataloader.dataset.ann_file is 3, but must be a text, the path of one file')
+    (tmp_path / 'any.pth').touch()
+    for command, files in (('train', [config]), ('test', [config, str(tmp_path / 'any.pth')])):
+        setting = f'{command}_dataloader.dataset.ann_file'
+        with pytest.raises(SystemExit) as stopped:
+            main([command, *files, '--work-dir', str(tmp_path / 'work'),
+                  '--cfg-options', f'{setting}=3'])
+        assert stopped.value.code.startswith(
+            f'error: {setting} is 3, but must be a text, the path of one file')
 
 
 # ------------------------------------------------------------------------------- joining datasets
