@@ -420,7 +420,7 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
         report(f'{name}: building')
         subject = Subject(form, workload)
         try:
-            work = count_work(subject.step, limits, len(subject.sizes))
+            work = count_work(subject.step, limits, device.type, len(subject.sizes))
         except torch.cuda.OutOfMemoryError:
             raise
         # Whatever a model's code says to images of a size that it does not take.

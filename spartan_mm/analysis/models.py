@@ -213,8 +213,7 @@ def build_without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
     except (NotImplementedError, RuntimeError):
         # It computes something while it is built, such as the rate of drop path block by block.
         model = build().to('meta')
-    # PyTorch's flop counter stumbles over views of parameters with gradients.
-    return model.requires_grad_(False)
+    return model
 
 
 @cache
