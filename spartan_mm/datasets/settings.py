@@ -8,7 +8,8 @@ import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mmengine.config import Config
@@ -35,57 +36,33 @@ RENAMED = {
     'Normalize': 'mean and std of model.data_preprocessor',
     'Pad': 'pad_size_divisor of model.data_preprocessor'}
 
-Test = Callable[[Any], bool]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: Any, test: Test) -> bool:
-    return isinstance(value, list | tuple) and all(map(test, value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_dict(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_prefix(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_text, value.values()))
-
-
-_FLAG = (_is_flag, 'True or False')
-_FORMS: dict[str, tuple[Test, str]] = {
-    'data_root': (lambda value: value is None or _is_text(value), 'a text, the path of a folder'),
-    'split': (_is_text, 'a text, the name of a folder'),
-    'ann_file': (_is_text, 'a text, the path of one file; several are joined by '
-                           "dict(type='ConcatDataset', datasets=[...])"),
-    'data_prefix': (_is_prefix, "a dict of texts, such as data_prefix=dict(img='images/')"),
-    'pipeline': (lambda value: isinstance(value, list | tuple), 'a list of dicts'),
-    'metainfo': (_is_dict, "a dict, such as metainfo=dict(classes=('cat', 'dog'))"),
-    'filter_cfg': (_is_dict, 'a dict, such as filter_cfg=dict(filter_empty_gt=False)'),
-    'backend_args': (_is_dict, 'a dict, such as backend_args=dict(backend="local")'),
-    'indices': (lambda value: value is None or _is_whole(value) or _is_list(value, _is_whole),
-                'a whole number, or a list of them'),
-    'max_refetch': (_is_whole, 'a whole number'),
-    'test_mode': _FLAG, 'serialize_data': _FLAG, 'lazy_init': _FLAG, 'with_label': _FLAG,
-    'allow_no_objects': _FLAG, 'allow_empty_classes': _FLAG, 'classes_by_name': _FLAG}
-_LOADER_FORMS: dict[str, tuple[Test, str]] = {
-    'batch_size': (lambda value: _is_whole(value) and value > 0, 'a whole number from 1 on'),
-    'num_workers': (lambda value: _is_whole(value) and value >= 0, 'a whole number from 0 on'),
-    'dataset': (lambda value: not isinstance(value, list | tuple | str) and value is not None,
+# The type of a value, or a test of it, and what to call that. None is said where it may be.
+_Forms = Mapping[str, tuple[Any, str]]
+_FLAG = (bool, 'True or False')
+_MAYBE_DICT = (Mapping, type(None))
+_FORMS: _Forms = {
+    'data_root': ((str, type(None)), 'a text, the path of a folder'),
+    'split': (str, 'a text, the name of a folder'),
+    'ann_file': (str, 'a text, the path of one file; several are joined by '
+                      "dict(type='ConcatDataset', datasets=[...])"),
+    'data_prefix': (Mapping, "a dict of texts, such as data_prefix=dict(img='images/')"),
+    'pipeline': ((list, tuple), 'a list of dicts'),
+    'metainfo': (_MAYBE_DICT, "a dict, such as metainfo=dict(classes=('cat', 'dog'))"),
+    'filter_cfg': (_MAYBE_DICT, 'a dict, such as filter_cfg=dict(filter_empty_gt=False)'),
+    'backend_args': (_MAYBE_DICT, "a dict, such as backend_args=dict(backend='local')"),
+    'indices': ((int, list, tuple, type(None)), 'a whole number, or a list of them'),
+    'max_refetch': (int, 'a whole number'),
+    **dict.fromkeys(('test_mode', 'serialize_data', 'lazy_init', 'with_label', 'allow_no_objects',
+                     'allow_empty_classes', 'classes_by_name'), _FLAG)}
+_LOADER_FORMS: _Forms = {
+    'batch_size': (lambda value: isinstance(value, int) and value > 0, 'a whole number from 1 on'),
+    'num_workers': (lambda value: isinstance(value, int) and value >= 0,
+                    'a whole number from 0 on'),
+    'dataset': (lambda value: not isinstance(value, list | tuple | str | None),
                 "a dict; several are joined by dict(type='ConcatDataset', datasets=[...])"),
-    'sampler': (_is_dict, "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
-    'batch_sampler': (_is_dict, 'a dict'), 'persistent_workers': _FLAG, 'drop_last': _FLAG,
-    'pin_memory': _FLAG}
+    'sampler': (_MAYBE_DICT, "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
+    'batch_sampler': (_MAYBE_DICT, 'a dict'),
+    **dict.fromkeys(('persistent_workers', 'drop_last', 'pin_memory'), _FLAG)}
 
 
 def check_loaders(cfg: Config) -> None:
@@ -182,13 +159,16 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
         arguments: Those given by name.
         where: What to call it.
     """
-    yield from _find_unknown(kind, arguments, where)
     taken = _find_parameters(kind)
+    for key in arguments:
+        if taken is not None and key not in taken:
+            today = f': write {RENAMED[key]}' if key in RENAMED else f', but {join(sorted(taken))}'
+            yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
     forms = dict(_FORMS)
     # mmpretrain's take a text for the folder of the images, and names of classes beside `metainfo`.
     if 'classes' in (taken or ()):
-        forms['data_prefix'] = (lambda value: _is_text(value) or _is_prefix(value), 'a text, the '
-                                "name of a folder, or a dict, such as dict(img_path='images/')")
+        forms['data_prefix'] = ((str, Mapping), 'a text, the name of a folder, or a dict, such as '
+                                "dict(img_path='images/')")
     yield from _check_forms(arguments, forms, where)
     metainfo = arguments.get('metainfo')
     if not isinstance(metainfo, Mapping):
@@ -206,13 +186,10 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
             yield _fault(f'{where}.metainfo', f'has classes={classes!r}, which must be a tuple; a '
                          f'single class is written dict(classes=({classes!r},)), and there is no '
                          'file of that name')
-    elif not _is_list(classes, lambda name: isinstance(name, str)):
+    elif not (isinstance(classes, list | tuple)
+              and all(isinstance(name, str) for name in classes)):
         yield _fault(f'{where}.metainfo.classes', f'is {show(classes)}, but must be a tuple of '
                      "texts, such as ('cat', 'dog')")
-    elif twice := [name for name in dict.fromkeys(classes) if list(classes).count(name) > 1]:
-        # ImageNet's has two pairs of the same name.
-        yield Finding('warning', 'setting', f'{where}.metainfo.classes has {join(twice)} more than '
-                      'once')
 
 
 def with_class_names(metainfo: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -244,27 +221,15 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
         today = f'; mmdet 2 had it, today it is {RENAMED[name]}' if name in RENAMED else ''
         yield _fault(where, f'has type={name!r}, but there is no transform of that name{today}')
         return
-    arguments = {key: value for key, value in step.items() if key not in ('type', '_scope_')}
-    faults = list(_find_unknown(kind, arguments, f'{where} ({name})'))
-    yield from faults
-    if faults:
-        return
     try:
-        with TRANSFORMS.switch_scope_and_registry(None) as registry:
-            registry.build(copy.deepcopy(dict(step)))
+        TRANSFORMS.build(copy.deepcopy(dict(step)))
     except ExplainedError as error:
         yield _fault(f'{where} ({name})', str(error))
     except Exception as error:  # whatever a transform refuses its arguments with
-        yield explain_build(error, f'{where} ({name})')
-
-
-def _find_unknown(kind: Any, arguments: Mapping[str, Any], where: str) -> Iterator[Finding]:
-    """Find arguments that a class does not take."""
-    taken = _find_parameters(kind)
-    for key in arguments:
-        if taken is not None and key not in taken:
-            today = f': write {RENAMED[key]}' if key in RENAMED else f', but {join(sorted(taken))}'
-            yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
+        fault = explain_build(error, f'{where} ({name})')
+        today = [f'; {key} is {RENAMED[key]} today' for key in step
+                 if key in RENAMED and key in str(error)]
+        yield replace(fault, message=fault.message + ''.join(today))
 
 
 def _find_parameters(kind: Any) -> set[str] | None:
@@ -283,11 +248,12 @@ def _find_parameters(kind: Any) -> set[str] | None:
     return None
 
 
-def _check_forms(settings: Mapping[str, Any], forms: Mapping[str, tuple[Test, str]], where: str
-                 ) -> Iterator[Finding]:
+def _check_forms(settings: Mapping[str, Any], forms: _Forms, where: str) -> Iterator[Finding]:
     for key, value in settings.items():
         test, form = forms.get(key, (None, ''))
-        if test is not None and not test(value):
+        sound = isinstance(value, test) if isinstance(test, type | tuple) else test is None or (
+            test(value))
+        if not sound:
             yield _fault(f'{where}.{key}', f'is {show(value)}, but must be {form}')
 
 

@@ -82,7 +82,7 @@ PIPELINES = [
     (detector, [dict(type='DefaultFormatBundle')],
      r"pipeline\[0\] has type='DefaultFormatBundle', but there is no .* today it is PackDetInputs"),
     (detector, [dict(type='Resize', img_scale=(8, 8))],
-     r'pipeline\[0\] \(Resize\)\.img_scale is no setting of Resize: write scale'),
+     r'pipeline\[0\] \(Resize\) cannot be built: .*img_scale.*; img_scale is scale today'),
     (detector, [dict(type='RandomFlip', prob=2)], r'pipeline\[0\] \(RandomFlip\) cannot be b'),
     (classifier, None, r'pipeline is None, but must be a list of dicts'),
     (classifier, [dict(type='DefaultFormatBundle')], r'today it is .*\(mmpretrain: PackInputs'),
