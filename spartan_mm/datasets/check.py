@@ -374,7 +374,8 @@ def _count_objects(content: Content, evaluation: bool) -> Iterator[Finding]:
             'note' if evaluation else 'warning', 'classes without objects',
             f'{len(absent)} of {len(classes)} classes have no object: {join(absent)}', len(absent))
     if len(classes) - len(absent) > 1:
-        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
+        order = np.argsort(counts, kind='stable')
+        least, most = order[len(absent)], order[-1]
         yield Finding(
             'note', 'class balance', f'from {counts[least]} objects ({classes[least]}) to '
             f'{counts[most]} ({classes[most]}), {counts[most] / counts[least]:.3g} to 1')

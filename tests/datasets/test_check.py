@@ -149,6 +149,8 @@ def test_a_class_that_is_empty_and_first(check):
     assert set(found(report, 'warning')) == {'placeholder category', 'classes without objects'}
     assert ("category 0 (things) has no object and supercategory 'none': Roboflow's exports begin"
             in found(report, 'warning')['placeholder category'])
+    report, = check(lambda content: (change(content), content['annotations'].pop()))
+    assert found(report, 'note')['class balance'] == 'from 2 objects (disc) to 2 (square), 1 to 1'
     assert "set classes=('disc', 'square')" in found(report, 'warning')['placeholder category']
     report, = check(lambda content: content['categories'][0].update(supercategory='none'))
     assert not found(report, 'warning')
