@@ -19,7 +19,13 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
 from ..errors import ExplainedError
-from .classes import describe_class_count, describe_other_classes, find_heads, name_dataset
+from .classes import (
+    classes_of,
+    describe_class_count,
+    describe_other_classes,
+    find_heads,
+    name_dataset,
+)
 from .coco_file import NOTHING_LEFT, CocoFile, read_json
 from .data_errors import (
     MARKS,
@@ -190,15 +196,15 @@ def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options:
         options: Further arguments of ``build``.
 
     Raises:
-        DataError: A setting is wrong, or the loader cannot be built and :func:`check_config` finds
-            why.
+        DataError: A setting is wrong, datasets of other classes are joined, or the loader cannot
+            be built and :func:`check_config` finds why.
     """
     splits = [split for split in SPLITS if cfg.get(f'{split}_dataloader') == loader][:1]
     for split in splits:
         for where, dataset in find_datasets(cfg, split):
             raise_first(find_dataset_faults(dataset, where))
     try:
-        return build(loader, **options)
+        built = build(loader, **options)
     except (ExplainedError, FileNotFoundError):
         raise
     except Exception as error:
@@ -207,6 +213,10 @@ def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options:
                 if finding.level == 'error':
                     raise DataError(f'{report.split}_dataloader: {finding.message}') from error
         raise
+    # Evaluators take the classes at once, before any hook looks at them.
+    for split in splits:
+        classes_of(built.dataset, f'{split}_dataloader')
+    return built
 
 
 def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
@@ -223,10 +233,10 @@ def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
         where: Where its config is, for messages.
         queries: How many objects of an image the model can find; None for any number.
     """
-    config = dict(config)
     report = Report(split, where, findings=list(find_dataset_faults(config, where)))
     if report.broken:
         return report
+    config = dict(config)
     loader = next((step for step in config.get('pipeline', ()) if isinstance(step, Mapping)
                    and 'Image' in str(step['type']) and 'Load' in str(step['type'])), {})
     try:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..text import join
+from ..text import join, printable
+from .data_errors import DataError
 
 
 class Head(NamedTuple):
@@ -89,8 +90,31 @@ def name_dataset(dataset: Any) -> str:
         return next(filter(None, (getattr(part, name, '') for name in (
             'ann_file', 'img_prefix', 'data_root'))), 'no file')
 
-    return ' and '.join(dict.fromkeys(f'{type(part).__name__} of {source(part)}'
-                                      for part in find_parts(dataset)))
+    return printable(' and '.join(dict.fromkeys(
+        f'{type(part).__name__} of {source(part)}' for part in find_parts(dataset))))
+
+def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
+    """Find the classes of a dataset, in wrappers those of its parts; None if it has none.
+
+    Raises:
+        DataError: They are a text, or parts that are joined have others.
+    """
+    found = None
+    for part in find_parts(dataset):
+        name = f'{loader}, {name_dataset(part)},'
+        classes = getattr(part, 'metainfo', {}).get('classes')
+        if isinstance(classes, str):
+            raise DataError(
+                f'The dataset of {name} has classes={classes!r}, which must be a tuple; a single '
+                f'class is written metainfo=dict(classes=({classes!r},)).')
+        if classes is None:
+            continue
+        if found is None:
+            first, found = name, tuple(classes)
+        elif found != tuple(classes):
+            raise DataError(describe_other_classes(
+                found, f'the dataset of {first}', tuple(classes), f'that of {name}'))
+    return found
 
 
 def _walk(settings: Any, path: str = '') -> Iterator[tuple[str, Mapping]]:

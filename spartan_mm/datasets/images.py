@@ -132,8 +132,8 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
         with open_picture(io.BytesIO(content)) as picture:
             # Pillow's own reading of 16 bits; of a kind that it doesn't know, OpenCV may.
             deep = picture is not None and picture.mode.startswith('I')
-        image = mmcv.imfrombytes(content, flag=flag,
-                                 backend='cv2' if deep and backend == 'pillow' else backend)
+            image = mmcv.imfrombytes(content, flag=flag,
+                                     backend='cv2' if deep and backend == 'pillow' else backend)
     except DataError:
         raise
     except Exception as error:  # each decoder has exceptions of its own
@@ -260,7 +260,7 @@ def with_checked_loader(pipeline: Sequence) -> list:
     NOTE: the config keeps mmcv's name, which the toolboxes' inferencers look for.
     """
     return [dict(step, type='LoadCheckedImage')
-            if isinstance(step, Mapping) and step['type'] == 'LoadImageFromFile' else step
+            if isinstance(step, Mapping) and step.get('type') == 'LoadImageFromFile' else step
             for step in pipeline]
 
 

@@ -39,6 +39,8 @@ RENAMED = {
 # The type of a value, or a test of it, and what to call that. None is said where it may be.
 _Forms = Mapping[str, tuple[Any, str]]
 _FLAG = (bool, 'True or False')
+# A dataset may be there already; what it surely is not.
+_NO_DATASET = list | tuple | str | int | None
 _MAYBE_DICT = (Mapping, type(None))
 _FORMS: _Forms = {
     'data_root': ((str, type(None)), 'a text, the path of a folder'),
@@ -58,7 +60,7 @@ _LOADER_FORMS: _Forms = {
     'batch_size': (lambda value: isinstance(value, int) and value > 0, 'a whole number from 1 on'),
     'num_workers': (lambda value: isinstance(value, int) and value >= 0,
                     'a whole number from 0 on'),
-    'dataset': (lambda value: not isinstance(value, list | tuple | str | None),
+    'dataset': (lambda value: not isinstance(value, _NO_DATASET),
                 "a dict; several are joined by dict(type='ConcatDataset', datasets=[...])"),
     'sampler': (_MAYBE_DICT, "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
     'batch_sampler': (_MAYBE_DICT, 'a dict'),
@@ -102,26 +104,24 @@ def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
         yield _fault(where, f'is {show(loader)}, but must be a dict')
 
 
-def find_datasets(cfg: Config, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def find_datasets(cfg: Config, split: str) -> Iterator[tuple[str, Any]]:
     """Find the configs of the datasets of a split, those inside wrappers such as ``RepeatDataset``.
 
     Yields:
         Where each is in the config, and its own config.
     """
-    def walk(dataset: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not isinstance(dataset, Mapping):
-            return
-        parts = dataset.get('datasets')
+    def walk(dataset: Any, where: str) -> Iterator[tuple[str, Any]]:
+        parts = dataset.get('datasets') if isinstance(dataset, Mapping) else None
         if isinstance(parts, list | tuple):
             for number, part in enumerate(parts):
                 yield from walk(part, f'{where}.datasets[{number}]')
-        elif 'dataset' in dataset:
+        elif isinstance(dataset, Mapping) and 'dataset' in dataset:
             yield from walk(dataset['dataset'], f'{where}.dataset')
-        else:
-            yield where, dict(dataset)
+        elif isinstance(dataset, _NO_DATASET | Mapping):
+            yield where, dataset
 
     loader = cfg.get(f'{split}_dataloader')
-    if isinstance(loader, Mapping):
+    if isinstance(loader, Mapping) and isinstance(loader.get('dataset'), Mapping):
         yield from walk(loader.get('dataset'), f'{split}_dataloader.dataset')
 
 
@@ -132,6 +132,9 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
         settings: Its config; the default scope must be that of the config it comes from.
         where: What to call it.
     """
+    if not isinstance(settings, Mapping):
+        yield _fault(where, f'is {show(settings)}, but must be a dict')
+        return
     if 'type' not in settings:
         yield _fault(where, 'has no `type`, the name of a dataset')
         return

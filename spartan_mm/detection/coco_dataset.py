@@ -16,6 +16,7 @@ from ..datasets.coco_file import NOTHING_LEFT, CocoFile, no_garbage_collection, 
 from ..datasets.data_errors import DataError
 from ..datasets.images import BadImages, LoadCheckedImage, with_checked_loader
 from ..datasets.settings import find_argument_faults, raise_first, with_class_names
+from ..text import printable
 
 
 @DATASETS.register_module()
@@ -160,7 +161,7 @@ class CheckedCocoDataset(CocoDataset):
         return dict(super().get_data_info(idx), ann_file=self.ann_file)
 
     def _log(self, message: str) -> None:
-        print_log(f'{self.ann_file}: {message}', logger='current')
+        print_log(printable(f'{self.ann_file}: {message}'), logger='current')
 
 
 # Its name is mmdet's, too.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..datasets.classes import (
+    classes_of,
     describe_class_count,
     describe_other_classes,
     find_heads,
@@ -132,27 +133,3 @@ class OneWriterLoggerHook(LoggerHook):
 
 def _name(loader: DataLoader, split: str) -> str:
     return f'{split}_dataloader, {name_dataset(find_parts(loader.dataset)[0])},'
-
-
-def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
-    """Find the classes of a dataset, in wrappers those of its parts; None if it has none.
-
-    Raises:
-        DataError: They are a text, or parts that are joined have others.
-    """
-    found = None
-    for part in find_parts(dataset):
-        name = f'{loader}, {name_dataset(part)},'
-        classes = getattr(part, 'metainfo', {}).get('classes')
-        if isinstance(classes, str):
-            raise DataError(
-                f'The dataset of {name} has classes={classes!r}, which must be a tuple; a single '
-                f'class is written metainfo=dict(classes=({classes!r},)).')
-        if classes is None:
-            continue
-        if found is None:
-            first, found = name, tuple(classes)
-        elif found != tuple(classes):
-            raise DataError(describe_other_classes(
-                found, f'the dataset of {first}', tuple(classes), f'that of {name}'))
-    return found

@@ -13,6 +13,7 @@ import spartan_mm.classification
 import spartan_mm.detection  # noqa: F401 - registers the datasets
 from spartan_mm.cli import main
 from spartan_mm.datasets.check import build_loader, check_config
+from spartan_mm.datasets.classes import classes_of
 from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.datasets.settings import check_loaders
 
@@ -95,6 +96,9 @@ LOADERS = [
     (dict(num_workers=-1), r'num_workers is -1, but must be a whole number from 0 on'),
     (dict(dataset=[{}, {}]), r"dataset is \[.*\], but must be a dict; several are joined by"),
     (dict(sampler='DefaultSampler'), r"sampler is 'DefaultSampler', but must be a dict, such as"),
+    (dict(dataset=dict(type='RepeatDataset', times=2, dataset='a.json')),
+     r"dataset\.dataset is 'a.json', but must be a dict"),
+    (dict(dataset=dict(type='ConcatDataset', datasets=[None])), r'datasets\[0\] is None, but must'),
     (dict(dataset=dict(ann_file='a.json')), r'has no `type`, the name of a dataset'),
 ]
 
@@ -124,7 +128,7 @@ def test_pipelines(root, make, pipeline, words):
 def test_loaders(root, changes, words):
     cfg = make_config(detector(root), changes)
     assert re.match(rf'train_dataloader.*{words}', errors_of(cfg)[0])
-    if 'has no' not in words:
+    if not isinstance(changes.get('dataset'), dict):
         with pytest.raises(DataError, match=rf'^train_dataloader\.{words}'):
             check_loaders(cfg)
 
@@ -184,7 +188,6 @@ def build(dataset, scope='mmdet'):
     lambda one, other: join(one, dict(type='ClassBalancedDataset', oversample_thr=0.1,
                                       dataset=other))])
 def test_joined_files_of_other_categories(root, wrap):
-    from spartan_mm.engine.hooks import classes_of
     joined = wrap(detector(root, lazy_init=False), detector(root, 'two.json'))
     words = (rf'The classes of the dataset of train_dataloader, CheckedCocoDataset of '
              rf"{root}/all\.json, and of that of train_dataloader, CheckedCocoDataset of "
@@ -193,6 +196,12 @@ def test_joined_files_of_other_categories(root, wrap):
     with pytest.raises(DataError, match=words):
         classes_of(build(joined), 'train_dataloader')
     assert [text for text in errors_of(make_config(joined)) if re.match(words, text)]
+    for split in ('train', 'val', 'test'):
+        cfg = make_config(joined)
+        cfg[f'{split}_dataloader'] = cfg.pop('train_dataloader')
+        with pytest.raises(DataError, match=words.replace('train_', f'{split}_')):
+            with DefaultScope.overwrite_default_scope('mmdet'):
+                build_loader(Runner.build_dataloader, cfg, cfg[f'{split}_dataloader'])
     same = wrap(detector(root), detector(root))
     assert classes_of(build(same), 'train_dataloader') == NAMES
     assert not errors_of(make_config(same))
@@ -223,8 +232,7 @@ class TestByName:
         return [item['bbox_label'] for item in dataset.get_data_info(index)['instances']]
 
     def test_files_are_joined(self, root):
-        from spartan_mm.engine.hooks import classes_of
-        files = ('all.json', 'two.json', 'turned.json')
+            files = ('all.json', 'two.json', 'turned.json')
         joined = join(*(self.settings(root, file) for file in files))
         dataset = build(joined)
         assert classes_of(dataset, 'train_dataloader') == self.NAMES
