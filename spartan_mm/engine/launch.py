@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
 from ..model_index import find_config
-from ..text import count
+from ..text import count, printable
 from ..weights.initialize import without_pretrained
 from .resume import find_resumable, read_resumable
 from .signals import Interrupted
@@ -306,14 +306,16 @@ def reporting(*explained: type[Exception]) -> Iterator[None]:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
-    except (FileNotFoundError, ExplainedError, *explained) as error:
+    except ExplainedError as error:
         _leave(f'error: {error}', 1)
+    except (FileNotFoundError, *explained) as error:
+        _leave(f'error: {printable(error)}', 1)
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
         _leave(f'error: process {dist.get_rank()} of {dist.get_world_size()} failed: '
-               f'{type(error).__name__}: {error}', 1)
+               f'{type(error).__name__}: {printable(error)}', 1)
     else:
         if dist.is_distributed():
             torch.distributed.destroy_process_group()
