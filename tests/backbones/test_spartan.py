@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from spartan_mm.analysis.sizes import measure_complexity
-from spartan_mm.backbones import ConvMixer, SpaRTAN
+from spartan_mm.backbones import SpaRTAN
 from spartan_mm.backbones.layers import DropPath, GroupNorm1, LayerNorm2d
-from spartan_mm.backbones.spartan import Block, CMixer, SMixer, SqueezeExcitation, modulate
+from spartan_mm.backbones.spartan import CMixer, SMixer, SqueezeExcitation, modulate
 
 from .toy import assert_near, compare_steps, images, make, randomise, step
 
@@ -38,13 +38,6 @@ def count_parameters(model):
 
 
 # ------------------------------------------------------------------------------------- the paper
-
-
-@pytest.mark.parametrize('arch, total', [('xt', 2_222_792), ('t', 3_820_296)])
-def test_parameters_with_imagenet_head(arch, total):
-    backbone = SpaRTAN(arch)
-    head = nn.Linear(backbone.out_channels[-1], 1000)
-    assert count_parameters(backbone) + count_parameters(head) == total
 
 
 def complexity(backbone, size):
@@ -90,35 +83,6 @@ def test_table_5_low_frequency_kernel(kernel, params, giga):
     head = nn.Linear(192, 200)
     assert count_parameters(backbone) + count_parameters(head) == pytest.approx(params, abs=5e3)
     assert complexity(backbone, 224).operations / 1e9 == pytest.approx(giga, abs=0.02)
-
-
-@pytest.mark.parametrize('spatial_mixer', ['smixer', 'conv'])
-@pytest.mark.parametrize('channel_mixer', ['cmixer', 'mlp', 'mlp_se'])
-def test_table_4_mixers(spatial_mixer, channel_mixer):
-    backbone = small(spatial_mixer=spatial_mixer, channel_mixer=channel_mixer)
-    names = [name for name, _ in backbone.named_parameters()]
-    blocks = [module for module in backbone.modules() if isinstance(module, Block)]
-    assert all(isinstance(block.smixer, SMixer if spatial_mixer == 'smixer' else ConvMixer)
-               for block in blocks)
-    assert any('cmixer.se.' in name for name in names) == (channel_mixer != 'mlp')
-    assert any('cmixer.complex_weight' in name for name in names) == (channel_mixer == 'cmixer')
-    assert all(block.cmixer.proj_out.in_channels == 4 * 24
-               for block in backbone.stages[1].blocks)
-
-
-@pytest.mark.parametrize('stem_act, patch_act, block_act', [
-    ('GELU', 'GELU', 'GELU'), ('GELU', 'GELU', 'SiLU'), ('SiLU', 'SiLU', 'GELU'),
-    ('SiLU', 'SiLU', 'SiLU')])
-def test_table_6_activations(stem_act, patch_act, block_act):
-    backbone = small(stem_act=stem_act, patch_act=patch_act, block_act=block_act)
-    stem, stages = backbone.stem, backbone.stages
-    in_blocks = [module for stage in stages for module in stage.blocks.modules()
-                 if isinstance(module, nn.GELU | nn.SiLU)]
-    assert {type(layer.act).__name__ for layer in stem} == {stem_act}
-    assert {type(stage.embedding.act).__name__ for stage in stages[1:]} == {patch_act}
-    assert {type(module).__name__ for module in in_blocks} == {block_act}
-    # Both branches of the spatial mixer, the phase and the refinement of the channel mixer.
-    assert len(in_blocks) == 4 * sum(SMALL['depths'])
 
 
 def test_default_activations_are_those_of_the_released_model():
@@ -302,6 +266,8 @@ def test_too_small_input(height, width):
 
 def test_other_number_of_input_channels():
     assert small(in_channels=1).eval()(images(1, 1, 32, 32))[0].shape == (1, 64, 1, 1)
+    with pytest.raises(RuntimeError, match='to have 3 channels'):
+        small()(images(1, 6, 64, 64))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
@@ -389,11 +355,6 @@ def test_an_empty_batch():
         assert small().eval()(images(0, 3, 64, 64))[0].shape == (0, 64, 2, 2)
 
 
-def test_a_wrong_number_of_channels_is_refused():
-    with pytest.raises(RuntimeError, match='to have 3 channels'):
-        small()(images(1, 6, 64, 64))
-
-
 @pytest.mark.parametrize('options', [
     {},
     dict(conv_types='full'),
@@ -461,11 +422,6 @@ def test_checkpointing_under_a_counter_around_the_forward_pass_alone():
     assert counter.get_total_flops() > 0
 
 
-def test_with_cp_reaches_every_block():
-    assert all(module.with_cp for module in small(with_cp=True).modules()
-               if isinstance(module, Block))
-
-
 # --------------------------------------------------------------------------------------- options
 
 
@@ -495,12 +451,6 @@ def test_stages_after_the_last_wanted_are_not_computed():
     assert len(backbone(images(2, 3, 32, 32))) == 2
 
 
-@pytest.mark.parametrize('out_indices', [(4, ), (-5, ), (2, 1), (1, 1), (0, -4), ()])
-def test_bad_out_indices(out_indices):
-    with pytest.raises(ValueError, match='out_indices=.*ascending order'):
-        small(out_indices=out_indices)
-
-
 @pytest.mark.parametrize('option, value, allowed', [
     ('arch', 'b', "'xt', 't' or a dict with stem_channels, depths, "),
     ('spatial_mixer', 'attention', "'smixer', 'conv'"),
@@ -519,10 +469,13 @@ def test_unknown_value_of_an_option(option, value, allowed):
         SpaRTAN(**{option: value})
 
 
-@pytest.mark.parametrize('rate', [-0.1, 1.0])
-def test_bad_drop_path_rate(rate):
-    with pytest.raises(ValueError, match=f'drop_path_rate={rate}'):
-        small(drop_path_rate=rate)
+@pytest.mark.parametrize('options, message', [
+    *((dict(drop_path_rate=rate), f'drop_path_rate={rate}') for rate in (-0.1, 1.0)),
+    *((dict(out_indices=indices), 'out_indices=.*ascending order')
+      for indices in ((4, ), (-5, ), (2, 1), (1, 1), (0, -4), ()))])
+def test_bad_value_of_an_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -541,20 +494,17 @@ def test_bad_arch_dict(change, message):
         SpaRTAN(arch)
 
 
-def test_arch_dict_sets_depths_widths_and_ratios():
-    backbone = small(out_indices=ALL_STAGES)
+@pytest.mark.parametrize('from_config', [False, True])
+def test_arch_dict_sets_depths_widths_and_ratios(from_config):
+    arch = ConfigDict({key: list(value) if isinstance(value, tuple) else value
+                       for key, value in SMALL.items()}) if from_config else SMALL
+    backbone = SpaRTAN(arch, out_indices=ALL_STAGES)
     assert [len(stage.blocks) for stage in backbone.stages] == [1, 2, 1, 1]
     assert backbone.out_channels == SMALL['channels']
     assert backbone.stem[0].conv.out_channels == 8
     assert [stage.blocks[0].cmixer.proj_out.in_channels // channels for stage, channels
             in zip(backbone.stages, SMALL['channels'], strict=True)] == [4, 4, 2, 2]
     assert backbone.arch == SMALL
-
-
-def test_arch_may_come_from_a_config():
-    config = ConfigDict(arch={key: list(value) if isinstance(value, tuple) else value
-                              for key, value in SMALL.items()})
-    assert SpaRTAN(config.arch).arch == SMALL
 
 
 def test_drop_path_rate_rises_by_block():
@@ -592,16 +542,11 @@ def test_frozen_stages(frozen_stages):
 
 
 def test_norm_eval_keeps_batch_norms_in_evaluation():
-    backbone = small(norm_eval=True).train()
-    assert backbone.training
+    backbone = small(norm_eval=True)
+    assert backbone.eval() is backbone and backbone.train() is backbone and backbone.training
     for module in backbone.modules():
         assert module.training != isinstance(module, _BatchNorm)
     assert all(parameter.requires_grad for parameter in backbone.parameters())
-
-
-def test_train_and_eval_return_the_backbone():
-    backbone = small()
-    assert backbone.eval() is backbone and backbone.train() is backbone
 
 
 # ---------------------------------------------------------------------------------- initialisation
