@@ -56,11 +56,9 @@ def build(name):
 def test_every_config_is_tested():
     found = {path.relative_to(CONFIGS).with_suffix('').as_posix() for path in CONFIGS.rglob('*.py')}
     assert {name for name in found if '_base_' not in name and 'digits' not in name} == set(ALL)
-
-
-def test_leaves_are_short():
-    for name in ALL:
-        assert len((CONFIGS / f'{name}.py').read_text().splitlines()) <= 25, name
+    for name in found:
+        short = len((CONFIGS / f'{name}.py').read_text().splitlines()) <= 25
+        assert short or '_base_' in name, name
 
 
 @pytest.mark.parametrize('name', MAIN)
