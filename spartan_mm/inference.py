@@ -42,8 +42,26 @@ class InputError(ExplainedError, ValueError):
     """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
+class _Found:
+    """Labels with scores, and perhaps boxes."""
+
+    def select(self, index: Any) -> '_Found':
+        """Keep some, as numpy indexes an array."""
+        return type(self)(*(values[index] for values in vars(self).values()))
+
+    def best_first(self) -> '_Found':
+        """Sort by score; equals stay in their order."""
+        return self.select(np.argsort(-self.scores, kind='stable'))
+
+    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Describe each by a dict fit for JSON."""
+        return [dict(label=int(label), class_name=class_name(classes, label),
+                     score=round(float(score), 4))
+                for label, score in zip(self.labels, self.scores, strict=True)]
+
+
 @dataclass
-class Detections:
+class Detections(_Found):
     """What was found in one image.
 
     Args:
@@ -58,17 +76,15 @@ class Detections:
 
     def above(self, threshold: float) -> 'Detections':
         """Keep the detections with at least this score."""
-        keep = self.scores >= threshold
-        return Detections(self.boxes[keep], self.labels[keep], self.scores[keep])
+        return self.select(self.scores >= threshold)
 
     def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe each detection by a dict fit for JSON."""
         return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
-                for box, record in zip(self.boxes, _name_all(self, classes), strict=True)]
+                for box, record in zip(self.boxes, super().as_records(classes), strict=True)]
 
 
 @dataclass
-class Classification:
+class Classification(_Found):
     """What an image is taken for.
 
     Args:
@@ -78,20 +94,6 @@ class Classification:
 
     labels: np.ndarray
     scores: np.ndarray
-
-    def top(self, count: int) -> 'Classification':
-        """Keep the classes with the highest scores."""
-        return Classification(self.labels[:count], self.scores[:count])
-
-    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe each class by a dict fit for JSON."""
-        return _name_all(self, classes)
-
-
-def _name_all(found: Detections | Classification, classes: Sequence[str]) -> list[dict[str, Any]]:
-    return [dict(label=int(label), class_name=class_name(classes, label),
-                 score=round(float(score), 4))
-            for label, score in zip(found.labels, found.scores, strict=True)]
 
 
 @dataclass
@@ -207,21 +209,9 @@ class Detector(Model):
     scope, kind, doing = 'mmdet', 'detector', 'detecting'
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Find objects in a batch of images.
-
-        Args:
-            images: In BGR order, each of shape (H, W, 3); sizes may differ.
-
-        Returns:
-            Detections in pixels of the images as they came.
-        """
-        found = []
-        for sample in self._predict(images):
-            objects = sample.pred_instances.cpu().numpy()
-            best_first = np.argsort(-objects.scores, kind='stable')
-            found.append(Detections(objects.bboxes[best_first], objects.labels[best_first],
-                                    objects.scores[best_first]))
-        return found
+        """Find objects in images in BGR order, each of shape (H, W, 3); sizes may differ."""
+        objects = [sample.pred_instances.cpu().numpy() for sample in self._predict(images)]
+        return [Detections(each.bboxes, each.labels, each.scores).best_first() for each in objects]
 
     def process(self, images: Sequence[np.ndarray], score_threshold: float = 0.3
                 ) -> list[Processed]:
@@ -238,25 +228,16 @@ class Classifier(Model):
     scope, kind, doing = 'mmpretrain', 'classifier', 'classifying'
 
     def classify(self, images: Sequence[np.ndarray]) -> list[Classification]:
-        """Score the classes of a batch of images.
+        """Score all classes of images in BGR order, each of shape (H, W, 3).
 
-        Args:
-            images: In BGR order, each of shape (H, W, 3); sizes may differ, as far as the config's
-                pipeline makes them equal.
-
-        Returns:
-            All classes of each image.
+        Sizes may differ as far as the config's pipeline makes them equal.
         """
-        found = []
-        for sample in self._predict(images):
-            scores = sample.pred_score.float().cpu().numpy()
-            best_first = np.argsort(-scores, kind='stable')
-            found.append(Classification(best_first, scores[best_first]))
-        return found
+        scores = [sample.pred_score.float().cpu().numpy() for sample in self._predict(images)]
+        return [Classification(np.arange(len(each)), each).best_first() for each in scores]
 
     def process(self, images: Sequence[np.ndarray], top: int = 5) -> list[Processed]:
         """Draw and describe the classes with the highest scores."""
-        found = [classes.top(top) for classes in self.classify(images)]
+        found = [classes.select(slice(top)) for classes in self.classify(images)]
         return [(draw_classification(image, classes, self.classes),
                  dict(predictions=classes.as_records(self.classes)))
                 for image, classes in zip(images, found, strict=True)]
@@ -292,19 +273,17 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     if root.resolve() == own_results:
         raise InputError(f'the results would overwrite the input in {root}: choose another folder '
                          'to write to')
-    if path.is_dir():
-        skip = own_results if path.resolve() in own_results.parents else None
-        images = sorted(file for file in path.rglob('*')
-                        if file.suffix.lower() in IMAGE_SUFFIXES
-                        # A link that leads nowhere is an image that is missing.
-                        and (file.is_file() or file.is_symlink() and not file.exists())
-                        and skip not in file.resolve().parents)
-        if not images:
-            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        return Source(root, images)
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return Source(root, video=path)
-    return Source(root, [path])
+    if root is not path:
+        return (Source(root, video=path) if path.suffix.lower() in VIDEO_SUFFIXES
+                else Source(root, [path]))
+    skip = own_results if root.resolve() in own_results.parents else None
+    images = sorted(file for file in root.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+                    # A link that leads nowhere is an image that is missing.
+                    and (file.is_file() or file.is_symlink() and not file.exists())
+                    and skip not in file.resolve().parents)
+    if not images:
+        raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    return Source(root, images)
 
 
 def find_images(path: str | Path, out_dir: str | Path) -> Source:
@@ -373,10 +352,7 @@ def draw_detections(image: np.ndarray, detections: Detections,
                     classes: Sequence[str]) -> np.ndarray:
     """Draw boxes, class names and scores on a copy of an image, the highest score on top.
 
-    Args:
-        image: In BGR order, shape (H, W, 3).
-        detections: What to draw.
-        classes: Names by class index.
+    The image is in BGR order, shape (H, W, 3).
     """
     canvas, labels, scores = np.array(image, order='C'), detections.labels, detections.scores
     order = np.argsort(scores, kind='stable')
@@ -388,16 +364,7 @@ def draw_detections(image: np.ndarray, detections: Detections,
 
 def draw_classification(image: np.ndarray, found: Classification,
                         classes: Sequence[str]) -> np.ndarray:
-    """Draw a bar for each class beside an image, as long as its score is high.
-
-    Args:
-        image: In BGR order, shape (H, W, 3); a small one is enlarged.
-        found: The classes to draw, in this order.
-        classes: Names by class index.
-
-    Returns:
-        The picture in BGR order.
-    """
+    """Draw a bar for each class beside an image, see :func:`draw_bars`; images are in BGR order."""
     names = [class_name(classes, label) for label in found.labels]
     colours = [class_colour(label) for label in found.labels]
     return draw_bars(image[..., ::-1], names, found.scores, colours)[..., ::-1].copy()
