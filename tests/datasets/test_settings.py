@@ -232,7 +232,7 @@ class TestByName:
         return [item['bbox_label'] for item in dataset.get_data_info(index)['instances']]
 
     def test_files_are_joined(self, root):
-            files = ('all.json', 'two.json', 'turned.json')
+        files = ('all.json', 'two.json', 'turned.json')
         joined = join(*(self.settings(root, file) for file in files))
         dataset = build(joined)
         assert classes_of(dataset, 'train_dataloader') == self.NAMES
