@@ -211,7 +211,9 @@ def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options:
         for report in check_config(cfg, splits):
             for finding in report.findings:
                 if finding.level == 'error':
-                    raise DataError(f'{report.split}_dataloader: {finding.message}') from error
+                    name = f'{report.split}_dataloader'
+                    raise DataError(finding.message if finding.message.startswith(name) else
+                                    f'{name}: {finding.message}') from error
         raise
     # Evaluators take the classes at once, before any hook looks at them.
     for split in splits:

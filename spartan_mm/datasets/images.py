@@ -6,8 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -16,7 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
 from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .data_errors import DataError, MissingDataError, UndecodableError, show
 
@@ -69,17 +68,17 @@ def find_max_pixels() -> int:
 
 
 @contextmanager
-def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image | None]:
+def open_picture(content: bytes) -> Iterator[Image.Image | None]:
     """Open an image with Pillow, without decoding it, unless it is too large.
 
-    NOTE: Pillow's own limit warns first, and can't be raised without touching the program. OpenCV,
-    which reads some formats that Pillow does not know, has one of 2^30 pixels.
+    NOTE: Pillow's own limit, which nobody can raise without touching the program, is off inside.
+    OpenCV, which reads some formats that Pillow does not know, has one of 2^30 pixels.
 
     Args:
-        source: The file, or where it is.
+        content: What the file holds.
 
     Yields:
-        The image; None if Pillow does not know the format.
+        The image; None if Pillow cannot read it.
 
     Raises:
         UndecodableError: It has more pixels than :func:`find_max_pixels` says.
@@ -87,20 +86,17 @@ def open_picture(source: str | Path | BinaryIO) -> Iterator[Image.Image | None]:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         try:
-            picture = Image.open(source)
-        except UnidentifiedImageError:
+            picture = Image.open(io.BytesIO(content))
+        except Exception:  # Pillow has many; OpenCV may take what it refuses
             picture = None
-        if picture is None:
-            yield None
-            return
-        with picture:
-            width, height = picture.size
-            if width * height > find_max_pixels():
-                raise UndecodableError(
-                    f'it is {width}x{height} pixels, {width * height:,} in all, and no more than '
-                    f'{find_max_pixels():,} are read; if it is what it should be, set '
-                    f'{MAX_PIXELS_VARIABLE}={width * height} in the environment')
-            yield picture
+        width, height = picture.size if picture else (0, 0)
+        most = find_max_pixels()
+        if width * height > most:
+            raise UndecodableError(
+                f'it is {width}x{height} pixels, {width * height:,} in all, and no more than '
+                f'{most:,} are read; if it is what it should be, set '
+                f'{MAX_PIXELS_VARIABLE}={width * height} in the environment')
+        yield picture
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -129,7 +125,7 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
     if not content:
         raise UndecodableError('the file is empty')
     try:
-        with open_picture(io.BytesIO(content)) as picture:
+        with open_picture(content) as picture:
             # Pillow's own reading of 16 bits; of a kind that it doesn't know, OpenCV may.
             deep = picture is not None and picture.mode.startswith('I')
             image = mmcv.imfrombytes(content, flag=flag,

@@ -44,10 +44,12 @@ _NO_DATASET = list | tuple | str | int | None
 _MAYBE_DICT = (Mapping, type(None))
 _FORMS: _Forms = {
     'data_root': ((str, type(None)), 'a text, the path of a folder'),
-    'split': (str, 'a text, the name of a folder'),
+    'split': ((str, type(None)), 'a text, the name of a folder'),
     'ann_file': (str, 'a text, the path of one file; several are joined by '
                       "dict(type='ConcatDataset', datasets=[...])"),
     'data_prefix': (Mapping, "a dict of texts, such as data_prefix=dict(img='images/')"),
+    'classes': ((str, list, tuple, type(None)), "a tuple of texts, such as ('cat', 'dog'), or a "
+                                                'file with one in each line'),
     'pipeline': ((list, tuple), 'a list of dicts'),
     'metainfo': (_MAYBE_DICT, "a dict, such as metainfo=dict(classes=('cat', 'dog'))"),
     'filter_cfg': (_MAYBE_DICT, 'a dict, such as filter_cfg=dict(filter_empty_gt=False)'),
@@ -90,7 +92,8 @@ def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
     where = f'{split}_dataloader'
     loader = cfg.get(where)
     older = cfg.get('data')
-    if isinstance(older, Mapping) and {split, 'samples_per_gpu'} & older.keys():
+    if isinstance(older, Mapping) and ('samples_per_gpu' in older or isinstance(
+            older.get(split), Mapping) and 'type' in older[split]):
         yield _fault('data', f"is mmdet 2's and not read: write {where}=dict(batch_size=..., "
                      'dataset=dict(...)) and remove it')
     if isinstance(loader, Mapping):
@@ -168,8 +171,8 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
             today = f': write {RENAMED[key]}' if key in RENAMED else f', but {join(sorted(taken))}'
             yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
     forms = dict(_FORMS)
-    # mmpretrain's take a text for the folder of the images, and names of classes beside `metainfo`.
-    if 'classes' in (taken or ()):
+    # mmpretrain's take a text for the folder of the images, mmdet's a dict.
+    if not isinstance(taken and taken.get('data_prefix'), Mapping):
         forms['data_prefix'] = ((str, Mapping), 'a text, the name of a folder, or a dict, such as '
                                 "dict(img_path='images/')")
     yield from _check_forms(arguments, forms, where)
@@ -235,19 +238,18 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
         yield replace(fault, message=fault.message + ''.join(today))
 
 
-def _find_parameters(kind: Any) -> set[str] | None:
-    """Names of the arguments of a class, those handed on to its bases too; None if any will do."""
-    if not inspect.isclass(kind):
-        return None
-    names: set[str] = set()
-    for base in kind.__mro__:
+def _find_parameters(kind: Any) -> dict[str, Any] | None:
+    """Find the arguments of a class and its bases, with defaults; None if it takes any."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__ if inspect.isclass(kind) else ():
         if '__init__' not in vars(base):
             continue
         parameters = inspect.signature(base.__init__).parameters.values()
-        names.update(item.name for item in parameters
-                     if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY))
+        for item in parameters:
+            if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY) and item.name != 'self':
+                found.setdefault(item.name, item.default)
         if not any(item.kind == item.VAR_KEYWORD for item in parameters):
-            return names - {'self'}
+            return found
     return None
 
 

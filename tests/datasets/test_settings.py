@@ -71,6 +71,7 @@ WRONG = [
     (detector, dict(test_mode='yes'), r"test_mode is 'yes', but must be True or False"),
     (classifier, dict(data_prefix=3), r'data_prefix is 3, but must be a text, the name of a'),
     (classifier, dict(metainfo='names.txt'), r"metainfo is 'names.txt', but must be a dict"),
+    (classifier, dict(classes=3), r"classes is 3, but must be a tuple of texts, .*, or a f"),
     (classifier, dict(indices='10'), r"indices is '10', but must be a whole number, or a"),
     (classifier, dict(data_root=['a']), r"data_root is \['a'\], but must be a text"),
     (classifier, dict(ann_files='list.txt'), r'ann_files is no setting of CheckedImageFolder, b'),
@@ -138,6 +139,12 @@ def test_mmdet_2(root):
     cfg.data = dict(samples_per_gpu=2, train=detector(root))
     with pytest.raises(DataError, match="^data is mmdet 2's and not read: write train_dataloader="):
         check_loaders(cfg)
+
+
+def test_a_variable_of_that_name_is_the_users(root):
+    cfg = make_config(detector(root))
+    cfg.data = dict(root='here', train='train.json')
+    check_loaders(cfg)
 
 
 def test_metainfo_that_nobody_reads_is_a_warning(root):
