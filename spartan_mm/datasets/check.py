@@ -5,6 +5,8 @@ the rest by ``PreflightHook``.
 """
 
 import os
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -214,11 +216,21 @@ def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options:
                     name = f'{report.split}_dataloader'
                     raise DataError(finding.message if finding.message.startswith(name) else
                                     f'{name}: {finding.message}') from error
-        raise
+        if not splits or _is_in_users_code(error):
+            raise
+        raise DataError(explain_build(error, f'{splits[0]}_dataloader').message) from error
     # Evaluators take the classes at once, before any hook looks at them.
     for split in splits:
         classes_of(built.dataset, f'{split}_dataloader')
     return built
+
+
+def _is_in_users_code(error: Exception) -> bool:
+    """Say whether an error comes out of code that is neither installed nor of this package."""
+    ours = ('<frozen', *map(sysconfig.get_path, ('stdlib', 'purelib', 'platlib')),
+            os.path.dirname(os.path.dirname(__file__)))
+    return any(not frame.filename.startswith(ours)
+               for frame in traceback.extract_tb(error.__traceback__))
 
 
 def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
@@ -249,7 +261,7 @@ def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
         report.findings += findings
     except MissingDataError as error:
         report.findings.append(Finding('error', 'missing file', str(error)))
-    except (DataError, FileNotFoundError, ValueError) as error:
+    except (ExplainedError, FileNotFoundError) as error:
         report.findings.append(Finding('error', 'dataset', ' '.join(str(error).split())))
     except Exception as error:  # whatever a dataset refuses its settings or files with
         report.findings.append(explain_build(error, where))
@@ -366,7 +378,7 @@ def _check_objects(content: Content, queries: int | None) -> Iterator[Finding]:
             yield from _of_files(
                 'warning', 'more objects than queries', [content.paths[i] for i in full],
                 f'images have more objects than the model has queries ({queries})',
-                f': up to {per_image.max()}, of which the others are never learned or found')
+                f': up to {per_image.max()}, of which some are neither learned nor found')
     number = len(content.classes)
     yield from _of_objects(
         content, (content.labels >= number) & (number > 0), 'error', 'label without a class',
@@ -514,9 +526,9 @@ def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Ite
     """Compare the annotation file of the evaluator with that of the dataset."""
     evaluators = cfg.get(f'{split}_evaluator') or ()
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        theirs = evaluator.get('ann_file')
-        own = dataset.get('ann_file')
-        if not theirs or not own:
+        theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
+        own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
+        if not (theirs and isinstance(theirs, str) and own and isinstance(own, str)):
             continue
         own = own if os.path.isabs(own) else os.path.join(dataset.get('data_root') or '', own)
         if os.path.normpath(theirs) != os.path.normpath(own):

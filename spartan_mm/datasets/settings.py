@@ -38,7 +38,7 @@ RENAMED = {
 
 # The type of a value, or a test of it, and what to call that. None is said where it may be.
 _Forms = Mapping[str, tuple[Any, str]]
-_FLAG = (bool, 'True or False')
+_FLAG = (int, 'True or False')
 # A dataset may be there already; what it surely is not.
 _NO_DATASET = list | tuple | str | int | None
 _MAYBE_DICT = (Mapping, type(None))
@@ -54,7 +54,10 @@ _FORMS: _Forms = {
     'metainfo': (_MAYBE_DICT, "a dict, such as metainfo=dict(classes=('cat', 'dog'))"),
     'filter_cfg': (_MAYBE_DICT, 'a dict, such as filter_cfg=dict(filter_empty_gt=False)'),
     'backend_args': (_MAYBE_DICT, "a dict, such as backend_args=dict(backend='local')"),
-    'indices': ((int, list, tuple, type(None)), 'a whole number, or a list of them'),
+    'indices': (lambda value: isinstance(value, int | None) or isinstance(value, list | tuple) and (
+        value and all(isinstance(index, int) for index in value)),
+        'a whole number, or a list of them'),
+    'proposal_file': ((str, type(None)), 'a text, the path of a file'),
     'max_refetch': (int, 'a whole number'),
     **dict.fromkeys(('test_mode', 'serialize_data', 'lazy_init', 'with_label', 'allow_no_objects',
                      'allow_empty_classes', 'classes_by_name'), _FLAG)}
@@ -138,14 +141,14 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
     if not isinstance(settings, Mapping):
         yield _fault(where, f'is {show(settings)}, but must be a dict')
         return
-    if 'type' not in settings:
+    if not settings.get('type'):
         yield _fault(where, 'has no `type`, the name of a dataset')
         return
     with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
         name = settings['type']
         kind = registry.get(name) if isinstance(name, str) else name
-    if kind is None:
-        yield _fault(f'{where}.type', f'is {name!r}, but there is no dataset of type {name!r}: is '
+    if not callable(kind):
+        yield _fault(f'{where}.type', f'is {show(name)}, but there is no dataset of that name: is '
                      'its package in custom_imports of the config?')
         return
     yield from find_argument_faults(
@@ -168,7 +171,8 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
     taken = _find_parameters(kind)
     for key in arguments:
         if taken is not None and key not in taken:
-            today = f': write {RENAMED[key]}' if key in RENAMED else f', but {join(sorted(taken))}'
+            today = f': write {RENAMED[key]}' if key in RENAMED else (
+                f', which takes {join(sorted(taken))}')
             yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
     forms = dict(_FORMS)
     # mmpretrain's take a text for the folder of the images, mmdet's a dict.
@@ -206,7 +210,7 @@ def with_class_names(metainfo: Mapping[str, Any] | None) -> Mapping[str, Any] | 
 
 
 def explain_build(error: Exception, where: str) -> Finding:
-    """Say what kept something from being built."""
+    """Say what kept something from being built, in the words of the error."""
     return _fault(where, f'cannot be built: {type(error).__name__}: {first_line(error)}')
 
 
@@ -218,7 +222,7 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
                          'scale=(64, 64))')
         return
     name = step.get('type')
-    if name is None:
+    if not name:
         yield _fault(where, 'has no `type`, the name of a transform')
         return
     with TRANSFORMS.switch_scope_and_registry(step.get('_scope_')) as registry:

@@ -229,6 +229,8 @@ def test_heads_and_evaluator(check):
     model = dict(roi_head=dict(bbox_head=[dict(type='Head', num_classes=2),
                                           dict(type='Head', num_classes=80)]))
     report, = check(model=model, splits=['val'], evaluator=dict(ann_file='other.json'))
+    for odd in ('text', dict(ann_file=['a.json']), [None]):
+        assert 'other evaluator' not in found(check(evaluator=odd, splits=['val'])[0], 'warning')
     assert 'model.roi_head.bbox_head.1 (Head) has num_classes=80' in found(
         report, 'error')['classes of the head']
     assert 'val_evaluator reads other.json' in found(report, 'warning')['other evaluator']
@@ -267,7 +269,8 @@ def test_wrapped_and_unknown(folder):
     assert "no annotation file 'none.json'" in found(second, 'error')['missing file']
     cfg.train_dataloader.dataset = dict(type='NoDataset')
     report, = check_config(cfg)
-    assert "no dataset of type 'NoDataset'" in found(report, 'error')['setting']
+    assert ("type is 'NoDataset', but there is no dataset of that name"
+            in found(report, 'error')['setting'])
 
 
 class TestFolders:

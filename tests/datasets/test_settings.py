@@ -67,14 +67,14 @@ WRONG = [
     (detector, dict(metainfo=dict(CLASSES=NAMES)), r'metainfo.CLASSES is not read: write cla'),
     (detector, dict(metainfo=dict(classes='disc')), r"classes='disc', which must be a tuple"),
     (detector, dict(metainfo=dict(classes=(1, 2))), r'classes is \(1, 2\), but must be a tuple'),
-    (detector, dict(clases=NAMES), r'clases is no setting of CheckedCocoDataset, but .*ann'),
+    (detector, dict(clases=NAMES), r'clases is no setting of CheckedCocoDataset, which takes'),
     (detector, dict(test_mode='yes'), r"test_mode is 'yes', but must be True or False"),
     (classifier, dict(data_prefix=3), r'data_prefix is 3, but must be a text, the name of a'),
     (classifier, dict(metainfo='names.txt'), r"metainfo is 'names.txt', but must be a dict"),
     (classifier, dict(classes=3), r"classes is 3, but must be a tuple of texts, .*, or a f"),
     (classifier, dict(indices='10'), r"indices is '10', but must be a whole number, or a"),
     (classifier, dict(data_root=['a']), r"data_root is \['a'\], but must be a text"),
-    (classifier, dict(ann_files='list.txt'), r'ann_files is no setting of CheckedImageFolder, b'),
+    (classifier, dict(ann_files='list.txt'), r'ann_files is no setting of CheckedImageFolder, '),
 ]
 PIPELINES = [
     (detector, dict(type='LoadImageFromFile'), r'pipeline is \{.*\}, but must be a list of dicts'),
@@ -160,6 +160,10 @@ def test_an_error_of_the_user_keeps_its_traceback(root):
     def build(loader):
         raise KeyError('mine')
 
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times='2', dataset=detector(root))
+    with DefaultScope.overwrite_default_scope('mmdet'), pytest.raises(
+            DataError, match="^train_dataloader cannot be built: TypeError: .*'str'"):
+        build_loader(Runner.build_dataloader, cfg, cfg.train_dataloader, seed=0)
     with pytest.raises(KeyError, match='mine'), DefaultScope.overwrite_default_scope('mmdet'):
         build_loader(build, cfg, cfg.train_dataloader)
 
