@@ -13,11 +13,10 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..text import join
-from .converters.common import load_checkpoint, pick_state_dict
 from .converters.rtdetr import convert_resnet_vd
 from .converters.spartan import convert_spartan_backbone
 from .loading import find_state_dict, load_all_weights
-from .safe_load import local_file, read_checkpoint
+from .safe_load import local_file, read_checkpoint, read_foreign
 
 CONVERTERS = {
     'resnet_vd': convert_resnet_vd,
@@ -114,7 +113,7 @@ class ConvertedPretrained:
         """Load the weights into `module`."""
         path = init_file(self.checkpoint)
         try:
-            weights = pick_state_dict(load_checkpoint(path),
+            weights = find_state_dict(read_foreign(path), path,
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:

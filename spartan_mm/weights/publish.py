@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import write_whole
 from ..version import __version__
-from .config_text import find_code
+from .config_text import CodeError, read_text
 from .forms import is_deployed
 from .initialize import without_pretrained
 from .loading import fill_for_inference, find_classes, find_meta, find_state_dict
@@ -138,10 +138,11 @@ def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'{_NO_TEXT}: {error}') from error
     portable = make_config(from_plain(plain))
-    code = find_code(as_text(content))
-    if code:
+    try:
+        read_text(as_text(content))
+    except CodeError as error:
         raise CheckpointError(f'the config holds what is refused in a file of somebody else '
-                              f'({code}): use registered names and plain values')
+                              f'({error}): use registered names and plain values') from None
     return plain, portable
 
 

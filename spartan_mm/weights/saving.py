@@ -32,7 +32,8 @@ def deploy_checkpoint(model: nn.Module, checkpoint: str | Path, out: str | Path)
     Raises:
         FileNotFoundError: There is no such checkpoint.
         CheckpointError: It belongs to another architecture or is of the deploy form already, the
-            model has no deploy form, or the file cannot be written.
+            model has no deploy form, or the file cannot hold it.
+        UnwritableError: The file cannot be written.
     """
     meta = find_meta(load_for_inference(model, checkpoint))
     if is_deployed(model):
@@ -53,7 +54,8 @@ def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
         path: File to write; its folder is made if need be.
 
     Raises:
-        CheckpointError: The file cannot be written, or cannot hold the checkpoint.
+        UnwritableError: The file cannot be written.
+        CheckpointError: It cannot hold the checkpoint.
     """
     path = Path(path)
     try:
@@ -62,8 +64,6 @@ def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
                 file.write(_to_safetensors(checkpoint))
             else:
                 torch.save(checkpoint, file)
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be written: {error.strerror or error}') from error
     # What safetensors, JSON and pickle say of content that they cannot hold.
     except (AttributeError, PickleError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f'{path} cannot be written, it cannot hold this checkpoint: '

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from ..errors import CheckpointError
-from .config_text import find_code, find_code_in_data
+from .config_text import CodeError, check, read_text
 from .safe_load import local_file, read_checkpoint
 
 
@@ -46,33 +46,28 @@ def read_config(checkpoint: Any, name: str | Path) -> Config | None:
     Raises:
         CheckpointError: The config would run code, or is none.
     """
-    stored = _plain_config(checkpoint)
-    if stored is None:
-        stored = next((place[key] for place, key in text_places(checkpoint)), None)
+    plain = _plain_config(checkpoint)
+    text = next((place[key] for place, key in text_places(checkpoint)), None)
+    if plain is None and text is None:
+        return None
     try:
-        if isinstance(stored, Mapping):
-            stored = from_plain(stored)
-        if stored is None:
-            return None
-        problem = find_problem(stored, name)
-        if not problem:
-            return make_config(stored)
+        if plain is None:
+            content = read_text(text)
+        else:
+            content = from_plain(plain)
+            check(content)
+        return make_config(content)
+    except CodeError as error:
+        raise CheckpointError(_refusal(name, error)) from None
     except Exception as error:  # whatever Python says about what is no config
         raise CheckpointError(f'the config inside of {name} cannot be used: {error}') from error
-    raise CheckpointError(problem)
 
 
-def make_config(stored: str | dict[str, Any]) -> Config:
-    """Make a config of its text or its content, and import what it names.
-
-    Args:
-        stored: What was looked through already, or is trusted.
-    """
-    if isinstance(stored, str):
-        return Config.fromstring(stored, '.py')
-    if stored.get('custom_imports'):
-        import_modules_from_strings(**stored['custom_imports'])
-    return Config(stored)
+def make_config(content: dict[str, Any]) -> Config:
+    """Make a config of its content, which was looked through, and import what it names."""
+    if content.get('custom_imports'):
+        import_modules_from_strings(**content['custom_imports'])
+    return Config(content)
 
 
 def find_test_dataset(config: Config) -> Mapping[str, Any]:
@@ -83,18 +78,26 @@ def find_test_dataset(config: Config) -> Mapping[str, Any]:
     return dataset
 
 
-def find_problem(stored: str | dict[str, Any], name: str | Path) -> str | None:
-    """Say why a config must not be used; None if it may.
+def find_problem(text: str, name: str | Path) -> str | None:
+    """Say why a config of text must not be run; None if it may.
 
     Args:
-        stored: Its text or its content.
+        text: The config. What is no Python may be run: it does nothing.
         name: What to call the checkpoint that it is from.
     """
-    code = find_code(stored) if isinstance(stored, str) else find_code_in_data(stored)
-    return code and (
-        f'{name} is refused: the config in it would run code ({code}), or build what is not '
-        'registered, as soon as it is used. Nothing was run. If it is your own, give the config '
-        'file beside the checkpoint; else ask for the weights alone')
+    try:
+        read_text(text)
+    except CodeError as error:
+        return _refusal(name, error)
+    except (SyntaxError, ValueError):
+        pass
+    return None
+
+
+def _refusal(name: str | Path, error: CodeError) -> str:
+    return (f'{name} is refused: the config in it would run code ({error}), or build what is not '
+            'registered, as soon as it is used. Nothing was run. If it is your own, give the '
+            'config file beside the checkpoint; else ask for the weights alone')
 
 
 def text_places(checkpoint: Any) -> Iterator[tuple[dict[str, Any], str]]:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
+from ..loading import find_state_dict
+from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from ..stored_config import read_config
-from .common import StateDict, load_checkpoint, pick_state_dict
 from .huggingface import (
     convert_huggingface,
     export_huggingface,
@@ -14,6 +15,7 @@ from .huggingface import (
     read_huggingface,
     write_huggingface,
 )
+from .names import StateDict
 from .rtdetr import convert_rtdetr, export_rtdetr
 from .spartan import convert_spartan, export_spartan
 
@@ -73,8 +75,8 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
     path = Path(path)
     if path.is_dir() or kind == 'huggingface':
         return Source(path, 'huggingface', *read_huggingface(path))
-    checkpoint = load_checkpoint(path)
-    weights = pick_state_dict(checkpoint, _ENTRIES[kind or 'official'])
+    checkpoint = read_foreign(path)
+    weights = find_state_dict(checkpoint, path, _ENTRIES[kind or 'official'])
     found = next((known for known, beginnings in _BEGINNINGS.items()
                   if any(name.startswith(beginnings) for name in weights)), None)
     if found == 'huggingface':

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import write_whole
+from ...files import write_json
+from ..loading import find_state_dict
+from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from . import rtdetr_layout as table
-from .common import StateDict, check_keys, load_checkpoint, pick_state_dict
-from .rtdetr import BACKBONE, is_frozen, read_own_settings
+from .names import StateDict
+from .rtdetr import is_frozen, read_own_settings
 
-_BACKBONE = 'model.backbone.model.'
 # The heads stand in the model, and once more, as the same tensors, in its decoder.
 _TIED = {'class_embed.': 'model.decoder.class_embed.', 'bbox_embed.': 'model.decoder.bbox_embed.'}
 
@@ -60,7 +61,7 @@ def convert_huggingface(state_dict: Mapping[str, Tensor],
     points = config.get('decoder_n_points', 4)
     state_dict = _without_points_scale(_untied(state_dict), points)
     layout = table.read_layout(state_dict, table.HUGGINGFACE)
-    converted = table.to_ours(state_dict, _names(layout))
+    converted = table.to_ours(state_dict, table.tensor_names(layout, table.HUGGINGFACE))
 
     frozen = config.get('freeze_backbone_batch_norms', True)
     backbone = table.resnet_settings(layout, frozen)
@@ -128,13 +129,8 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
         raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
                               + '\n  '.join(problems))
 
-    names = _names(layout)
-    frozen = is_frozen(settings)
-    backbone = {name: parts for name, parts in names.items() if name.startswith(BACKBONE)}
-    rest = {name: parts for name, parts in names.items() if name not in backbone}
-    check_keys(state_dict, names)
-    exported = table.from_ours({name: state_dict[name] for name in backbone}, backbone, frozen)
-    exported |= table.from_ours({name: state_dict[name] for name in rest}, rest)
+    names = table.tensor_names(layout, table.HUGGINGFACE)
+    exported = table.from_ours(state_dict, names, is_frozen(settings))
 
     labels = list(classes or [f'LABEL_{index}' for index in range(num_classes)])
     config = dict(
@@ -169,7 +165,7 @@ def read_huggingface(folder: str | Path) -> tuple[StateDict, dict]:
         raise CheckpointError(f'{index} names files outside of its folder')
     state_dict = {}
     for file in files:
-        state_dict |= pick_state_dict(load_checkpoint(folder / file), ('state_dict', ))
+        state_dict |= find_state_dict(read_foreign(folder / file), folder / file)
     return state_dict, config
 
 
@@ -184,17 +180,13 @@ def write_huggingface(folder: str | Path, state_dict: Mapping[str, Tensor], conf
         preprocessor: What preprocessor_config.json is to say, see :func:`image_processor`.
 
     Raises:
-        CheckpointError: A file cannot be written.
+        CheckpointError: The weights cannot be written.
+        UnwritableError: Another file cannot be written.
     """
     folder = Path(folder)
     save_checkpoint(state_dict, folder / 'model.safetensors')
-    for name, content in (('config.json', config), ('preprocessor_config.json', preprocessor)):
-        try:
-            with write_whole(folder / name) as file:
-                file.write((json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
-        except OSError as error:
-            raise CheckpointError(f'{folder / name} cannot be written: '
-                                  f'{error.strerror or error}') from error
+    write_json(folder / 'config.json', config)
+    write_json(folder / 'preprocessor_config.json', preprocessor)
 
 
 def image_processor(height: int = 640, width: int = 640,
@@ -237,12 +229,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds no JSON object')
     return content
-
-
-def _names(layout: table.Layout) -> table.Names:
-    backbone = table.tensor_names(table.resnet_modules(layout), table.HUGGINGFACE)
-    return (table.with_prefixes(backbone, BACKBONE, _BACKBONE)
-            | table.tensor_names(table.detector_modules(layout), table.HUGGINGFACE))
 
 
 def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from . import rtdetr_layout as table
-from .common import StateDict, strip_prefix
+from .names import StateDict, strip_prefix
+from .rtdetr_layout import BACKBONE
 from .spartan import convert_spartan_backbone, export_spartan_backbone
 
-BACKBONE = 'backbone.'
 # Where a SpaRTAN stands in an official detector.
 _SPARTAN = f'{BACKBONE}net.'
 
@@ -33,8 +33,10 @@ def convert_resnet_vd(state_dict: Mapping[str, Tensor]) -> StateDict:
         CheckpointError: Keys are missing or left over; lists them.
     """
     layout = table.read_layout([BACKBONE + name for name in state_dict], table.OFFICIAL)
-    return table.to_ours(
-        state_dict, table.tensor_names(table.resnet_modules(layout), table.OFFICIAL))
+    names = table.tensor_names(layout, table.OFFICIAL)
+    return table.to_ours(state_dict, {
+        ours.removeprefix(BACKBONE): [theirs.removeprefix(BACKBONE)]
+        for ours, [theirs] in names.items() if ours.startswith(BACKBONE)})
 
 
 def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
@@ -60,23 +62,19 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """
     state_dict = _without_v2(state_dict)
     layout = table.read_layout(state_dict, table.OFFICIAL)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(BACKBONE)}
-    if any(name.startswith(_SPARTAN) for name in state_dict):
-        converted = table.to_ours(rest, names)
-        backbone, arch = convert_spartan_backbone(
-            {name: tensor for name, tensor in state_dict.items() if name not in rest}, _SPARTAN)
-        converted |= {BACKBONE + name: tensor for name, tensor in backbone.items()}
+    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_SPARTAN)}
+    spartan = {}
+    if len(rest) < len(state_dict):
+        spartan, arch = convert_spartan_backbone(state_dict, _SPARTAN)
         backbone = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
-    elif not any(layout.depths):
-        raise CheckpointError('the backbone is neither a ResNet-vd nor a SpaRTAN')
-    else:
+    elif any(layout.depths):
         frozen = not any(name.startswith(BACKBONE) and name.endswith('.num_batches_tracked')
                          for name in state_dict)
         backbone = table.resnet_settings(layout, frozen)
-        names |= table.with_prefixes(
-            table.tensor_names(table.resnet_modules(layout), table.OFFICIAL), BACKBONE, BACKBONE)
-        converted = table.to_ours(state_dict, names)
+    else:
+        raise CheckpointError('the backbone is neither a ResNet-vd nor a SpaRTAN')
+    converted = table.to_ours(rest, table.tensor_names(layout, table.OFFICIAL))
+    converted |= {BACKBONE + name: tensor for name, tensor in spartan.items()}
 
     settings = dict(backbone=backbone, **table.read_settings(converted, layout))
     table.check_detector(converted, settings)
@@ -101,15 +99,12 @@ def export_rtdetr(state_dict: Mapping[str, Tensor],
             above; it lists what the official code cannot hold.
     """
     settings, layout = read_own_settings(state_dict, settings)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(BACKBONE)}
-    exported = table.from_ours(rest, names)
-    backbone = strip_prefix(state_dict, BACKBONE)
+    exported, rest = {}, dict(state_dict)
     if settings['backbone']['type'] == 'SpaRTAN':
-        return exported | export_spartan_backbone(backbone, _SPARTAN)[0], settings
-    names = table.tensor_names(table.resnet_modules(layout), table.OFFICIAL)
-    backbone = table.from_ours(backbone, names, is_frozen(settings))
-    return exported | {BACKBONE + name: tensor for name, tensor in backbone.items()}, settings
+        exported = export_spartan_backbone(strip_prefix(state_dict, BACKBONE), _SPARTAN)[0]
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith(BACKBONE)}
+    names = table.tensor_names(layout, table.OFFICIAL)
+    return table.from_ours(rest, names, is_frozen(settings)) | exported, settings
 
 
 def read_own_settings(state_dict: Mapping[str, Tensor],
@@ -133,20 +128,20 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
         raise CheckpointError('the model is fused for inference; convert the checkpoint that it '
                               'was made from')
     layout = table.read_layout(state_dict, table.OURS)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    table.check_keys([name for name in state_dict if not name.startswith(BACKBONE)], names)
-
+    names = table.tensor_names(layout, table.OFFICIAL)
     backbone = strip_prefix(state_dict, BACKBONE)
-    if any(name.startswith('stages.') for name in backbone):
-        arch = export_spartan_backbone(backbone)[1]
-        found = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
-    elif any(layout.depths):
+    if any(layout.depths):
+        table.check_keys(state_dict, names)
         counters = [tensor for name, tensor in backbone.items()
                     if name.endswith('.num_batches_tracked')]
         norm_cfg = known.get('backbone', {}).get('norm_cfg')
         frozen = (not norm_cfg.get('requires_grad', True) if norm_cfg
                   else layout.bottleneck and not any(counters))
         found = table.resnet_settings(layout, frozen)
+    elif any(name.startswith('stages.') for name in backbone):
+        table.check_keys([name for name in state_dict if not name.startswith(BACKBONE)], names)
+        arch = export_spartan_backbone(backbone)[1]
+        found = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
     else:
         raise CheckpointError('the backbone is neither a ResNetVd nor a SpaRTAN, and no other has '
                               'a place in the official code or in transformers')
@@ -176,10 +171,8 @@ def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
             constants[name] = tensor
         elif not (v2 and name in ('decoder.anchors', 'decoder.valid_mask')):
             # The anchors are those of a fixed image size; here they follow the image.
-            name = re.sub(r'^(encoder\.input_proj\.\d+)\.(conv|norm)\.',
-                          lambda match: f'{match[1]}.{("conv", "norm").index(match[2])}.', name)
-            name = re.sub(r'^(decoder\.enc_output)\.(proj|norm)\.',
-                          lambda match: f'{match[1]}.{("proj", "norm").index(match[2])}.', name)
+            name = re.sub(r'^(encoder\.input_proj\.\d+|decoder\.enc_output)\.(conv|proj|norm)\.',
+                          lambda match: f'{match[1]}.{int(match[2] == "norm")}.', name)
             renamed[name] = tensor
 
     for name, scale in constants.items():

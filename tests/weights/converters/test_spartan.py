@@ -11,7 +11,7 @@ from torch import nn
 
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.errors import CheckpointError
-from spartan_mm.weights.converters import common
+from spartan_mm.weights.converters.names import strip_prefix
 from spartan_mm.weights.converters.spartan import (
     convert_spartan,
     convert_spartan_backbone,
@@ -40,7 +40,7 @@ def small():
 
 def load_backbone(converted, arch):
     backbone = SpaRTAN(arch, out_indices=(0, 1, 2, 3)).eval()
-    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
+    backbone.load_state_dict(strip_prefix(converted, 'backbone.'), strict=True)
     return backbone
 
 
@@ -134,7 +134,7 @@ def test_other_architectures_are_read_from_the_shapes(conv_type):
     assert arch == dict(stem_channels=8, depths=(1, ) * 4, channels=widths,
                         expand_ratios=(3, ) * 4, conv_types=(conv_type, ) * 4)
     backbone = SpaRTAN(arch, in_channels=1)
-    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
+    backbone.load_state_dict(strip_prefix(converted, 'backbone.'), strict=True)
 
 
 def test_backbone_inside_a_detector():
@@ -195,7 +195,7 @@ def test_key_errors_inside_a_detector_carry_the_prefix(small):
     ('layers.0.smixer.gamma', (1, 9, 1, 1), r'gamma: \(1, 9, 1, 1\) instead of \(1, 8, 1, 1\)'),
     ('layers.3.cmixer.theta.weight', (48, 24, 1, 1), r'proj_in\.weight: \(144, 24, 1, 1\) instead'),
     ('linear.weight', (11, 32), r'head\.fc\.weight: \(11, 32\) instead of \(11, 64\)'),
-    ('conv.1.conv.weight', (18, 8, 3, 3), 'stage 1 has 18 channels'),
+    ('conv.1.conv.weight', (18, 8, 3, 3), r'stem\.1\.conv\.weight: \(18, 8, 3, 3\) instead'),
     ('conv.0.conv.weight', (8, ), r'conv\.0\.conv\.weight of shape \(8,\)'),
 ])
 def test_shapes_that_do_not_fit(small, name, shape, message):
