@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..text import join
+from .converters.names import strip_prefix
 from .converters.rtdetr import convert_resnet_vd
 from .converters.spartan import convert_spartan_backbone
 from .loading import find_state_dict, load_all_weights
@@ -62,8 +63,7 @@ class CheckedPretrained:
                       'init_cfg.checkpoint to one', 'current', logging.WARNING)
             return
         weights = find_state_dict(read_checkpoint(init_file(self.checkpoint)), self.checkpoint)
-        chosen = {key[len(self.prefix):]: value for key, value in weights.items()
-                  if key.startswith(self.prefix)}
+        chosen = strip_prefix(weights, self.prefix)
         skipped = [key for key in weights if not key.startswith(self.prefix)]
         if not chosen:
             found = ', '.join(sorted({key.split('.')[0] for key in weights}))
@@ -86,10 +86,9 @@ class CheckedPretrained:
 
 @WEIGHT_INITIALIZERS.register_module()
 class ConvertedPretrained:
-    """Loads a backbone's original checkpoint, renaming its tensors on the way.
+    """Loads a backbone's original checkpoint, all of it, renaming its tensors on the way.
 
-    For `init_cfg`. Everything must fit: names, shapes, nothing missing, nothing left over. No code
-    in the file is executed.
+    For `init_cfg`.
 
     Args:
         checkpoint: Path or URL of a file, safetensors or written by torch.
@@ -124,14 +123,10 @@ class ConvertedPretrained:
 
 
 def init_file(checkpoint: str) -> Path:
-    """Where the checkpoint lies that an ``init_cfg`` names; one behind a URL is downloaded first.
-
-    Args:
-        checkpoint: Path or URL.
+    """Where the checkpoint lies that an ``init_cfg`` names, see :func:`local_file`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It cannot be downloaded.
     """
     path = local_file(checkpoint).expanduser()
     if not path.is_file():
@@ -143,11 +138,7 @@ def init_file(checkpoint: str) -> Path:
 
 
 def without_pretrained(settings: Any) -> Any:
-    """Copy a config of a model, without the pretrained weights that its parts would load.
-
-    Args:
-        settings: The config, or any part of one.
-    """
+    """Copy a model's config, or a part of it, without pretrained weights that it would load."""
     if isinstance(settings, dict):
         return type(settings)({
             key: without_pretrained(value) for key, value in settings.items()

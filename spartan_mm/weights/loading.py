@@ -42,16 +42,7 @@ def load_for_inference(model: nn.Module, path: str | Path) -> dict[str, Any]:
 
 
 def fill_for_inference(model: nn.Module, checkpoint: Any, name: str) -> None:
-    """Do what :func:`load_for_inference` does, with a checkpoint that was read already.
-
-    Args:
-        model: The model, changed in place.
-        checkpoint: The checkpoint.
-        name: What to call it in an error message.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or of another architecture.
-    """
+    """Do what :func:`load_for_inference` does, with a checkpoint of this name that was read."""
     if find_meta(checkpoint).get('deploy'):
         switch_to_deploy(model)
     elif is_deployed(model):

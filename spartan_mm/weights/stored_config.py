@@ -13,6 +13,7 @@ from mmengine.utils import import_modules_from_strings
 
 from ..errors import CheckpointError
 from .config_text import CodeError, check, read_text
+from .loading import find_meta
 from .safe_load import local_file, read_checkpoint
 
 
@@ -34,14 +35,11 @@ def config_from(path: str | Path) -> Config:
 
 
 def read_config(checkpoint: Any, name: str | Path) -> Config | None:
-    """Read the config inside of a checkpoint, and import what it names.
+    """Read the config inside of a checkpoint, if there is one, and import what it names.
 
     Args:
         checkpoint: What :func:`read_checkpoint` gave.
         name: What to call the checkpoint in an error message.
-
-    Returns:
-        The config; None if there is none.
 
     Raises:
         CheckpointError: The config would run code, or is none.
@@ -79,12 +77,7 @@ def find_test_dataset(config: Config) -> Mapping[str, Any]:
 
 
 def find_problem(text: str, name: str | Path) -> str | None:
-    """Say why a config of text must not be run; None if it may.
-
-    Args:
-        text: The config. What is no Python may be run: it does nothing.
-        name: What to call the checkpoint that it is from.
-    """
+    """Say why a config of text must not be run; None if it may, or is no Python at all."""
     try:
         read_text(text)
     except CodeError as error:
@@ -101,11 +94,7 @@ def _refusal(name: str | Path, error: CodeError) -> str:
 
 
 def text_places(checkpoint: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Find the configs of text in a checkpoint, where mmengine looks for them, in its order.
-
-    Yields:
-        A dict and the key in it.
-    """
+    """Find the configs of text where mmengine looks for them, in its order: dict and key."""
     places = (('message_hub', 'runtime_info', 'cfg'), ('meta', 'cfg'), ('meta', 'config'))
     for *outer, last in places:
         found = checkpoint
@@ -136,13 +125,7 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Put plain values into what JSON has; tuples, sets and unusual dicts are marked.
-
-    Args:
-        value: A dict, list, tuple, set, text, number, bool or None of Python.
-
-    Returns:
-        What :func:`from_plain` makes the same value of.
+    """Put plain values of Python into what JSON has; tuples, sets and unusual dicts are marked.
 
     Raises:
         TypeError: It is none of these, or holds what is none.
@@ -172,11 +155,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """Undo :func:`to_plain`.
-
-    Raises:
-        TypeError: It is nothing that could come from there.
-        ValueError: See above.
+    """Undo :func:`to_plain`; a TypeError or ValueError if nothing there could have made it.
 
     Example:
         >>> from_plain({'sizes': {'$tuple': [1, [2]]}})
@@ -200,6 +179,5 @@ def from_plain(value: Any) -> Any:
 
 def _plain_config(checkpoint: Any) -> dict[str, Any] | None:
     """Find the config that publishing wrote."""
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    plain = meta.get('config') if isinstance(meta, dict) else None
+    plain = find_meta(checkpoint).get('config')
     return plain if isinstance(plain, dict) else None

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
-from ..loading import find_state_dict
+from ..loading import find_meta, find_state_dict
 from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from ..stored_config import read_config
@@ -66,8 +66,7 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
 
     Args:
         path: A file, .pth or .safetensors, or a folder of transformers.
-        kind: One of KINDS; None to tell it by the names of the tensors. A folder is always one of
-            transformers.
+        kind: One of KINDS; None to tell it by the names of the tensors.
 
     Raises:
         CheckpointError: It cannot be read, or is of no kind that is known.
@@ -127,28 +126,27 @@ def read_ours(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: It was merged for inference, or its config would run code.
     """
-    checkpoint = source.checkpoint
-    meta = checkpoint.get('meta') if isinstance(checkpoint.get('meta'), dict) else {}
+    meta = find_meta(source.checkpoint)
     if meta.get('deploy'):
         raise CheckpointError(f'{source.path} was merged for inference, which nothing undoes; '
                               'convert the checkpoint that it was made from')
-    config = read_config(checkpoint, source.path)
+    config = read_config(source.checkpoint, source.path)
     return meta, config.to_dict() if config else {}
 
 
 def _to_ours(source: Source, dst: str | Path) -> str:
-    meta = {}
-    if source.kind == 'spartan':
-        weights, meta['arch'] = convert_spartan(source.weights)
-    elif source.kind == 'official':
-        weights, meta['arch'] = convert_rtdetr(source.weights)
+    classes = None
+    if source.kind == 'huggingface':
+        weights, arch, classes = convert_huggingface(source.weights, source.checkpoint)
     else:
-        weights, meta['arch'], classes = convert_huggingface(source.weights, source.checkpoint)
-        if classes:
-            # Where mmdet's inferencers look.
-            meta['dataset_meta'] = dict(classes=tuple(classes))
+        convert = convert_spartan if source.kind == 'spartan' else convert_rtdetr
+        weights, arch = convert(source.weights)
+    meta = dict(arch=arch)
+    if classes:
+        # Where mmdet's inferencers look.
+        meta['dataset_meta'] = dict(classes=tuple(classes))
     save_checkpoint(dict(state_dict=weights, meta=meta), dst)
-    return f'architecture: {meta["arch"]}\n{len(weights)} tensors written to {dst}'
+    return f'architecture: {arch}\n{len(weights)} tensors written to {dst}'
 
 
 def _from_ours(source: Source, dst: str | Path, to: str) -> str:

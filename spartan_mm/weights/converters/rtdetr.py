@@ -1,16 +1,17 @@
 """Official RT-DETR (PyTorch, v1 and v2) weights under this package's names, and back (v1).
 
-Pure functions from state dict to state dict. The names that a model has follow from its
-architecture, which is read from the tensors' names and shapes; whatever is missing or left over is
-an error.
+The names that a model has follow from its architecture, which is read from the tensors' names and
+shapes. Each function raises a CheckpointError that lists the keys that are missing or left over,
+the shapes that differ, and what one side cannot hold.
 """
+import itertools
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...text import join
 from . import rtdetr_layout as table
 from .names import StateDict, strip_prefix
 from .rtdetr_layout import BACKBONE
@@ -25,12 +26,6 @@ def convert_resnet_vd(state_dict: Mapping[str, Tensor]) -> StateDict:
 
     Args:
         state_dict: Tensors under their official names, without `backbone.`.
-
-    Returns:
-        The same tensors under this package's names.
-
-    Raises:
-        CheckpointError: Keys are missing or left over; lists them.
     """
     layout = table.read_layout([BACKBONE + name for name in state_dict], table.OFFICIAL)
     names = table.tensor_names(layout, table.OFFICIAL)
@@ -49,16 +44,9 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     R50-m), that it has other than 8 attention heads or 300 queries, or that a v2 model samples
     discretely.
 
-    Args:
-        state_dict: Tensors under their official names.
-
     Returns:
         The same tensors under this package's names, and the settings of the `model` in a config
         that they fit.
-
-    Raises:
-        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
-            above.
     """
     state_dict = _without_v2(state_dict)
     layout = table.read_layout(state_dict, table.OFFICIAL)
@@ -68,7 +56,7 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         spartan, arch = convert_spartan_backbone(state_dict, _SPARTAN)
         backbone = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
     elif any(layout.depths):
-        frozen = not any(name.startswith(BACKBONE) and name.endswith('.num_batches_tracked')
+        frozen = not any(name.startswith(BACKBONE) and name.endswith(table.COUNTER)
                          for name in state_dict)
         backbone = table.resnet_settings(layout, frozen)
     else:
@@ -93,10 +81,6 @@ def export_rtdetr(state_dict: Mapping[str, Tensor],
 
     Returns:
         The same tensors under their official names, and the settings that they fit.
-
-    Raises:
-        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
-            above; it lists what the official code cannot hold.
     """
     settings, layout = read_own_settings(state_dict, settings)
     exported, rest = {}, dict(state_dict)
@@ -118,10 +102,6 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
 
     Returns:
         The settings, and the counts.
-
-    Raises:
-        CheckpointError: The backbone is neither ResNet-vd nor SpaRTAN, or keys are missing or left
-            over, or shapes differ.
     """
     known = known or {}
     if any('.fused.' in name for name in state_dict):
@@ -132,11 +112,10 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
     backbone = strip_prefix(state_dict, BACKBONE)
     if any(layout.depths):
         table.check_keys(state_dict, names)
-        counters = [tensor for name, tensor in backbone.items()
-                    if name.endswith('.num_batches_tracked')]
-        norm_cfg = known.get('backbone', {}).get('norm_cfg')
-        frozen = (not norm_cfg.get('requires_grad', True) if norm_cfg
-                  else layout.bottleneck and not any(counters))
+        frozen = layout.bottleneck and not any(
+            tensor for name, tensor in backbone.items() if name.endswith(table.COUNTER))
+        if known.get('backbone', {}).get('norm_cfg'):
+            frozen = is_frozen(known)
         found = table.resnet_settings(layout, frozen)
     elif any(name.startswith('stages.') for name in backbone):
         table.check_keys([name for name in state_dict if not name.startswith(BACKBONE)], names)
@@ -163,23 +142,21 @@ def is_frozen(settings: Mapping) -> bool:
 
 def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
     """The state dict with what version 2 calls otherwise renamed, and its constants taken out."""
-    constants, renamed = {}, {}
-    v2 = any(re.search(r'\.cross_attn\.num_points_scale$|enc_output\.proj', name)
-             for name in state_dict)
-    for name, tensor in state_dict.items():
-        if name.endswith('.cross_attn.num_points_scale'):
-            constants[name] = tensor
-        elif not (v2 and name in ('decoder.anchors', 'decoder.valid_mask')):
-            # The anchors are those of a fixed image size; here they follow the image.
-            name = re.sub(r'^(encoder\.input_proj\.\d+|decoder\.enc_output)\.(conv|proj|norm)\.',
-                          lambda match: f'{match[1]}.{int(match[2] == "norm")}.', name)
-            renamed[name] = tensor
-
-    for name, scale in constants.items():
+    scales = {name: tensor for name, tensor in state_dict.items()
+              if name.endswith('.cross_attn.num_points_scale')}
+    for name, scale in scales.items():
         # One over the number of points of its map, for each point.
-        if scale.ndim != 1 or not len(scale) or not torch.all(scale == scale[0]):
+        counts = [round(1 / value) for value, _ in itertools.groupby(scale.flatten().tolist())
+                  if value]
+        if len(counts) != 1:
             raise CheckpointError(f'{name} says that the maps get different numbers of sampling '
-                                  f'points ({_points(scale)}), which RTDETR does not have')
+                                  f'points ({join(counts)}), which RTDETR does not have')
+    # The anchors are those of a fixed image size; here they follow the image.
+    constants = ({*scales, 'decoder.anchors', 'decoder.valid_mask'}
+                 if scales or any('enc_output.proj' in name for name in state_dict) else ())
+    renamed = {re.sub(r'^(encoder\.input_proj\.\d+|decoder\.enc_output)\.(conv|proj|norm)\.',
+                      lambda match: f'{match[1]}.{int(match[2] == "norm")}.', name): tensor
+               for name, tensor in state_dict.items() if name not in constants}
     if 'decoder.tgt_embed.weight' in renamed:
         raise CheckpointError('the queries start from learnt contents (decoder.tgt_embed), which '
                               'RTDETR does not have')
@@ -189,11 +166,3 @@ def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
         raise CheckpointError('the queries are selected without regard to classes (decoder.'
                               'enc_score_head has one output), which RTDETR does not do')
     return renamed
-
-
-def _points(scale: Tensor) -> str:
-    counts, rest = [], scale.flatten().tolist()
-    while rest and 0 < rest[0] <= 1:
-        counts.append(round(1 / rest[0]))
-        rest = rest[counts[-1]:]
-    return ', '.join(map(str, counts)) or 'unreadable'

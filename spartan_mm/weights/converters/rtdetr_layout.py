@@ -17,7 +17,7 @@ from .names import Names, StateDict, check_keys, check_shapes, rename, rename_ba
 
 OURS, OFFICIAL, HUGGINGFACE = range(3)
 BACKBONE = 'backbone.'
-_COUNTER = '.num_batches_tracked'
+COUNTER = '.num_batches_tracked'
 
 # The leaves of each kind of module; transformers splits some.
 _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
@@ -37,7 +37,8 @@ _PATHS = ('top_down_blocks', 'fpn_blocks'), ('bottom_up_blocks', 'pan_blocks')
 # The modules of each part: their kind, and how their names go on, of which one that is left out is
 # the one before it.
 _PARTS = dict(
-    stem=(('backbone.stem.', 'backbone.conv1.conv1_', 'model.backbone.model.embedder.embedder.'), '''
+    stem=(('backbone.stem.', 'backbone.conv1.conv1_',
+           'model.backbone.model.embedder.embedder.'), '''
         conv  0  1.conv  0.convolution
         norm  1  1.norm  0.normalization
         conv  3  2.conv  1.convolution
@@ -146,14 +147,9 @@ def _rows(part: str) -> list[list[str]]:
 
 
 def read_layout(names: Iterable[str], source: int) -> Layout:
-    """Read the counts from a model's names.
+    """Read the counts from a model's names, of which the largest numbers count.
 
-    Args:
-        names: Names of tensors.
-        source: OURS, OFFICIAL or HUGGINGFACE.
-
-    Returns:
-        The counts; the largest numbers count, so that a missing tensor does not go unnoticed.
+    So a missing tensor does not go unnoticed. `source` is OURS, OFFICIAL or HUGGINGFACE.
     """
     names = list(names)
 
@@ -219,14 +215,11 @@ def _modules(layout: Layout) -> Iterator[list[str]]:
 
 
 def tensor_names(layout: Layout, target: int) -> Names:
-    """Name every tensor of an RT-DETR; those of its backbone if that is a ResNet-vd.
+    """The foreign names of every tensor of an RT-DETR, of its backbone if that is a ResNet-vd.
 
     Args:
         layout: The counts.
         target: OFFICIAL or HUGGINGFACE.
-
-    Returns:
-        The foreign names by ours.
     """
     split = _SPLIT if target == HUGGINGFACE else {}
     return {f'{names[OURS]}.{leaf}': [f'{names[target]}.{part}' for part in split.get(leaf, [leaf])]
@@ -239,10 +232,10 @@ def to_ours(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
     Frozen BatchNorms have no `num_batches_tracked` elsewhere; nothing reads the one they get here.
 
     Raises:
-        CheckpointError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over.
     """
     absent = [ours for ours, (theirs, *_) in names.items()
-              if ours.endswith(_COUNTER) and theirs not in state_dict]
+              if ours.endswith(COUNTER) and theirs not in state_dict]
     converted = rename(state_dict, {ours: theirs for ours, theirs in names.items()
                                     if ours not in absent})
     return converted | {ours: torch.tensor(0) for ours in absent}
@@ -251,17 +244,14 @@ def to_ours(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
 def from_ours(state_dict: Mapping[str, Tensor], names: Names, frozen: bool) -> StateDict:
     """Give our tensors their foreign names; undoes :func:`to_ours`.
 
-    Args:
-        state_dict: Tensors by our name.
-        names: Foreign names by our name.
-        frozen: Whether the BatchNorms of the backbone are frozen and have no counters there.
+    Frozen BatchNorms of the backbone have no counters there.
 
     Raises:
-        CheckpointError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over.
     """
     check_keys(state_dict, names)
     kept = [name for name in names
-            if not (frozen and name.startswith(BACKBONE) and name.endswith(_COUNTER))]
+            if not (frozen and name.startswith(BACKBONE) and name.endswith(COUNTER))]
     return rename_back({name: state_dict[name] for name in kept},
                        {name: names[name] for name in kept})
 

@@ -1,4 +1,8 @@
-"""The authors' SpaRTAN checkpoints in this package's names, and back."""
+"""The authors' SpaRTAN checkpoints in this package's names, and back.
+
+Each function takes tensors by name, all of them and nothing else. If keys are missing or left over,
+or shapes do not fit together, it raises a CheckpointError that lists them.
+"""
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,21 +37,13 @@ _HEAD_NAMES: Names = {'head.fc.weight': ['linear.weight'], 'head.fc.bias': ['lin
 def convert_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """Convert a classifier of the authors into an ``ImageClassifier`` of mmpretrain.
 
-    Args:
-        state_dict: The released model's weights, all of them and nothing else.
-
     Returns:
         The weights, under ``backbone.`` and ``head.fc.`` (a ``LinearClsHead``; its pooling neck
         has none), and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
-    head_names = [name for names in _HEAD_NAMES.values() for name in names]
-    head = {name: value for name, value in state_dict.items() if name in head_names}
-    backbone = {name: value for name, value in state_dict.items() if name not in head}
-
-    backbone, arch = convert_spartan_backbone(backbone)
+    head = {name: value for name, value in state_dict.items() if [name] in _HEAD_NAMES.values()}
+    backbone, arch = convert_spartan_backbone(
+        {name: value for name, value in state_dict.items() if name not in head})
     converted = {f'backbone.{name}': value for name, value in backbone.items()}
     converted |= rename(head, _HEAD_NAMES)
     _check_head(converted, arch)
@@ -57,15 +53,8 @@ def convert_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
 def export_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """Convert an ``ImageClassifier`` of mmpretrain into a classifier of the authors.
 
-    Args:
-        state_dict: The classifier's weights: ``backbone.`` is a SpaRTAN, ``head.fc.`` its linear
-            layer; all of them and nothing else.
-
     Returns:
         The weights, as the authors name them, and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     head = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
     exported, arch = export_spartan_backbone(strip_prefix(state_dict, 'backbone.'))
@@ -91,9 +80,6 @@ def convert_spartan_backbone(state_dict: Mapping[str, Tensor],
 
     Returns:
         The weights as ``SpaRTAN`` names them, and its `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     state_dict = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     layers = _read_layers(state_dict, prefix)
@@ -117,14 +103,11 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
     """Convert a ``SpaRTAN`` into a backbone of the authors, alone or for a larger model.
 
     Args:
-        state_dict: The backbone's weights, all of them and nothing else.
+        state_dict: The backbone's weights.
         prefix: What to put before the backbone's new names, as 'backbone.net.' in a detector.
 
     Returns:
         The weights, as the authors name them, and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     depths: dict[int, int] = {}
     for name in state_dict:
