@@ -1,8 +1,9 @@
 """What the converters share: strict accounting for keys and shapes."""
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...errors import CheckpointError
 
@@ -88,3 +89,19 @@ def rename_back(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
         renamed |= {theirs: piece.clone() if len(parts) > 1 else piece
                     for theirs, piece in zip(parts, pieces, strict=True)}
     return renamed
+
+
+def shapes_of(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+    """The shapes of a model's tensors by name; it is built without any memory for them."""
+    with torch.device('meta'), _NoRandomNumbers():
+        return {name: tensor.shape for name, tensor in build().state_dict().items()}
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves the drawing out; for a tensor without memory torch imports its compiler to do it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs['tensor']
+        return function(*args, **kwargs)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ...backbones import SpaRTAN
 from ...errors import CheckpointError
-from .names import Names, StateDict, check_shapes, rename, rename_back, strip_prefix
+from .names import (
+    Names,
+    StateDict,
+    check_shapes,
+    rename,
+    rename_back,
+    shapes_of,
+    strip_prefix,
+)
 
 # What the parts of a block are called here and there, where the two differ.
 _BLOCK_NAMES = (
@@ -173,11 +181,9 @@ def _read_arch(depths: Sequence[int], shape: Callable[[str], torch.Size]
             stem_channels=first[0], depths=tuple(depths), channels=tuple(out for out, *_ in hidden),
             expand_ratios=tuple(wide // out for out, wide, *_ in hidden),
             conv_types=tuple('depthwise' if inner == 1 else 'full' for _, inner, *_ in high_freq))
-        with torch.device('meta'):
-            model = SpaRTAN(arch, first[1], out_indices=-1)
+        return arch, shapes_of(lambda: SpaRTAN(arch, first[1], out_indices=-1))
     except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f'the shapes are not those of a SpaRTAN: {error}') from error
-    return arch, {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _names(ours: Iterable[str], layers: list[list[int]], prefix: str) -> Names:
