@@ -132,7 +132,8 @@ def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
                                      else [*names, needed])
 
     try:
-        plain = to_plain(content)
+        # The order of keys in the file shows in its hash.
+        plain = json.loads(json.dumps(to_plain(content), sort_keys=True))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'{_NO_TEXT}: {error}') from error
     portable = make_config(from_plain(plain))
@@ -198,7 +199,6 @@ def _check_class_count(model: nn.Module, names: Sequence[str]) -> None:
 
 def _write(stem: str | Path, suffix: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Write a file, read it, and insist on every bit."""
-    # As it is read, its keys sorted.
     meta = with_tuples(json.loads(json.dumps(meta, sort_keys=True)))
     # Into memory: in a file torch notes down the file's name.
     content = io.BytesIO()
