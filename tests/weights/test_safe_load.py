@@ -27,7 +27,7 @@ from torch import nn
 from spartan_mm import SpaRTAN, config_from
 from spartan_mm.errors import CheckpointError
 from spartan_mm.weights import CheckedPretrained, ConvertedPretrained
-from spartan_mm.weights.converters.convert import read_ours, read_source
+from spartan_mm.weights.converters.convert import convert, read_source
 from spartan_mm.weights.loading import load_for_inference
 from spartan_mm.weights.publish import publish
 from spartan_mm.weights.safe_load import local_file, read_checkpoint, read_foreign
@@ -400,7 +400,7 @@ def test_a_config_that_runs_code(tmp_path, place, text):
     with pytest.raises(CheckpointError, match=message):
         config_from(path)
     with pytest.raises(CheckpointError, match=message):
-        read_ours(read_source(path, 'mm'))
+        convert(read_source(path, 'mm'), tmp_path / 'new.pth', 'spartan')
 
 
 class TestConfigs:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.cli import main
-from spartan_mm.weights.converters.convert import read_ours, read_source
+from spartan_mm.weights.converters.convert import read_source
 from spartan_mm.weights.converters.names import strip_prefix
 from spartan_mm.weights.converters.rtdetr import convert_rtdetr
 from spartan_mm.weights.converters.spartan import convert_spartan
@@ -130,10 +130,9 @@ def test_averaged_weights_there_and_back(tmp_path, capsys, r18):
     convert(tmp_path / 'official.pth', tmp_path / 'out' / 'ours.pth', '--to', 'mm')
     assert "'depth': 18" in capsys.readouterr().out
     source = read_source(tmp_path / 'out' / 'ours.pth')
-    state_dict, (meta, _) = source.weights, read_ours(source)
     expected, settings = convert_rtdetr(r18)
-    assert_identical(state_dict, expected)
-    assert meta['arch'] == settings
+    assert_identical(source.weights, expected)
+    assert source.checkpoint['meta']['arch'] == settings
 
     convert(tmp_path / 'out' / 'ours.pth', tmp_path / 'back.pth', '--to', 'official')
     assert_identical(torch.load(tmp_path / 'back.pth', weights_only=True)['model'], r18)
@@ -170,8 +169,8 @@ def test_transformers_there_and_back(tmp_path, run_tool, r18, source):
 
     run_tool('rtdetr_to_mm', tmp_path / 'folder', tmp_path / 'back.safetensors')
     source = read_source(tmp_path / 'back.safetensors')
-    state_dict, (meta, _) = source.weights, read_ours(source)
-    assert_identical(state_dict, convert_rtdetr(r18)[0])
+    meta = source.checkpoint['meta']
+    assert_identical(source.weights, convert_rtdetr(r18)[0])
     assert meta['arch']['num_queries'] == config['num_queries']
     assert ('dataset_meta' in meta) == known
 
