@@ -19,7 +19,6 @@ import importlib
 from argparse import ArgumentParser, Namespace
 
 from ..errors import CheckpointError
-from ..files import UnwritableError
 from ..weights.converters.convert import KINDS, convert, read_source
 
 
@@ -41,5 +40,6 @@ def run(args: Namespace) -> None:
         if {'official', 'huggingface'} & {source.kind, args.to}:
             importlib.import_module('spartan_mm.detection')
         print(convert(source, args.dst, args.to))
-    except (CheckpointError, UnwritableError) as error:
-        raise CheckpointError(f'{args.src} was not converted: {error}') from error
+    except CheckpointError as error:
+        first, *others = error.args
+        raise CheckpointError(f'{args.src} was not converted: {first}', *others) from error

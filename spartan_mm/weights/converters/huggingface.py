@@ -106,8 +106,8 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
     if classes is not None and len(classes) != num_classes:
         problems.append(f'{len(classes)} names of classes for {num_classes} classes')
     if problems:
-        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
-                              + '\n  '.join(problems))
+        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:",
+                              *problems)
 
     names = table.tensor_names(layout, table.HUGGINGFACE)
     exported = table.from_ours(state_dict, names, is_frozen(settings))
@@ -213,8 +213,7 @@ def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:
                 different.append(f'{name}, {inner}')
             untied[inner] = untied.pop(name)
     if different:
-        raise CheckpointError('these heads, one of which repeats the other, differ:\n  '
-                              + '\n  '.join(different))
+        raise CheckpointError('these heads, one of which repeats the other, differ:', *different)
     return untied
 
 
@@ -256,7 +255,7 @@ def _compare(given: Mapping, wanted: Mapping, problem: str, remark: str) -> None
     wrong = [f'{name}={given[name]!r}' + remark.format(value) for name, value in wanted.items()
              if name in given and given[name] != value]
     if wrong:
-        raise CheckpointError('\n  '.join([f'{problem}:', *wrong]))
+        raise CheckpointError(f'{problem}:', *wrong)
 
 
 def _read_classes(config: Mapping, num_classes: int) -> list[str] | None:

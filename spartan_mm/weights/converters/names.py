@@ -31,9 +31,10 @@ def check_keys(given: Iterable[str], wanted: Iterable[str]) -> None:
     given, wanted = dict.fromkeys(given), dict.fromkeys(wanted)
     problems = {'missing keys': [name for name in wanted if name not in given],
                 'keys left over': [name for name in given if name not in wanted]}
-    report = ['\n  '.join([f'{problem}:', *found]) for problem, found in problems.items() if found]
+    report = [line for problem, found in problems.items() if found
+              for line in (f'{problem}:', *found)]
     if report:
-        raise CheckpointError('\n'.join(['the checkpoint does not fit:', *report]))
+        raise CheckpointError('the checkpoint does not fit:', *report)
 
 
 def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> None:
@@ -49,8 +50,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequen
     wrong = [f'{name}: {tuple(state_dict[name].shape)} instead of {tuple(shape)}'
              for name, shape in expected.items() if tuple(state_dict[name].shape) != tuple(shape)]
     if wrong:
-        raise CheckpointError('the checkpoint does not fit, shapes differ:\n  '
-                              + '\n  '.join(wrong))
+        raise CheckpointError('the checkpoint does not fit, shapes differ:', *wrong)
 
 
 def rename(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:

@@ -152,8 +152,8 @@ def _read_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[list[int
             is_block[number] = bool(match[2]) or is_block.get(number, False)
     gaps = {*range(max(is_block, default=0) + 1)} - {*is_block}
     if gaps:
-        missing = '\n  '.join(f'{prefix}layers.{number}.*' for number in sorted(gaps))
-        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:\n  {missing}')
+        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:',
+                              *(f'{prefix}layers.{number}.*' for number in sorted(gaps)))
     layers: list[list[int]] = [[]]
     for number in sorted(is_block):
         if not is_block[number]:
@@ -193,7 +193,7 @@ def _names(ours: Iterable[str], layers: list[list[int]], prefix: str) -> Names:
 def _shape(state_dict: Mapping[str, Tensor], name: str) -> torch.Size:
     """The shape of a convolution's weight."""
     if name not in state_dict:
-        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:\n  {name}')
+        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:', name)
     if state_dict[name].ndim != 4:
         raise CheckpointError(f'{name} of shape {tuple(state_dict[name].shape)} is not the weight '
                               'of a two-dimensional convolution')
