@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +18,6 @@ from spartan_mm.analysis.look_inside.inputs import choose_images
 from spartan_mm.analysis.look_inside.interaction_order import (
     FRACTIONS,
     MaskedImage,
-    Measured,
     Results,
     Settings,
     count_contexts,
@@ -33,6 +33,7 @@ from spartan_mm.analysis.look_inside.interaction_order import (
 from spartan_mm.errors import UsageError
 
 EXACT = 10 ** 6
+SETTINGS = Settings(grid=3, pairs=4, contexts=2, fractions=(0, 0.5, 1))
 CLOSE = dict(rtol=0, atol=1e-6)
 
 
@@ -207,8 +208,8 @@ class Patches(nn.Module):
 def test_masked_image():
     """Interactions of patches of an image, in closed form: of three that a product consists of."""
     settings = Settings(grid=3, pairs=36, contexts=EXACT, distance=None)
-    game = MaskedImage(Patches(lambda x: 5 * x[:, 0] * x[:, 4] * x[:, 8]), torch.ones(3, 12, 9), 3,
-                       'zero')
+    game = MaskedImage(Patches(lambda x: 5 * x[:, 0] * x[:, 4] * x[:, 8]), torch.ones(3, 12, 9),
+                       settings)
     assert (game.label, game.classes) == (0, 2)
     assert game.log_odds == pytest.approx(5)
     found = measure_interactions(game, 9, np.array([[0, 4], [0, 1]]), settings.orders, EXACT, None)
@@ -233,14 +234,15 @@ def test_baseline(baseline, expected):
     seen = []
     image = torch.full((3, 9, 9), 1.)
     image[:, 4:] = 2.8  # 2 on average
-    game = MaskedImage(Patches(lambda x: seen.append(x) or x[:, 0]), image, 3, baseline)
+    game = MaskedImage(Patches(lambda x: seen.append(x) or x[:, 0]), image,
+                       Settings(grid=3, baseline=baseline))
     game(torch.zeros(2, 9, dtype=torch.bool))
     assert_close(seen[-1], torch.full((2, 9), expected))
 
 
 def test_uneven_patches():
     """A side that is no multiple of the grid: each pixel belongs to one patch, in order."""
-    game = MaskedImage(Patches(lambda x: x[:, 0]), torch.ones(3, 7, 8), 3, 'zero')
+    game = MaskedImage(Patches(lambda x: x[:, 0]), torch.ones(3, 7, 8), SETTINGS)
     assert game.patches[:, 0].tolist() == [0, 0, 0, 3, 3, 6, 6]
     assert game.patches[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
@@ -248,20 +250,17 @@ def test_uneven_patches():
 def test_refused_models():
     image = torch.ones(3, 8, 8)
     with pytest.raises(UsageError, match='grid of 9×9'):
-        MaskedImage(Patches(lambda x: x[:, 0]), image, 9, 'zero')
+        MaskedImage(Patches(lambda x: x[:, 0]), image, Settings(grid=9))
     with pytest.raises(UsageError, match='two classes'):
-        MaskedImage(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), image, 2, 'zero')
+        MaskedImage(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), image, Settings(grid=2))
     with pytest.raises(UsageError, match='two classes'):
-        MaskedImage(nn.Conv2d(3, 3, 1), image, 2, 'zero')
-    broken = MaskedImage(Patches(lambda x: x[:, 0] / x[:, 1]), image, 3, 'zero')
+        MaskedImage(nn.Conv2d(3, 3, 1), image, Settings(grid=2))
+    broken = MaskedImage(Patches(lambda x: x[:, 0] / x[:, 1]), image, SETTINGS)
     with pytest.raises(UsageError, match='NaN'):
         measure_interactions(broken, 9, np.array([[0, 1]]), [0], 1, None)
 
 
 # ----------------------------------------------------------------------------------------- results
-
-SETTINGS = Settings(grid=3, pairs=4, contexts=2, fractions=(0, 0.5, 1))
-
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -274,17 +273,18 @@ def pictures(tmp_path):
     return root, sorted(root.glob('*/*.png'))
 
 
-def make_subject(name='model', weights='abc'):
+def make_given(title='model', digest='abc'):
     def read(path):
         return torch.from_numpy(cv2.imread(str(path))).permute(2, 0, 1) / 255
     model = Patches(lambda x: 3 * x[:, 0] * x[:, 4] - 5 * x.prod(1) - 0.2)
-    return Measured(name, model, read, weights)
+    return SimpleNamespace(title=title, named=SimpleNamespace(model=model), read=read,
+                           digest=digest)
 
 
 def test_resuming(pictures, tmp_path, monkeypatch):
     """Interrupted in the second image, it goes on there and comes to what it would have come to."""
     root, images = pictures
-    whole = measure([make_subject()], images, root, SETTINGS,
+    whole = measure([make_given()], images, root, SETTINGS,
                     Results(tmp_path / 'a.json', SETTINGS))
 
     path, calls = tmp_path / 'b.json', []
@@ -294,7 +294,7 @@ def test_resuming(pictures, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        measure([make_subject()], images, root, SETTINGS, Results(path, SETTINGS), done=interrupted)
+        measure([make_given()], images, root, SETTINGS, Results(path, SETTINGS), done=interrupted)
     stored = json.loads(path.read_text())['models']['model']['images']
     assert list(stored) == ['black/0.png']
 
@@ -304,7 +304,7 @@ def test_resuming(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(interaction_order, 'measure_image', lambda model, image, name, *rest:
                         measured.append(name) or original(model, image, name, *rest))
     counts = []
-    resumed = measure([make_subject()], images, root, SETTINGS, Results(path, SETTINGS),
+    resumed = measure([make_given()], images, root, SETTINGS, Results(path, SETTINGS),
                       done=counts.append)
     assert measured == ['black/1.png', 'white/2.png', 'white/3.png']
     assert sum(counts) == 4 * SETTINGS.cost
@@ -312,7 +312,7 @@ def test_resuming(pictures, tmp_path, monkeypatch):
 
     # Another image of the same name is measured anew, another model is added.
     shutil.copy(images[0], images[3])
-    measure([make_subject(), make_subject('other', 'def')], images[2:], root, SETTINGS,
+    measure([make_given(), make_given('other', 'def')], images[2:], root, SETTINGS,
             Results(path, SETTINGS))
     assert measured[3:] == ['white/3.png', 'white/2.png', 'white/3.png']
     content = json.loads(path.read_text())
@@ -324,11 +324,11 @@ def test_resuming(pictures, tmp_path, monkeypatch):
 def test_refused_results(pictures, tmp_path):
     root, images = pictures
     path = tmp_path / 'results.json'
-    measure([make_subject()], images[:1], root, SETTINGS, Results(path, SETTINGS))
+    measure([make_given()], images[:1], root, SETTINGS, Results(path, SETTINGS))
     with pytest.raises(UsageError, match='pairs 4 instead of 5, seed 0 instead of 3: take these'):
         Results(path, replace(SETTINGS, pairs=5, seed=3))
     with pytest.raises(UsageError, match='model with other weights'):
-        measure([make_subject(weights='xyz')], images, root, SETTINGS, Results(path, SETTINGS))
+        measure([make_given(digest='xyz')], images, root, SETTINGS, Results(path, SETTINGS))
     path.write_text('[1, 2')
     with pytest.raises(UsageError, match='holds no interactions'):
         Results(path, SETTINGS)
@@ -338,15 +338,15 @@ def test_true_class(pictures, tmp_path):
     root, images = pictures
     settings = replace(SETTINGS, target='true')
     results = Results(tmp_path / 'results.json', settings)
-    measure([make_subject()], images, root, settings, results)
+    measure([make_given()], images, root, settings, results)
     records = results.content['models']['model']['images']
     assert [record['label'] for record in records.values()] == [0, 0, 1, 1]
 
     with pytest.raises(UsageError, match='true class of 0.png is not known'):
-        measure([make_subject()], images[:1], root / 'black', settings, results)
+        measure([make_given()], images[:1], root / 'black', settings, results)
     (root / 'yellow').mkdir()
     with pytest.raises(UsageError, match='3 folders, and model has 2 classes'):
-        measure([make_subject()], images, root, settings, results)
+        measure([make_given()], images, root, settings, results)
 
 
 def test_chosen_images():

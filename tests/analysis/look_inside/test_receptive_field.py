@@ -1,22 +1,23 @@
 """The effective receptive field, where it is known in closed form and of the backbone."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from torch import nn
 
 import spartan_mm
+from spartan_mm.analysis.look_inside.inputs import find_preprocessor
 from spartan_mm.analysis.look_inside.layers import LayerError
 from spartan_mm.analysis.look_inside.receptive_field import (
+    choose_layer,
     draw_fields,
-    find_default_layer,
     find_square,
     measure_field,
     normalize,
     read_square,
-    square_side,
 )
 
 
@@ -32,6 +33,10 @@ def convolutions(*kernels, dilation=1):
 @pytest.fixture
 def images():
     return [torch.rand(2, 3, 21, 25), torch.rand(1, 3, 21, 25)]
+
+
+def square_side(field, share):
+    return find_square(field, share)[2]
 
 
 class TestMeasureField:
@@ -75,8 +80,7 @@ class TestMeasureField:
 
     def test_average(self, images):
         model = convolutions(3)
-        model.append(nn.ReLU())
-        once, twice = measure_field(model, images[1:]), measure_field(model, images[1:] * 2)
+        once, twice = (measure_field(model, images[1:] * count, '0') for count in (1, 2))
         torch.testing.assert_close(once, twice)
 
     @pytest.mark.parametrize('deploy', [False, True])
@@ -88,9 +92,9 @@ class TestMeasureField:
         if deploy:
             backbone.switch_to_deploy()
         image = torch.rand(1, 3, 64, 64)
-        assert find_default_layer(backbone.eval(), image) == 'stages.3'
+        assert choose_layer(backbone.eval(), image) == 'stages.3'
         assert square_side(measure_field(backbone, [image], 'stem'), 1.) <= 7
-        field = measure_field(backbone, [image])
+        field = measure_field(backbone, [image], 'stages.3')
         assert field.shape == (64, 64)
         assert np.isfinite(field).all() and (field >= 0).all()
         assert square_side(field, 0.9) > 7
@@ -144,19 +148,26 @@ class TestImages:
 
     def test_normalize(self):
         """Blue, green, red in; red, green, blue out, with ImageNet's or the model's own numbers."""
-        model = nn.Conv2d(3, 1, 1)
+        named = SimpleNamespace(model=nn.Conv2d(3, 1, 1), source='spartan_mm', config=None)
         image = np.full((4, 6, 3), (103.53, 116.28, 255)).astype(np.uint8)
-        found = normalize(model, image)
+        found = normalize(find_preprocessor(named), image)
         assert found.shape == (1, 3, 4, 6)
         torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([2.2489, 0., 0.]), atol=0.02,
                                    rtol=0)
-        model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        torch.testing.assert_close(normalize(model, image)[0, 0, 0, 0], torch.tensor(1.))
+        named.source = 'timm'
+        named.model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        found = normalize(find_preprocessor(named), image)
+        torch.testing.assert_close(found[0, 0, 0, 0], torch.tensor(1.))
 
 
-def test_draw_fields(tmp_path):
+def test_draw_fields():
     fields = {name: np.random.default_rng(0).random((32, 32)) for name in ('one', 'two (random)')}
-    draw_fields(fields).savefig(tmp_path / 'fields.png')
-    assert imread(tmp_path / 'fields.png').shape == (490, 890, 4)
+    figure = draw_fields(fields)
+    one, two, _ = figure.axes
+    assert (one.get_title(), two.get_title()) == ('one', 'two\n(random)')
+    side = find_square(fields['one'], 0.5)[2]
+    assert f'\n50 %: {side} px   99 %: ' in one.get_xlabel()
+    assert len(one.patches) == 2 * 4
+    assert one.patches[4].get_width() == side
     with pytest.raises(ValueError, match='fields is empty'):
         draw_fields({})

@@ -1,0 +1,22 @@
+"""What tests of looks into models have in common."""
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+
+@pytest.fixture(scope='session')
+def user_models(user_project):
+    """Config and checkpoint of the user's models by their task; they are untrained."""
+    found = {}
+    for task in ('detector', 'classifier'):
+        config, checkpoint = user_project / f'user_{task}.py', user_project / f'own_{task}.pth'
+        read = Config.fromfile(config)
+        torch.manual_seed(0)
+        with DefaultScope.overwrite_default_scope(read.default_scope):
+            model = MODELS.build(read.model)
+        torch.save(dict(state_dict=model.state_dict(),
+                        meta=dict(dataset_meta=dict(classes=('square', 'disc')))), checkpoint)
+        found[task] = str(config), str(checkpoint)
+    return found
