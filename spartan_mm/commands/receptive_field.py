@@ -13,9 +13,7 @@ from argparse import ArgumentParser, Namespace
 from rich.progress import track
 
 from ..analysis.look_inside import receptive_field as field
-from ..analysis.look_inside.inputs import find_preprocessor
 from ..analysis.style import write_figure
-from ..errors import UsageError
 from ..files import write_json
 from .arguments import (
     add_layers,
@@ -42,24 +40,15 @@ def run(args: Namespace) -> None:
     target, source, models = take_sample(args, 'effective_receptive_field.png')
     images = [field.read_square(path, args.size) for path in source.images]
     # What can be wrong with any model is found before the first is measured.
-    measured = []
+    layers = [field.choose_layer(given.named.model, given.normalize(images[0]), layer, given.title)
+              for given, layer in zip(models, layers, strict=True)]
+    fields, records = {}, []
     for given, layer in zip(models, layers, strict=True):
-        preprocessor = find_preprocessor(given.named)
-        try:
-            layer = field.choose_layer(
-                given.named.model, field.normalize(preprocessor, images[0]), layer)
-        except UsageError as error:
-            raise UsageError(f'{given.title}: {error}') from error
-        measured.append((given, preprocessor, dict(name=given.title, **given.origin, layer=layer)))
-    fields = {}
-    for given, preprocessor, record in measured:
-        found = fields[given.title] = field.measure_field(
-            given.named.model, (field.normalize(preprocessor, image) for image
-                                in track(images, description=given.title)), record['layer'])
-        record['sides'] = {f'{share:g}': field.find_square(found, share)[2]
-                           for share in field.SHARES}
+        seen = map(given.normalize, track(images, description=given.title))
+        found = fields[given.title] = field.measure_field(given.named.model, seen, layer)
+        sides = {f'{share:g}': field.find_square(found, share)[2] for share in field.SHARES}
+        records.append(dict(name=given.title, **given.origin, layer=layer, sides=sides))
 
-    records = [record for *_, record in measured]
     write_figure(target, field.draw_fields(fields), bbox_inches='tight', pad_inches=0.1)
     write_json(target.with_suffix('.json'),
                dict(images=len(images), size=args.size, models=records))

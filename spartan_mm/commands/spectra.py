@@ -10,14 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from rich.progress import track
 
-from ..analysis.look_inside.spectra import (
-    CUTOFF,
-    WINDOWS,
-    collect,
-    describe,
-    draw_spectra,
-    find_backbone,
-)
+from ..analysis.look_inside import spectra
 from ..analysis.style import write_figure
 from ..files import write_json
 from ..text import count
@@ -28,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_looked_at(parser, 'work_dirs/spectra', several=False)
     add_sample(parser, 32)
-    parser.add_argument('--window', choices=WINDOWS, default='hann',
+    parser.add_argument('--window', choices=spectra.WINDOWS, default='hann',
                         help='hann fades maps out towards their borders, which would otherwise '
                              'look like edges (default: %(default)s)')
 
@@ -36,17 +29,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Collect the spectra, draw and print them."""
     target, source, (given, ) = take_sample(args, 'spectra.png')
-    backbone = find_backbone(given.named.model, given.origin['model'])
-    read = given.read
-    stages = describe(collect(
-        backbone, (read(path) for path in track(source.images, description='collecting')),
-        args.window))
+    backbone = spectra.find_backbone(given.named.model, given.origin['model'])
+    seen = map(given.read, track(source.images, description='collecting'))
+    stages = spectra.describe(spectra.collect(backbone, seen, args.window))
 
     images = len(source.images)
-    write_figure(target, draw_spectra(stages, f'{given.title}, {count(images, "image")}'))
+    title = f'{given.title}, {count(images, "image")}'
+    write_figure(target, spectra.draw_spectra(stages, title))
     write_json(target.with_suffix('.json'), dict(
-        **given.origin, weights=given.digest, images=images, window=args.window, cutoff=CUTOFF,
-        stages=stages))
+        **given.origin, weights=given.digest, images=images, window=args.window,
+        cutoff=spectra.CUTOFF, stages=stages))
     print('share of power above half the Nyquist frequency:')
     for stage in stages:
         white = stage['white_noise_share']

@@ -173,7 +173,8 @@ class Explainer:
             raw, found = self._make_map(
                 partial(self._score_detections, inputs['data_samples'], label), inputs['inputs'])
         except _NothingFoundError as error:
-            best = '' if error.best is None else f' (best {error.best:.2f})'
+            best, = error.args
+            best = '' if best is None else f' (best {best:.2f})'
             return Explanation(picture, None, f'no {name or "detection"}{best}',
                                record=dict(class_name=name, detections=[]))
         # Padding to the right and below is not part of the image.
@@ -434,11 +435,7 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
 
 
 class _NothingFoundError(Exception):
-    """There is no detection to explain; ``best`` is the highest score there is, or None."""
-
-    def __init__(self, best: float | None) -> None:
-        super().__init__(best)
-        self.best = best
+    """There is no detection to explain; its argument is the highest score there is, or None."""
 
 
 class _NoDetach(TorchFunctionMode):

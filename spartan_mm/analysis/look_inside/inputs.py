@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import MODELS, DefaultScope
@@ -32,68 +33,11 @@ def read_picture(path: str | Path, **decoding: Any) -> np.ndarray:
                       **decoding)
 
 
-def find_preprocessor(named: NamedModel) -> nn.Module:
-    """Find what normalizes the images of a model; a backbone alone gets SpaRTAN's."""
-    model = named.model
-    if hasattr(model, 'data_preprocessor'):
-        return model.data_preprocessor
-    if named.source == 'timm':
-        found = ImgDataPreprocessor(bgr_to_rgb=True, **{
-            key: [255 * value for value in model.pretrained_cfg[key]] for key in ('mean', 'std')})
-    else:
-        config = named.config or zoo.get_config(_BACKBONE_CONFIG)
-        settings = config.model.get('data_preprocessor') or config.data_preprocessor
-        with DefaultScope.overwrite_default_scope(config.default_scope):
-            found = MODELS.build(dict(type='ClsDataPreprocessor') | settings)
-    return found.to(_device_of(model))
-
-
-def make_reader(named: NamedModel) -> Callable[[Path], Tensor]:
-    """Make what reads images the way a model's test pipeline does, the normalization included.
-
-    A model of timm gets timm's transforms, a backbone alone those of SpaRTAN at 224 pixels.
-
-    Returns:
-        A function of a file that gives the normalized image, (3, H, W), on the model's device, and
-        raises what :func:`read_picture` does.
-
-    Raises:
-        UsageError: The model's config has no test pipeline.
-        ImportError: The package is missing whose pipeline it is.
-    """
-    if named.source == 'timm':
-        import timm
-        options = timm.data.resolve_data_config({}, model=named.model)
-        transform, device = timm.data.create_transform(**options), _device_of(named.model)
-        return lambda path: transform(Image.fromarray(read_picture(path)[..., ::-1])).to(device)
-
-    config = named.config or zoo.get_config(_BACKBONE_CONFIG)
-    dataset = find_test_dataset(config)
-    if not dataset.get('pipeline'):
-        raise UsageError(f'the config of {named.name} has no test_dataloader with a pipeline, '
-                         'which says how the model sees an image')
-    loader, *steps = dataset.pipeline
-    decoding = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'))
-    preprocessor = find_preprocessor(named)
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
-
-    def read(path: Path) -> Tensor:
-        image = read_picture(path, **decoding)
-        size = image.shape[:2]
-        image = image.astype(np.float32) if loader.get('to_float32') else image
-        with DefaultScope.overwrite_default_scope(config.default_scope), torch.no_grad():
-            packed = pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
-                                   img_path=str(path)))
-            batch = {key: [value] for key, value in packed.items()}
-            return preprocessor(batch, False)['inputs'][0]
-
-    return read
-
-
 @dataclass(frozen=True)
 class GivenModel:
-    """A model as a command was given it.
+    """A model as a command was given it, and how it sees images.
+
+    A backbone alone sees them as SpaRTAN does at 224 pixels, a model of timm as timm shows them.
 
     Args:
         title: What to call it, with a remark if its weights are random.
@@ -107,8 +51,47 @@ class GivenModel:
 
     @cached_property
     def read(self) -> Callable[[Path], Tensor]:
-        """Reads an image as the model sees it, see :func:`make_reader`."""
-        return make_reader(self.named)
+        """Reads a file as the model's test pipeline does, to the normalized image, (3, H, W).
+
+        It raises what :func:`read_picture` does.
+
+        Raises:
+            UsageError: The model's config has no test pipeline.
+            ImportError: The package is missing whose pipeline it is.
+        """
+        if self.named.source == 'timm':
+            import timm
+            options = timm.data.resolve_data_config({}, model=self.named.model)
+            transform = timm.data.create_transform(**options)
+            return lambda path: transform(Image.fromarray(
+                read_picture(path)[..., ::-1])).to(self._device)
+
+        scope, dataset = self._config.default_scope, find_test_dataset(self._config)
+        if not dataset.get('pipeline'):
+            raise UsageError(f'the config of {self.named.name} has no test_dataloader with a '
+                             'pipeline, which says how the model sees an image')
+        loader, *steps = dataset.pipeline
+        decoding = dict(flag=loader.get('color_type', 'color'),
+                        backend=loader.get('imdecode_backend'))
+        with DefaultScope.overwrite_default_scope(scope):
+            pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
+
+        def read(path: Path) -> Tensor:
+            image = read_picture(path, **decoding)
+            size = image.shape[:2]
+            image = image.astype(np.float32) if loader.get('to_float32') else image
+            with DefaultScope.overwrite_default_scope(scope), torch.no_grad():
+                packed = pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
+                                       img_path=str(path)))
+                batch = {key: [value] for key, value in packed.items()}
+                return self._preprocessor(batch, False)['inputs'][0]
+
+        return read
+
+    def normalize(self, image: np.ndarray) -> Tensor:
+        """Make of an image of bytes (H, W, 3) what the model takes, (1, 3, H, W)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return self._preprocessor(dict(inputs=[pixels], data_samples=None), False)['inputs']
 
     @cached_property
     def digest(self) -> str:
@@ -118,6 +101,27 @@ class GivenModel:
             digest.update(name.encode())
             digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.named.model.parameters()).device
+
+    @cached_property
+    def _config(self) -> Config:
+        return self.named.config or zoo.get_config(_BACKBONE_CONFIG)
+
+    @cached_property
+    def _preprocessor(self) -> nn.Module:
+        model, config = self.named.model, self._config
+        if hasattr(model, 'data_preprocessor'):
+            return model.data_preprocessor
+        if self.named.source == 'timm':
+            return ImgDataPreprocessor(bgr_to_rgb=True, **{
+                key: [255 * value for value in model.pretrained_cfg[key]]
+                for key in ('mean', 'std')}).to(self._device)
+        settings = config.model.get('data_preprocessor') or config.data_preprocessor
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            return MODELS.build(dict(type='ClsDataPreprocessor') | settings).to(self._device)
 
 
 def load_models(models: Sequence[str], titles: Sequence[str] | None = None, random: bool = False,
@@ -198,7 +202,3 @@ def choose_images(images: Sequence[Path], count: int | None, seed: int) -> list[
     """Draw some of the images, or all, so that fewer are among those that more would be."""
     order = np.random.default_rng(seed).permutation(len(images))[:count]
     return [images[index] for index in order]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -40,31 +40,31 @@ class _Reached(Exception):
     """The layer has run; the rest of the model need not."""
 
 
-def choose_layer(model: nn.Module, images: Tensor, layer: str | None = None) -> str:
+def choose_layer(model: nn.Module, images: Tensor, layer: str | None = None,
+                 title: str = 'model') -> str:
     """Choose a layer, and check before many images are measured that it gives a map of such ones.
 
     Args:
         model: A backbone, or a model with one, in evaluation mode.
         images: (N, 3, H, W).
         layer: Its name; None for the last one in the backbone that gives a map.
+        title: What to call the model in a message.
 
     Raises:
-        LayerError: There is no such layer, it gives no map, or does not run.
-        UsageError: The model refuses images of this size.
+        UsageError: There is no such layer, it gives no map, or does not run; or the model refuses
+            images of this size.
     """
-    size = tuple(images.shape[-2:])
+    height, width = images.shape[-2:]
     try:
         with torch.no_grad():
-            if layer is None:
-                # A detector's head may want more than images.
-                layer = find_last_map(model, partial(getattr(model, 'backbone', model), images),
-                                      size)
+            # A detector's head may want more than images.
+            run = partial(getattr(model, 'backbone', model), images)
+            layer = layer or find_last_map(model, run, (height, width))
             _map_of(model, layer, images)
-    except LayerError:
-        raise
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise UsageError(f'the model does not run on images of {size[0]}×{size[1]}: {error}'
-                         ) from error
+        problem = '' if isinstance(error, LayerError) else (
+            f'the model does not run on images of {height}×{width}: ')
+        raise UsageError(f'{title}: {problem}{error}') from error
     return layer
 
 
@@ -205,9 +205,3 @@ def read_square(path: Path, size: int) -> np.ndarray:
                        interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top:top + size, left:left + size]
-
-
-def normalize(preprocessor: nn.Module, image: np.ndarray) -> Tensor:
-    """Make of an image (H, W, 3) what a model takes, (1, 3, H, W), by its data preprocessor."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return preprocessor(dict(inputs=[pixels], data_samples=None), False)['inputs']

@@ -14,7 +14,6 @@ from spartan_mm.analysis.look_inside.inputs import (
     GivenModel,
     has_weights,
     load_models,
-    make_reader,
     split_checkpoint,
 )
 from spartan_mm.analysis.models import load_named_model
@@ -22,6 +21,10 @@ from spartan_mm.datasets.data_errors import DataError
 from spartan_mm.errors import UsageError
 from spartan_mm.inference import load_model
 from spartan_mm.zoo import UnknownModelError
+
+
+def read_as(name, path):
+    return GivenModel(name, load_named_model(name), {}).read(path)
 
 
 def load_given(config, checkpoint):
@@ -43,7 +46,7 @@ def test_as_the_model_sees_it(user_models, task, user_project):
 
 
 def test_backbone_alone(user_project):
-    image = make_reader(load_named_model('xt'))(user_project / 'pictures' / '0.png')  # black
+    image = read_as('xt', user_project / 'pictures' / '0.png')  # black
     assert image.shape == (3, 224, 224)
     assert_close(image[:, 0, 0], torch.tensor([-2.1179, -2.0357, -1.8044]), rtol=0, atol=1e-3)
 
@@ -52,7 +55,7 @@ def test_timm(tmp_path):
     pytest.importorskip('timm')
     red = np.full((300, 400, 3), (0, 0, 255), np.uint8)  # BGR
     cv2.imwrite(str(tmp_path / 'red.png'), red)
-    image = make_reader(load_named_model('timm:resnet10t'))(tmp_path / 'red.png')
+    image = read_as('timm:resnet10t', tmp_path / 'red.png')
     assert image.shape == (3, 176, 176)
     assert_close(image[:, 80, 80], torch.tensor([2.2489, -2.0357, -1.8044]), rtol=0, atol=1e-3)
 
@@ -72,7 +75,7 @@ def test_config_without_pipeline(user_models, tmp_path):
     content.pop('test_dataloader')
     content.dump(tmp_path / 'short.py')
     with pytest.raises(UsageError, match='short has no test_dataloader'):
-        make_reader(load_named_model(str(tmp_path / 'short.py')))
+        read_as(str(tmp_path / 'short.py'), None)
 
 
 def test_weights_are_asked_for(user_models):

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import spartan_mm
-from spartan_mm.analysis.look_inside.inputs import find_preprocessor
+from spartan_mm.analysis.look_inside.inputs import GivenModel
 from spartan_mm.analysis.look_inside.layers import LayerError
 from spartan_mm.analysis.look_inside.receptive_field import (
     choose_layer,
     draw_fields,
     find_square,
     measure_field,
-    normalize,
     read_square,
 )
 
@@ -150,13 +149,13 @@ class TestImages:
         """Blue, green, red in; red, green, blue out, with ImageNet's or the model's own numbers."""
         named = SimpleNamespace(model=nn.Conv2d(3, 1, 1), source='spartan_mm', config=None)
         image = np.full((4, 6, 3), (103.53, 116.28, 255)).astype(np.uint8)
-        found = normalize(find_preprocessor(named), image)
+        found = GivenModel('title', named, {}).normalize(image)
         assert found.shape == (1, 3, 4, 6)
         torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([2.2489, 0., 0.]), atol=0.02,
                                    rtol=0)
         named.source = 'timm'
         named.model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        found = normalize(find_preprocessor(named), image)
+        found = GivenModel('title', named, {}).normalize(image)
         torch.testing.assert_close(found[0, 0, 0, 0], torch.tensor(1.))
 
 
