@@ -12,6 +12,7 @@ The defaults are the published settings, meant for a GPU: 881,600 masked images 
 2,560. The cost is stated before anything is measured.
 """
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -65,8 +66,8 @@ def run(args: Namespace) -> None:
     columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as bar:
         task = bar.add_task('measuring', total=total)
-        curves = interactions.measure(models, images, source.root, settings, results,
-                                      args.batch_size, lambda count: bar.advance(task, count))
+        curves = interactions.measure(models, images, source.root, results, args.batch_size,
+                                      partial(bar.advance, task))
 
     write_figure(target, interactions.draw_strengths(curves, settings, len(images)))
     for given in models:

@@ -62,6 +62,10 @@ _SIGNS = (1., -1., -1., 1.)
 Game = Callable[[Tensor], Tensor]
 
 
+def _ignore(count: int) -> None:
+    """Do nothing about so many masked images that are done."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is measured; two results can be compared if they have the same.
@@ -166,7 +170,7 @@ def draw_contexts(players: int, pair: Sequence[int], order: int, contexts: int,
 
 def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Sequence[int],
                          contexts: int, generator: np.random.Generator, batch_size: int = 256,
-                         done: Callable[[int], None] | None = None) -> np.ndarray:
+                         done: Callable[[int], Any] = _ignore) -> np.ndarray:
     """Measure the interaction of each pair at each order.
 
     Args:
@@ -193,8 +197,7 @@ def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Se
             raise UsageError('the model gives log odds that are NaN or infinite, of which there '
                              'are no interactions; look at its weights')
         values.append(value.cpu().numpy())
-        if done is not None:
-            done(len(masks))
+        done(len(masks))
 
     counts = [count_contexts(players, order, contexts) for order in orders]
     ends = np.cumsum([len(pairs) * 4 * count for count in counts])
@@ -341,9 +344,8 @@ class Results:
         write_json(self.path, self.content)
 
 
-def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, settings: Settings,
-            results: Results, batch_size: int = 256,
-            done: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, results: Results,
+            batch_size: int = 256, done: Callable[[int], Any] = _ignore) -> dict[str, np.ndarray]:
     """Measure models at images, of which those that the results have are not measured again.
 
     Args:
@@ -351,7 +353,6 @@ def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, se
         images: Files under ``root``.
         root: The folder that the names in the results start from; with the true class as the
             target, it has a folder for each class, in the order of the classes.
-        settings: What to measure.
         results: What is there already; each image is written to them as soon as it is done.
         batch_size: Number of masked images in one pass.
         done: Called with the number of masked images, after each batch and for what is there
@@ -365,6 +366,7 @@ def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, se
         UsageError: If the results have other weights, a model is no classifier of the classes, the
             grid is too fine, or the folders are not those of classes.
     """
+    settings = results.settings
     names = [path.relative_to(root).as_posix() for path in images]
     labels: list[int | None] = [None] * len(images)
     if settings.target == 'true':
@@ -387,10 +389,11 @@ def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, se
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             # It may be another one of the same name.
             if name not in stored or stored[name]['digest'] != digest:
-                stored[name] = dict(digest=digest, **measure_image(
-                    given.named.model, given.read(path), name, settings, label, batch_size, done))
+                game = MaskedImage(given.named.model, given.read(path), settings, label)
+                stored[name] = dict(
+                    digest=digest, **measure_image(game, name, settings, batch_size, done))
                 results.save()
-            elif done is not None:
+            else:
                 done(settings.cost)
         strengths = np.mean([stored[name]['strength'] for name in names], axis=0)
         curve = curves[given.title] = relative_strength(strengths)
@@ -400,17 +403,14 @@ def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, se
     return curves
 
 
-def measure_image(model: nn.Module, image: Tensor, name: str, settings: Settings,
-                  label: int | None = None, batch_size: int = 256,
-                  done: Callable[[int], None] | None = None) -> dict[str, Any]:
+def measure_image(game: MaskedImage, name: str, settings: Settings, batch_size: int = 256,
+                  done: Callable[[int], Any] = _ignore) -> dict[str, Any]:
     """Measure how strongly the patches of one image interact, see :func:`measure`.
 
     Args:
-        model: Takes images (B, 3, H, W) to logits (B, K).
-        image: As the model sees it, (3, H, W).
-        name: Of the image, on which the random numbers depend.
+        game: Of the image.
+        name: Of the image, on which the random numbers depend, whichever others there are.
         settings: What to measure.
-        label: Class index; None for what the model takes the whole image for.
         batch_size: Number of masked images in one pass.
         done: Called after each batch, with its size.
 
@@ -419,8 +419,6 @@ def measure_image(model: nn.Module, image: Tensor, name: str, settings: Settings
         what it took.
     """
     start = time.perf_counter()
-    game = MaskedImage(model, image, settings, label)
-    # The same for an image, whichever others there are.
     generator = np.random.default_rng([settings.seed, zlib.crc32(name.encode(errors='replace'))])
     pairs = draw_pairs(settings.grid, settings.pairs, settings.distance, generator)
     interactions = measure_interactions(game, settings.players, pairs, settings.orders,
