@@ -73,7 +73,6 @@ _SCORE_EPS = 1e-7
 
 _MAX_ROWS = 20  # of a grid
 _MIN_SIDE = 300  # pixels of the shorter side of a picture
-_BOX, _BOX_EDGE = (255, 255, 255), (0, 0, 0)
 
 
 @dataclass
@@ -147,6 +146,8 @@ class Explainer:
                    else self._explain_detections)
         explanation = explain(image, seen, inputs, label)
         explanation.record.update(layer=self.layer, method=self.method)
+        if explanation.map is not None and not explanation.map.any():
+            explanation.caption += ' (nothing speaks for it)'
         return explanation
 
     def _explain_class(self, image: np.ndarray, seen: np.ndarray, inputs: Mapping[str, Any],
@@ -154,9 +155,8 @@ class Explainer:
         ranked, = self.model.classify([image])
         label = int(ranked.labels[0]) if label is None else label
         score = float(ranked.scores[ranked.labels == label][0])
-        raw, _ = self._make_map(
-            lambda images: (self.model.model(images, mode='tensor')[:, label], None),
-            inputs['inputs'])
+        raw, _ = self._make_map(lambda images: (self.model.model(images, mode='tensor')[:, label],
+                                                None), inputs['inputs'])
         size = inputs['inputs'].shape[-2:]
 
         picture = _enlarge(seen)
@@ -386,9 +386,9 @@ def overlay(explanation: Explanation) -> np.ndarray:
         width = max(1, round(min(canvas.shape[:2]) / 300))
         boxes = np.round(explanation.found.boxes).astype(int).tolist()
         # A dark edge on either side, for bright maps.
-        for colour, thickness in ((_BOX_EDGE, 3 * width), (_BOX, width)):
-            for left, top, right, bottom in boxes:
-                cv2.rectangle(canvas, (left, top), (right, bottom), colour, thickness)
+        for grey, thickness in ((0, 3 * width), (255, width)):
+            for box in boxes:
+                cv2.rectangle(canvas, box[:2], box[2:], [grey] * 3, thickness)
     return canvas
 
 
@@ -396,7 +396,7 @@ def draw_overlay(explanation: Explanation, title: str) -> Image.Image:
     """Draw the overlay, pixel by pixel, under a title and a line with class and score."""
     picture = Image.fromarray(np.ascontiguousarray(overlay(explanation)[..., ::-1]))
     size = max(14, round(min(picture.size) / 24))
-    return add_caption(picture, title, _caption(explanation), size=size, indent=size // 2)
+    return add_caption(picture, title, explanation.caption, size=size, indent=size // 2)
 
 
 def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence[str]) -> Figure:
@@ -422,7 +422,7 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
     for axes, name in zip(grid[0], ['input', *names], strict=True):
         axes.set_title(shorten(name, 30), fontsize=12, fontweight='bold')
     for (title, items), line in zip(rows, grid, strict=True):
-        shown = [(items[0].picture, title), *((overlay(item), _caption(item)) for item in items)]
+        shown = [(items[0].picture, title), *((overlay(item), item.caption) for item in items)]
         for axes, (picture, caption) in zip(line, shown, strict=True):
             axes.imshow(picture[..., ::-1])
             clear(axes)
@@ -498,8 +498,3 @@ def _enlarge(picture: np.ndarray) -> np.ndarray:
     """Repeat the pixels of a small picture, each a square, which hides nothing."""
     factor = -(-_MIN_SIDE // min(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _caption(explanation: Explanation) -> str:
-    blank = explanation.map is not None and not explanation.map.any()
-    return explanation.caption + (' (nothing speaks for it)' if blank else '')

@@ -228,26 +228,33 @@ def picture(user_project):
     return cv2.imread(str(user_project / 'pictures' / '2.png'))
 
 
-class TestDetector:
-
-    @pytest.mark.parametrize('method', METHODS)
-    def test_methods(self, detector, picture, method):
-        explainer = Explainer(detector, 'backbone.stages.3', method, score_threshold=0.)
+@pytest.mark.parametrize('method', METHODS)
+def test_methods(detector, classifier, picture, method):
+    for explainer, size in (
+            (Explainer(detector, 'backbone.stages.3', method, score_threshold=0.), (320, 384)),
+            (Explainer(classifier, 'backbone.stages.2', method), (320, 320))):
         explanation = explainer.explain(picture)
-        assert explanation.map.shape == explanation.picture.shape[:2]
+        assert explanation.map.shape == size
         assert np.isfinite(explanation.map).all()
         assert explanation.map.min() >= 0 and explanation.map.max() in (0, 1)
-        assert overlay(explanation).shape == explanation.picture.shape
+        assert overlay(explanation).shape == explanation.picture.shape == (*size, 3)
 
-    def test_deploy_form(self, detector, picture):
-        detector = copy.deepcopy(detector)
-        explainer = Explainer(detector, 'backbone.stages.2', 'hirescam', score_threshold=0.)
-        expected = explainer.explain(picture)
-        switch_to_deploy(detector.model)
-        assert not any(parameter.requires_grad for parameter in detector.model.parameters())
-        found = explainer.explain(picture)
-        assert expected.map.max() == 1
-        torch.testing.assert_close(found.map, expected.map, rtol=1e-3, atol=1e-3)
+
+@pytest.mark.parametrize('task, layer, labels', [
+    ('detector', 'backbone.stages.2', [None]), ('classifier', 'backbone.stages.1', [0, 1])])
+def test_deploy_form(request, picture, task, layer, labels):
+    model = copy.deepcopy(request.getfixturevalue(task))
+    explainer = Explainer(model, layer, 'hirescam', score_threshold=0.)
+    expected = [explainer.explain(picture, label).map for label in labels]
+    assert max(one.max() for one in expected) == 1
+    switch_to_deploy(model.model)
+    assert not any(parameter.requires_grad for parameter in model.model.backbone.parameters())
+    for label, one in zip(labels, expected, strict=True):
+        found = explainer.explain(picture, label)
+        torch.testing.assert_close(found.map, one, rtol=1e-3, atol=1e-3)
+
+
+class TestDetector:
 
     def test_choice_of_detections(self, detector, picture):
         """Those of the class, from the threshold on, best first, at most so many."""
@@ -326,22 +333,6 @@ test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=pipeline,
 
 
 class TestClassifier:
-
-    @pytest.mark.parametrize('method', METHODS)
-    def test_methods(self, classifier, picture, method):
-        explanation = Explainer(classifier, 'backbone.stages.2', method).explain(picture)
-        assert explanation.picture.shape == (320, 320, 3)
-        assert explanation.map.shape == (320, 320)
-        assert np.isfinite(explanation.map).all()
-
-    def test_deploy_form(self, classifier, picture):
-        classifier = copy.deepcopy(classifier)
-        explainer = Explainer(classifier, 'backbone.stages.1', 'hirescam')
-        expected = [explainer.explain(picture, label).map for label in (0, 1)]
-        switch_to_deploy(classifier.model)
-        for label in (0, 1):
-            found = explainer.explain(picture, label)
-            torch.testing.assert_close(found.map, expected[label], rtol=1e-3, atol=1e-3)
 
     def test_opposite_classes(self, classifier, picture):
         """Of two classes with opposite weights, what speaks for the one speaks against the other.
