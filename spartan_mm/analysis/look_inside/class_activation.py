@@ -268,17 +268,11 @@ class Explainer:
 
 def load_explained(name: str, checkpoint: str | None = None,
                    device: str | None = None) -> Detector | Classifier:
-    """Load a model whose maps are to be made.
-
-    Args:
-        name: Any name of :func:`load_named_model` that stands for a config.
-        checkpoint: The weights, a local path or a URL; None if ``name`` is a checkpoint.
-        device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+    """Load a model whose maps are to be made, see :func:`load_model`.
 
     Raises:
         UnknownModelError: The name stands for nothing.
         UsageError: There are no weights, no config, or no such device.
-        FileNotFoundError, InputError, CheckpointError: See :func:`load_model`.
     """
     device = choose_device(device)
     config = read_config(name)
@@ -405,9 +399,6 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
     Args:
         rows: For each, what to call it and the explanations of all models.
         names: Of the models, a column each.
-
-    Raises:
-        ValueError: There are no rows.
     """
     if not rows:
         raise ValueError('rows is empty: there is nothing to draw')

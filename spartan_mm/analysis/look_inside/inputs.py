@@ -53,11 +53,8 @@ class GivenModel:
     def read(self) -> Callable[[Path], Tensor]:
         """Reads a file as the model's test pipeline does, to the normalized image, (3, H, W).
 
-        It raises what :func:`read_picture` does.
-
         Raises:
             UsageError: The model's config has no test pipeline.
-            ImportError: The package is missing whose pipeline it is.
         """
         if self.named.source == 'timm':
             import timm

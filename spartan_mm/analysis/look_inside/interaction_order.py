@@ -178,8 +178,7 @@ def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Se
         players: Number of players n.
         pairs: (P, 2), different players from 0 to n - 1.
         orders: Numbers of players in a context, each from 0 to n - 2.
-        contexts: Number of contexts for each pair and order; the result is exact where there are
-            no more.
+        contexts: Number of contexts; the result is exact where there are no more.
         generator: Random numbers.
         batch_size: Number of masks that the game gets at once.
         done: Called after each batch, with its size.
@@ -233,14 +232,9 @@ def relative_strength(strengths: np.ndarray) -> np.ndarray:
 
 
 def log_odds(logits: Tensor, label: int) -> Tensor:
-    """The log odds of a class, log(p / (1 - p)), without the rounding of p near 1.
+    """The log odds log(p / (1 - p)) of a class, (B,), without the rounding of p near 1.
 
-    Args:
-        logits: (B, K), before the softmax, of two classes or more.
-        label: Class index.
-
-    Returns:
-        (B,), in float64 on the CPU.
+    They are computed of logits (B, K) of two classes or more, in float64 on the CPU.
     """
     logits = logits.cpu().double()
     others = torch.cat([logits[:, :label], logits[:, label + 1:]], 1)
@@ -407,12 +401,7 @@ def measure_image(game: MaskedImage, name: str, settings: Settings, batch_size: 
                   done: Callable[[int], Any] = _ignore) -> dict[str, Any]:
     """Measure how strongly the patches of one image interact, see :func:`measure`.
 
-    Args:
-        game: Of the image.
-        name: Of the image, on which the random numbers depend, whichever others there are.
-        settings: What to measure.
-        batch_size: Number of masked images in one pass.
-        done: Called after each batch, with its size.
+    Random numbers depend on its name, whichever others there are.
 
     Returns:
         A record fit for JSON: the class, its log odds, the strength E_ij |I^(m)| of each order, and
@@ -437,13 +426,7 @@ def _find_label(name: str, folders: Sequence[str], root: Path) -> int:
 
 
 def draw_strengths(curves: Mapping[str, np.ndarray], settings: Settings, images: int) -> Figure:
-    """Draw the strength of interactions over their order, as an average over some images.
-
-    Args:
-        curves: J^(m) of each model by its name.
-        settings: What was measured.
-        images: How many there were.
-    """
+    """Draw the strengths J^(m) of models over the order, averages over some images."""
     figure = new_figure(8, 4.6)
     axes = figure.add_subplot()
     x = np.array(settings.orders) / (settings.players - 2)

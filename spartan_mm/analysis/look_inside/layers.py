@@ -55,17 +55,11 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def recorded_outputs(model: nn.Module, prefix: str = '') -> Iterator[list[tuple[str, Any]]]:
-    """Collect what the layers of a model give while the block runs it.
+def _recorded_outputs(model: nn.Module, prefix: str = '') -> Iterator[list[tuple[str, Any]]]:
+    """Collect name and output of each layer of a model, itself left out, while the block runs it.
 
-    Args:
-        model: Itself left out.
-        prefix: What the names begin with.
-
-    Yields:
-        The list of names and outputs, filled in the order in which the layers finish: a block comes
-        after its parts. A layer that runs twice is in it twice; one whose weights alone are used is
-        not.
+    A block comes after its parts. A layer that runs twice is there twice; one whose weights alone
+    are used is not.
     """
     outputs: list[tuple[str, Any]] = []
 
@@ -87,7 +81,7 @@ def describe_layers(model: nn.Module, shape: tuple[int, int]) -> list[str]:
         time that it runs; a block comes before its parts.
     """
     parameter = next(model.parameters())
-    with torch.no_grad(), recorded_outputs(model) as outputs:
+    with torch.no_grad(), _recorded_outputs(model) as outputs:
         model(parameter.new_zeros(1, 3, *shape))
     described: dict[str, list[str]] = {}
     for name, output in outputs:
@@ -114,7 +108,7 @@ def find_last_map(model: nn.Module, run: Callable[[], Any], size: tuple[int, int
         LayerError: No layer gives a map of more than one position.
     """
     backbone = getattr(model, 'backbone', model)
-    with recorded_outputs(backbone, '' if backbone is model else 'backbone') as outputs:
+    with _recorded_outputs(backbone, '' if backbone is model else 'backbone') as outputs:
         target = run()
     maps: dict[str, Tensor] = {}
     for name, output in reversed(outputs):

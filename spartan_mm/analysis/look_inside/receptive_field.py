@@ -42,12 +42,12 @@ class _Reached(Exception):
 
 def choose_layer(model: nn.Module, images: Tensor, layer: str | None = None,
                  title: str = 'model') -> str:
-    """Choose a layer, and check before many images are measured that it gives a map of such ones.
+    """Choose a layer, by default the last in the backbone that gives a map, and try it on images.
 
     Args:
         model: A backbone, or a model with one, in evaluation mode.
         images: (N, 3, H, W).
-        layer: Its name; None for the last one in the backbone that gives a map.
+        layer: Its name, if it is chosen already.
         title: What to call the model in a message.
 
     Raises:
@@ -190,14 +190,7 @@ def draw_fields(fields: Mapping[str, np.ndarray]) -> Figure:
 
 
 def read_square(path: Path, size: int) -> np.ndarray:
-    """Read the middle of an image, its shorter side resized to `size`.
-
-    Returns:
-        The image in BGR order, shape (size, size, 3).
-
-    Raises:
-        DataError: The file does not exist, cannot be read or is no image.
-    """
+    """Read the middle of an image, its shorter side resized to `size`: (size, size, 3), BGR."""
     image = read_picture(path)
     scale = size / min(image.shape[:2])
     width, height = (max(size, round(side * scale)) for side in image.shape[1::-1])

@@ -265,14 +265,7 @@ def describe(spectra: Spectra) -> list[dict[str, Any]]:
 
 
 def draw_spectra(stages: list[dict[str, Any]], title: str) -> Figure:
-    """Draw the spectra of each stage, and the shares of high frequencies beside them.
-
-    Args:
-        stages: See :func:`describe`.
-        title: What the model is.
-
-    Returns:
-        The figure, with a row for each kind of mixer that there is.
+    """Draw the spectra of each stage, see :func:`describe`, and the shares of high frequencies.
 
     Raises:
         UsageError: If the maps of every stage are too small.
