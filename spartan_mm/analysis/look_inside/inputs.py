@@ -109,13 +109,14 @@ class GivenModel:
 
     @cached_property
     def _preprocessor(self) -> nn.Module:
-        model, config = self.named.model, self._config
+        model = self.named.model
         if hasattr(model, 'data_preprocessor'):
             return model.data_preprocessor
         if self.named.source == 'timm':
             return ImgDataPreprocessor(bgr_to_rgb=True, **{
                 key: [255 * value for value in model.pretrained_cfg[key]]
                 for key in ('mean', 'std')}).to(self._device)
+        config = self._config
         settings = config.model.get('data_preprocessor') or config.data_preprocessor
         with DefaultScope.overwrite_default_scope(config.default_scope):
             return MODELS.build(dict(type='ClsDataPreprocessor') | settings).to(self._device)

@@ -113,7 +113,7 @@ class TestClosedForm:
         squares[..., 2] = 0
         explanation = Explainer(TwoColourClassifier()).explain(squares, 0)
         assert not explanation.map.any()
-        assert draw_overlay(explanation, 'model').width == SIDE
+        assert explanation.caption == 'red  0.75 (nothing speaks for it)'
 
     def test_too_many_positions(self, squares):
         explainer = Explainer(TwoColourClassifier(), method='eigencam')
@@ -147,13 +147,13 @@ class TestClosedForm:
 
 class TestLayers:
 
-    @pytest.mark.parametrize('layer, error, message', [
-        ('backbone.2', LayerError, "no layer 'backbone.2'; it has: backbone.1, backbone.0"),
-        ('head', LayerError, r'layer head cannot be explained: .* shape \(1, 2\), .* no map'),
-        ('twice', LayerError, 'layer twice cannot be explained: it runs 2 times in one pass'),
-        ('unused', LayerError, 'layer unused cannot be explained: it does not run on its own'),
-        ('aside', LayerError, 'layer aside cannot be explained: no gradient of the score')])
-    def test_bad_layers(self, squares, layer, error, message):
+    @pytest.mark.parametrize('layer, message', [
+        ('backbone.2', "no layer 'backbone.2'; it has: backbone.1, backbone.0"),
+        ('head', r'layer head cannot be explained: .* shape \(1, 2\), .* no map'),
+        ('twice', 'layer twice cannot be explained: it runs 2 times in one pass'),
+        ('unused', 'layer unused cannot be explained: it does not run on its own'),
+        ('aside', 'layer aside cannot be explained: no gradient of the score')])
+    def test_bad_layers(self, squares, layer, message):
         model = TwoColourClassifier()
         network = model.model
         network.twice, network.unused, network.aside = (nn.ReLU() for _ in range(3))
@@ -164,7 +164,7 @@ class TestLayers:
             return network.head(maps.mean((2, 3)))
 
         network.forward = forward
-        with pytest.raises(error, match=message):
+        with pytest.raises(LayerError, match=message):
             Explainer(model, layer).explain(squares)
         # No hook is left behind.
         assert not any(module._forward_hooks for module in network.modules())
@@ -176,11 +176,9 @@ class TestLayers:
             Explainer(model, 'backbone.2').explain(squares)
         assert Explainer(model).explain(squares).record['layer'] == 'backbone.1'
 
-    def test_default_methods(self, detector):
+    def test_methods(self, detector):
         assert Explainer(TwoColourClassifier()).method == 'gradcam'
         assert Explainer(detector).method == 'layercam'
-
-    def test_unknown_method(self):
         with pytest.raises(ValueError, match="method='cam' must be one of gradcam, "):
             Explainer(TwoColourClassifier(), method='cam')
 
@@ -414,7 +412,9 @@ class TestDrawing:
             draw_grid([], ['a'])
 
 
-def test_explain_images(classifier, detector, user_project, tmp_path):
+def test_explain_images(classifier, detector, user_project, tmp_path, monkeypatch):
+    monkeypatch.setattr('spartan_mm.analysis.look_inside.class_activation.write_figure',
+                        lambda path, figure, **_: path.write_text(figure.axes[1].get_title()))
     folder = user_project / 'pictures'
     (tmp_path / 'broken.png').write_bytes(b'no image')
     explainers = {'a classifier': Explainer(classifier),
@@ -427,6 +427,7 @@ def test_explain_images(classifier, detector, user_project, tmp_path):
              for model in ('a_classifier', 'detector')]
     assert {file.name for file in (tmp_path / 'out').iterdir()} == {
         *names, 'grid.png', 'results.json'}
+    assert (tmp_path / 'out' / 'grid.png').read_text() == 'a classifier'
     content = json.loads((tmp_path / 'out' / 'results.json').read_text(encoding='utf-8'))
     assert content['failures'] == failures
     assert [item['overlay'] for item in content['results']] == names
