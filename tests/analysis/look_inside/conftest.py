@@ -5,6 +5,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+import spartan_mm
+
 
 @pytest.fixture(scope='session')
 def user_models(user_project):
@@ -20,3 +22,14 @@ def user_models(user_project):
                         meta=dict(dataset_meta=dict(classes=('square', 'disc')))), checkpoint)
         found[task] = str(config), str(checkpoint)
     return found
+
+
+@pytest.fixture(scope='session')
+def make_backbone():
+    """Makes small backbones, with the given options."""
+    def make(**options):
+        return spartan_mm.SpaRTAN(dict(
+            stem_channels=8, depths=(1, 2, 1, 1), channels=(8, 16, 24, 32),
+            expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise'),
+        ), **options).eval()
+    return make

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-import spartan_mm
 from spartan_mm.analysis.look_inside.layers import (
     LayerError,
     as_map,
@@ -15,10 +14,8 @@ from spartan_mm.analysis.look_inside.layers import (
 
 
 @pytest.fixture(scope='module')
-def backbone():
-    return spartan_mm.SpaRTAN(dict(
-        stem_channels=8, depths=(1, 1, 1, 1), channels=(8, 16, 24, 32), expand_ratios=(2, 2, 2, 2),
-        conv_types=('full', 'full', 'depthwise', 'depthwise')), drop_path_rate=0.).eval()
+def backbone(make_backbone):
+    return make_backbone(drop_path_rate=0.)
 
 
 class Transformer(nn.Module):

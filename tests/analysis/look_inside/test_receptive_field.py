@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import spartan_mm
 from spartan_mm.analysis.look_inside.inputs import GivenModel
 from spartan_mm.analysis.look_inside.layers import LayerError
 from spartan_mm.analysis.look_inside.receptive_field import (
@@ -83,15 +82,13 @@ class TestMeasureField:
         torch.testing.assert_close(once, twice)
 
     @pytest.mark.parametrize('deploy', [False, True])
-    def test_spartan(self, deploy):
+    def test_spartan(self, make_backbone, deploy):
         """The stem's two convolutions of stride 2 see 7 pixels, the last stage many more."""
-        backbone = spartan_mm.SpaRTAN(dict(
-            stem_channels=8, depths=(1, 1, 1, 1), channels=(8, 16, 24, 32),
-            expand_ratios=(2, 2, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise')))
+        backbone = make_backbone()
         if deploy:
             backbone.switch_to_deploy()
         image = torch.rand(1, 3, 64, 64)
-        assert choose_layer(backbone.eval(), image) == 'stages.3'
+        assert choose_layer(backbone, image) == 'stages.3'
         assert square_side(measure_field(backbone, [image], 'stem'), 1.) <= 7
         field = measure_field(backbone, [image], 'stages.3')
         assert field.shape == (64, 64)
@@ -117,22 +114,16 @@ class TestMeasureField:
             measure_field(convolutions(3), [], '0')
 
 
-class TestSquares:
-
-    def test_closed_form(self):
-        """Of [1, 2, 3, 2, 1] times itself, 81 in sum: 9, 25, 49, 64 and 81 in the best squares."""
-        field = np.zeros((40, 30))
-        field[20:25, 3:8] = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])
-        assert [square_side(field, share) for share in (0.1, 0.2, 0.3, 0.5, 0.7, 0.99)] == [
-            1, 2, 2, 3, 4, 5]
-        assert find_square(field, 0.5) == (21, 4, 3)
-
-    def test_up_to_the_longer_side(self):
-        assert square_side(np.ones((5, 9)), 1.) == 9
-        assert square_side(np.ones((5, 9)), 0.) == 1
-
-    def test_share_of_a_uniform_field(self):
-        assert [square_side(np.ones((10, 10)), share) for share in (0.25, 0.26, 0.99)] == [5, 6, 10]
+def test_squares():
+    """Of [1, 2, 3, 2, 1] times itself, 81 in sum: 9, 25, 49, 64 and 81 in the best squares."""
+    field = np.zeros((40, 30))
+    field[20:25, 3:8] = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])
+    assert [square_side(field, share) for share in (0.1, 0.2, 0.3, 0.5, 0.7, 0.99)] == [
+        1, 2, 2, 3, 4, 5]
+    assert find_square(field, 0.5) == (21, 4, 3)
+    # Up to the longer side.
+    assert [square_side(np.ones((5, 9)), share) for share in (0., 1.)] == [1, 9]
+    assert [square_side(np.ones((10, 10)), share) for share in (0.25, 0.26, 0.99)] == [5, 6, 10]
 
 
 class TestImages:

@@ -19,12 +19,8 @@ from spartan_mm.analysis.look_inside.spectra import (
     share_above,
     white_share,
 )
-from spartan_mm.backbones import SpaRTAN
 from spartan_mm.backbones.spartan import modulate
 from spartan_mm.errors import UsageError
-
-SMALL = dict(stem_channels=8, depths=(1, 2, 1, 1), channels=(8, 16, 24, 32),
-             expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise'))
 
 
 def wave(height, width, rows, columns):
@@ -34,8 +30,8 @@ def wave(height, width, rows, columns):
 
 
 @pytest.fixture
-def backbone():
-    model = SpaRTAN(SMALL).eval()
+def backbone(make_backbone):
+    model = make_backbone()
     for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
@@ -171,20 +167,20 @@ def test_images_of_two_sizes(backbone):
     assert len(spectra[1, 1, 'smixer', 'input'].shares) == 2
 
 
-def test_what_is_refused(backbone):
+def test_what_is_refused(backbone, make_backbone):
     with pytest.raises(UsageError, match='net has no SpaRTAN.* Conv2d'):
         find_backbone(nn.Conv2d(3, 3, 1), 'net')
     assert find_backbone(nn.Sequential(backbone), 'net') is backbone
     backbone.switch_to_deploy()
     with pytest.raises(UsageError, match='net is in deploy form'):
         find_backbone(backbone, 'net')
-    plain = SpaRTAN(SMALL, spatial_mixer='conv', channel_mixer='mlp')
+    plain = make_backbone(spatial_mixer='conv', channel_mixer='mlp')
     with pytest.raises(UsageError, match='neither SMixers nor CMixers'):
         find_backbone(plain, 'net')
 
 
-def test_one_kind_of_mixer():
-    backbone = find_backbone(SpaRTAN(SMALL, spatial_mixer='conv'), 'net')
+def test_one_kind_of_mixer(make_backbone):
+    backbone = find_backbone(make_backbone(spatial_mixer='conv'), 'net')
     stages = describe(collect(backbone, torch.rand(1, 3, 64, 64)))
     assert 'smixer' not in stages[0] and 'cmixer' in stages[0]
     figure = draw_spectra(stages, 'one row')
