@@ -381,12 +381,11 @@ class Demo(ABC):
             shutil.copy(path, samples)
         return samples
 
-    def _build_test_dataset(self) -> Any:
+    def _read_results(self) -> Any:
         from mmengine.config import Config
-        from mmengine.registry import DATASETS, init_default_scope
-        config = Config.fromfile(self.config)
-        init_default_scope(config.default_scope)
-        return DATASETS.build(config.test_dataloader.dataset)
+
+        from .analysis.mistakes.predictions import read_results
+        return read_results(Config.fromfile(self.config), self.predictions)
 
 
 class DetectorDemo(Demo):
@@ -429,13 +428,12 @@ class DetectorDemo(Demo):
 
     def draw_sheets(self) -> list[str]:
         from .analysis.mistakes.pictures import draw_gallery
-        from .analysis.mistakes.predictions import read_predictions, spread
-        dataset = self._build_test_dataset()
-        self.num_evaluated = len(dataset)
-        indices = spread(len(dataset), NUM_SHOWN)
-        draw_gallery(dataset, read_predictions(self.predictions), indices,
-                     SCORE_THRESHOLD).save(self.work_dir / 'gallery.png')
-        return [dataset.get_data_info(index)['img_path'] for index in indices]
+        from .analysis.mistakes.predictions import spread
+        results = self._read_results()
+        self.num_evaluated = len(results.dataset)
+        indices = spread(self.num_evaluated, NUM_SHOWN)
+        draw_gallery(results, indices, SCORE_THRESHOLD).save(self.work_dir / 'gallery.png')
+        return [results.dataset.get_data_info(index)['img_path'] for index in indices]
 
 
 class ClassifierDemo(Demo):
@@ -471,16 +469,14 @@ class ClassifierDemo(Demo):
         return f'{train} digits to learn from and {val} held out, in {self.shown(root)}'
 
     def draw_sheets(self) -> list[str]:
-        from .analysis.mistakes.confusion import count_confusions, draw_confusion
+        from .analysis.mistakes.confusion import count_confusions
         from .analysis.mistakes.pictures import draw_mistakes
-        from .analysis.mistakes.predictions import read_outcomes, spread
-        classes = self._build_test_dataset().metainfo['classes']
-        outcomes = read_outcomes(self.predictions)
-        self.num_evaluated = len(outcomes)
-        draw_confusion(count_confusions(outcomes), classes).savefig(
-            self.work_dir / 'confusion.png')
-        draw_mistakes(outcomes, classes).save(self.work_dir / 'mistakes.png')
-        return [outcomes.paths[index] for index in spread(len(outcomes), NUM_SHOWN)]
+        from .analysis.mistakes.predictions import spread
+        results = self._read_results()
+        self.num_evaluated = len(results.paths)
+        count_confusions(results).draw().savefig(self.work_dir / 'confusion.png')
+        draw_mistakes(results).save(self.work_dir / 'mistakes.png')
+        return [results.paths[index] for index in spread(self.num_evaluated, NUM_SHOWN)]
 
 
 def main(kind: type[Demo], argv: Sequence[str] | None = None) -> int:

@@ -38,10 +38,10 @@ def describe(report: 'Report') -> str:
 def write_pictures(reports: list['Report'], out_dir: Path) -> None:
     """Draw what there is to draw: classes.png, box_sizes.png and suspects_SPLIT_NUMBER.png."""
     contents = {report.split: report.content for report in reports if report.content.infos}
-    if any(content.classes for content in contents.values()):
-        write_figure(out_dir / 'classes.png', draw_class_counts(contents))
-    if any(content.boxes is not None and len(content.boxes) for content in contents.values()):
-        write_figure(out_dir / 'box_sizes.png', draw_box_sizes(contents))
+    for name, draw in (('classes', draw_class_counts), ('box_sizes', draw_box_sizes)):
+        figure = draw(contents)
+        if figure:
+            write_figure(out_dir / f'{name}.png', figure)
     for number, report in enumerate(reports):
         suspects = report.suspects()
         if suspects:
@@ -49,7 +49,7 @@ def write_pictures(reports: list['Report'], out_dir: Path) -> None:
                 draw_suspects(report.content, suspects).save(file, 'PNG')
 
 
-def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure:
+def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure | None:
     """Draw how many objects of each class the datasets have, the most frequent first.
 
     Of more than 80 classes, the 40 most frequent and the 40 least frequent are drawn.
@@ -58,14 +58,11 @@ def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure:
         contents: The datasets by name; those of other classes than the first are left out.
 
     Returns:
-        The figure; its ``savefig`` writes it.
-
-    Raises:
-        ValueError: There is no dataset with classes.
+        The figure; its ``savefig`` writes it. None if no dataset has classes.
     """
     contents = {name: content for name, content in contents.items() if content.classes}
     if not contents:
-        raise ValueError('no dataset has classes: there is nothing to draw')
+        return None
     classes = next(iter(contents.values())).classes
     counts = {name: content.count_objects() for name, content in contents.items()
               if content.classes == classes}
@@ -96,22 +93,19 @@ def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure:
     return figure
 
 
-def draw_box_sizes(contents: Mapping[str, 'Content']) -> Figure:
+def draw_box_sizes(contents: Mapping[str, 'Content']) -> Figure | None:
     """Draw width against height of the boxes, and the share of each of COCO's ranges of size.
 
     Args:
         contents: The datasets by name; those without boxes are left out.
 
     Returns:
-        The figure; its ``savefig`` writes it.
-
-    Raises:
-        ValueError: There is no dataset with boxes.
+        The figure; its ``savefig`` writes it. None if no dataset has boxes.
     """
     contents = {name: content for name, content in contents.items()
                 if content.boxes is not None and len(content.boxes)}
     if not contents:
-        raise ValueError('no dataset has boxes: there is nothing to draw')
+        return None
     figure = new_figure(6.2 * len(contents), 5.6)
     for place, (name, content) in enumerate(contents.items()):
         sides = (content.boxes[:, 2:] - content.boxes[:, :2]).clip(min=0.5)
