@@ -58,9 +58,10 @@ def draw_truth(image: Image.Image, truth: Truth, classes: Sequence[str],
     for left, top, right, bottom in boxes[crowds].round().astype(int).clip(0):
         inside = slice(top, bottom), slice(left, right)
         pixels[inside][stripes[inside]] = _CROWD
+    names = [class_name(classes, label) for label in labels]
     draw_boxes(pixels, boxes,
-               ['crowd: ' * crowd + class_name(classes, label)
-                for label, crowd in zip(labels, crowds, strict=True)],
+               [f'crowd: {name}' if crowd else name
+                for name, crowd in zip(names, crowds, strict=True)],
                [_CROWD if crowd else class_colour(label)
                 for label, crowd in zip(labels, crowds, strict=True)], (~crowds).tolist())
     return Image.fromarray(pixels)

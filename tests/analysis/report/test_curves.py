@@ -13,9 +13,10 @@ from spartan_mm.analysis.report.curves import (
     RunLog,
     draw_curves,
     draw_panels,
-    find_log,
+    find_logs,
     read_log,
 )
+from spartan_mm.errors import UsageError
 
 
 def iteration(step, epoch=None, **values):
@@ -232,7 +233,7 @@ class TestResuming:
         assert_close(log.evaluation('coco/bbox_mAP'), [[1, 2], [0.25, 0.3]])
         # Alone where it is asked for.
         assert len(read_log(last.parents[1]).train) == 2
-        assert find_log(tmp_path) == last
+        assert find_logs(tmp_path)[-1] == last
 
     def test_a_new_start_forgets_earlier_runs(self, write_run, tmp_path):
         write_run('20200101_000000', [iteration(10), iteration(20)], False)
@@ -247,11 +248,11 @@ class TestResuming:
         assert str(last) in str(error.value)
 
 
-def test_other_metrics(tmp_path):
-    records = [iteration(1, 1), {'accuracy/top1': 71.5, 'step': 1}]
-    log = read_log(write(tmp_path / 'log.json', records))
-    metrics = draw_curves(log, {'accuracy/top1': 'top 1'}).axes[2]
-    assert list(lines(metrics)) == ['top 1 (71.500 at the end)']
+def test_chosen_metrics(run):
+    metrics = draw_curves(run, ['coco/bbox_mAP_50']).axes[2]
+    assert list(lines(metrics)) == ['AP50 (0.450 at the end)']
+    with pytest.raises(UsageError, match='no validation has mAP; there is coco/bbox_mAP, coco'):
+        draw_curves(run, ['mAP'])
 
 
 def test_metrics_of_a_classifier_are_found(tmp_path):
@@ -301,11 +302,9 @@ def test_nothing_overlaps(number, run, tmp_path):
         assert not any(around.overlaps(other) for other in others)
 
 
-def test_no_runs():
-    with pytest.raises(ValueError, match='runs is empty'):
-        draw_curves({})
-
-
-def test_an_unknown_axis(run):
-    with pytest.raises(ValueError, match="axis='days' must be one of 'step', 'hours'"):
-        draw_curves(run, axis='days')
+@pytest.mark.parametrize('runs, axis, message', [
+    ({}, 'step', 'runs is empty'),
+    (RunLog([], [], True), 'days', "axis='days' must be one of 'step', 'hours'")])
+def test_nothing_to_draw(runs, axis, message):
+    with pytest.raises(ValueError, match=message):
+        draw_curves(runs, axis=axis)

@@ -5,12 +5,11 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from spartan_mm.analysis.report.report import make_report
-from spartan_mm.analysis.report.work_dir import find_run, make_predictions
+from spartan_mm.analysis.report.work_dir import Run, make_predictions
 from spartan_mm.cli import main
 from spartan_mm.zoo import get_model
 
@@ -76,7 +75,7 @@ def detector(user, tmp_path):
 def render(read_self_contained):
     """Makes a report; returns its HTML and the lines that say what is missing."""
     def render(folder, **options):
-        html = make_report(find_run(folder), **options).render()
+        html = make_report(Run(folder), **options).render()
         read_self_contained(html)
         return html, [line.partition('">')[2].removesuffix('</p>') for line in html.splitlines()
                       if line.startswith('<p class="missing">')]
@@ -122,7 +121,7 @@ def test_hardly_anything_left(detector, render):
     html, missing = render(detector)
     assert '<h1>run</h1>' in html and '<h2>Curves</h2>' in html
     assert [line.partition(': ')[0].partition(' in ')[0] for line in missing] == [
-        'no predictions', 'no text log beside ' + str(find_run(detector).log_path)
+        'no predictions', 'no text log beside ' + str(Run(detector).log_path)
         + ' that describes the machine', 'no checkpoint', f'{detector} has no config']
 
 
@@ -149,7 +148,7 @@ def test_predictions_older_than_the_checkpoint(detector):
     path = detector / 'predictions.pkl'
     write_detections(path)
     os.utime(path, (1, 1))
-    text = make_report(find_run(detector)).show_measured()[-1].text
+    text = make_report(Run(detector)).show_measured()[-1].text
     assert 'predictions: predictions.pkl, which are older than epoch_2.pth' in text
 
 
@@ -170,22 +169,12 @@ def test_classifier(user, tmp_path, render):
     assert '<span>is disc (0.20)</span><span>taken for square (0.80)</span>' in html
 
 
-def test_top_5():
-    from spartan_mm.analysis.mistakes.confusion import measure_tops
-    from spartan_mm.analysis.mistakes.predictions import Outcomes
-    scores = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
-    # Of equal scores, the class with the lower index comes first.
-    for truths, expected in (((5, 0), (1., 1.)), ((1, 1), (0., 1.)), ((0, 5), (0., 0.))):
-        outcomes = Outcomes(('a', 'b'), np.array(truths), scores)
-        assert measure_tops(outcomes) == dict(zip(('top-1', 'top-5'), expected, strict=True))
-
-
 @pytest.mark.slow
 def test_predictions_are_made(detector):
-    model = get_model(find_run(detector).config)
+    model = get_model(Run(detector).config)
     torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()),
                detector / 'epoch_2.pth')
-    run = find_run(detector)
+    run = Run(detector)
     path = make_predictions(run)
     assert path == detector / 'evaluation' / 'predictions.pkl'
     assert '80 detections of any score' in make_report(run).show_measured()[-1].text
