@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spartan_mm.analysis.report import report
 from spartan_mm.analysis.report.report import make_report
 from spartan_mm.analysis.report.work_dir import Run, make_predictions
 from spartan_mm.cli import main
@@ -72,6 +73,12 @@ def detector(user, tmp_path):
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Leaves out what takes most of the time, and is drawn in other tests."""
+    monkeypatch.setattr(report, 'draw_panels', lambda log: [])
+
+
+@pytest.fixture
 def render(read_self_contained):
     """Makes a report; returns its HTML and the lines that say what is missing."""
     def render(folder, **options):
@@ -106,7 +113,7 @@ def test_detector(detector, render):
     assert 'custom_imports' in html
 
 
-def test_training_in_progress(user, tmp_path, render):
+def test_training_in_progress(user, tmp_path, render, no_curves):
     folder = write_run(tmp_path / 'run', 'detector', 'coco/bbox_mAP', epochs=1)
     html, missing = render(folder)
     assert 'unfinished, epoch 1 of 2' in html and '<b>0.250</b><span>AP, last validation' in html
@@ -114,7 +121,7 @@ def test_training_in_progress(user, tmp_path, render):
         f'no predictions in {folder}: `spartan-mm report {folder} --test` makes them'}
 
 
-def test_hardly_anything_left(detector, render):
+def test_hardly_anything_left(detector, render, no_curves):
     for path in [*detector.glob('*.p*'), detector / 'last_checkpoint',
                  *detector.glob('*/*.log'), *detector.glob('*/*/config.py')]:
         path.unlink()
@@ -125,7 +132,7 @@ def test_hardly_anything_left(detector, render):
         + ' that describes the machine', 'no checkpoint', f'{detector} has no config']
 
 
-def test_missing_pictures(detector, user_project, monkeypatch, render):
+def test_missing_pictures(detector, monkeypatch, render, no_curves):
     write_detections(detector / 'predictions.pkl')
     monkeypatch.chdir(detector)
     _, missing = render(detector)
@@ -134,7 +141,7 @@ def test_missing_pictures(detector, user_project, monkeypatch, render):
         missing[0])
 
 
-def test_damaged_predictions(detector, render):
+def test_damaged_predictions(detector, render, no_curves):
     write_detections(detector / 'predictions.pkl')
     path = detector / 'predictions.pkl'
     path.write_bytes(path.read_bytes()[:-20])
