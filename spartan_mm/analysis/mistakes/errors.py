@@ -148,8 +148,10 @@ def compare(results: DetectorResults, score_threshold: float = 0.3, iou_threshol
         owned = match(own[:, objects] * counted[:, None], iou_threshold)
         in_crowd = (own[:, truth.crowds] >= iou_threshold).any(1)
         yield Overlaps(
-            index, found, Truth(truth.boxes[objects], truth.labels[objects]), overlaps[:, objects],
-            own[:, objects], counted, owned, np.flatnonzero(counted & (owned < 0) & ~in_crowd))
+            index, found,
+            Truth(truth.boxes[objects], truth.labels[objects], truth.crowds[objects]),
+            overlaps[:, objects], own[:, objects], counted, owned,
+            np.flatnonzero(counted & (owned < 0) & ~in_crowd))
 
 
 def match(overlaps: np.ndarray, threshold: float) -> np.ndarray:

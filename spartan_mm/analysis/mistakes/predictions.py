@@ -26,17 +26,12 @@ class Truth:
     Args:
         boxes: Corners x1, y1, x2, y2 in pixels, shape (N, 4).
         labels: Class indices, shape (N,).
-        crowds: Which are regions with many objects, which evaluation leaves out, shape (N,); none
-            by default.
+        crowds: Which are regions with many objects, which evaluation leaves out, shape (N,).
     """
 
     boxes: np.ndarray
     labels: np.ndarray
-    crowds: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        if self.crowds is None:
-            self.crowds = np.zeros(len(self.boxes), dtype=bool)
+    crowds: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS, DefaultScope
 from mmengine.runner import set_random_seed
 from PIL import Image
-from torch import nn
 
 from ...drawing import add_caption, arrange, class_name, open_image, resize
 from ...errors import UsageError
@@ -148,6 +147,8 @@ def _view_batches(config: Config, loader: Mapping[str, Any], packed: list[dict[s
         settings.setdefault('data_preprocessor', config.data_preprocessor)
     # The whole model, because models add to what the config says of the preprocessor.
     preprocessor = MODELS.build(settings).data_preprocessor
+    # mmpretrain's name, and that of mmengine's, which mmdet's builds on.
+    swapped = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
     collate = FUNCTIONS.get((loader.get('collate_fn') or dict(type='pseudo_collate'))['type'])
     number = -(-len(packed) // loader['batch_size'])
     views = []
@@ -155,23 +156,12 @@ def _view_batches(config: Config, loader: Mapping[str, Any], packed: list[dict[s
     for places in np.array_split(np.arange(len(packed)), number):
         batch = collate([copy.deepcopy(packed[place]) for place in places])
         batch = preprocessor(batch, training)
-        images, bgr = _restore(batch['inputs'], preprocessor)
-        views += [_view(image, sample, bgr)
+        images = batch['inputs']
+        if getattr(preprocessor, '_enable_normalize', False):
+            images = images * preprocessor.std + preprocessor.mean
+        views += [_view(image, sample, bgr=not swapped)
                   for image, sample in zip(images, batch['data_samples'], strict=True)]
     return views
-
-
-def _restore(images: torch.Tensor, preprocessor: nn.Module) -> tuple[torch.Tensor, bool]:
-    """Undo the normalization of a batch.
-
-    Returns:
-        Images (N, 3, H, W) from 0 to 255, and whether their channels are in BGR order.
-    """
-    if getattr(preprocessor, '_enable_normalize', False):
-        images = images * preprocessor.std + preprocessor.mean
-    # mmpretrain's name, and that of mmengine's, which mmdet's builds on.
-    swapped = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
-    return images, not swapped
 
 
 def _view(image: torch.Tensor, sample: Any, bgr: bool) -> View:

@@ -8,17 +8,17 @@ import numpy as np
 from PIL import Image
 
 from ...datasets.data_errors import DataError
-from ...drawing import add_caption, arrange, open_image
+from ...drawing import add_caption, arrange, open_image, resize
 from ...files import write_whole
 from ...text import shorten
+from ..mistakes.class_bars import new_class_rows
 from ..mistakes.pictures import draw_truth
 from ..mistakes.predictions import Truth
-from ..style import COLOURS, Figure, colors, finish, new_figure, write_figure
+from ..style import COLOURS, Figure, colors, new_figure, write_figure
 
 if TYPE_CHECKING:
     from ...datasets.check import Content, Report
 
-_MAX_CLASSES = 80
 #: COCO's bounds of small and medium objects: the square root of the area, in pixels.
 _COCO_SIDES = (32, 96)
 
@@ -50,9 +50,7 @@ def write_pictures(reports: list['Report'], out_dir: Path) -> None:
 
 
 def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure | None:
-    """Draw how many objects of each class the datasets have, the most frequent first.
-
-    Of more than 80 classes, the 40 most frequent and the 40 least frequent are drawn.
+    """Draw how many objects of each class the datasets have, see :func:`new_class_rows`.
 
     Args:
         contents: The datasets by name; those of other classes than the first are left out.
@@ -66,28 +64,16 @@ def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure | None:
     classes = next(iter(contents.values())).classes
     counts = {name: content.count_objects() for name, content in contents.items()
               if content.classes == classes}
-    order = np.argsort(-next(iter(counts.values())), kind='stable')
-    left_out = len(order) - _MAX_CLASSES
-    if left_out > 0:
-        order = np.concatenate([order[:_MAX_CLASSES // 2], order[-_MAX_CLASSES // 2:]])
-
-    figure = new_figure(9, 1.8 + 0.22 * len(order))
-    axes = figure.add_subplot()
-    places = np.arange(len(order))
+    figure, axes, order = new_class_rows(
+        f'Objects of {len(classes)} classes', next(iter(counts.values())),
+        [shorten(name) for name in classes], 9)
     height = 0.8 / len(counts)
     for number, (name, count) in enumerate(counts.items()):
-        axes.barh(places + (number + 0.5) * height - 0.4, np.maximum(count[order], 0.5), height,
-                  color=COLOURS[number % len(COLOURS)], label=f'{name}: {count.sum()} objects')
-    axes.set_yticks(places, [shorten(classes[i]) for i in order], fontsize=9)
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xscale('log')
+        axes.barh(np.arange(len(order)) + (number + 0.5) * height - 0.4,
+                  np.maximum(count[order], 0.5), height, color=COLOURS[number % len(COLOURS)],
+                  label=f'{name}: {count.sum()} objects')
+    axes.set(xscale='log', xlabel='objects (a bar of no length: none)')
     axes.set_xlim(left=0.5)
-    axes.set_xlabel('objects (a bar of no length: none)', fontsize=11)
-    title = f'Objects of {len(classes)} classes'
-    if left_out > 0:
-        title += f', {left_out} in the middle left out'
-    finish(axes, title, 13)
-    axes.grid(visible=False, axis='y')
     # Below the frequent classes the bars are short.
     axes.legend(loc='lower right', frameon=False)
     return figure
@@ -152,13 +138,13 @@ def draw_suspects(content: 'Content', suspects: Mapping[str, str], limit: int = 
             field = Image.new('RGB', (longer_side, longer_side * 3 // 4), (200, 200, 200))
             panels.append(add_caption(field, kind, name, 'cannot be read'))
             continue
-        truth = Truth(np.zeros((0, 4)), np.zeros(0, dtype=int))
-        if content.boxes is not None and path in index_of:
-            own = ((content.image_index == index_of[path]) & (content.labels >= 0)
-                   & ~content.crowds)
-            truth = Truth(content.boxes[own], content.labels[own])
-        panels.append(add_caption(draw_truth(image, truth, content.classes, longer_side), kind,
-                                  name))
+        if content.boxes is None:
+            picture = resize(image, longer_side)
+        else:
+            own = (content.image_index == index_of.get(path, -1)) & (content.labels >= 0)
+            truth = Truth(content.boxes[own], content.labels[own], content.crowds[own])
+            picture = draw_truth(image, truth, content.classes, longer_side)
+        panels.append(add_caption(picture, kind, name))
     return arrange(panels, columns)
 
 

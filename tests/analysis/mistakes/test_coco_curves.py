@@ -142,7 +142,7 @@ def test_many_classes():
     [axes] = draw_class_ap(results).axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert len(names) == 80 and names[0] == 'class 98 (98)' and names[-1] == 'class 0 (0)'
-    assert '40 worst of 99' in axes.get_title(loc='left')
+    assert '19 in the middle left out' in axes.get_title(loc='left')
     lines = draw_class_precision_recall(results).axes[0].lines
     assert len(lines) == 100
     named = [line.get_label() for line in lines if not line.get_label().startswith('_')]

@@ -22,7 +22,7 @@ def make_image(width=80, height=60, colour=GREY):
 
 
 def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_class():
-    truth = Truth(np.array([[10., 20, 40, 50], [50, 30, 75, 55]]), np.array([0, 1]))
+    truth = Truth(np.array([[10., 20, 40, 50], [50, 30, 75, 55]]), np.arange(2), np.zeros(2, bool))
     pixels = np.array(draw_truth(make_image(), truth, CLASSES, longer_side=160))
     assert pixels.shape == (120, 160, 3)
     for (x1, y1, x2, y2), label in ((2 * truth.boxes[0], 0), (2 * truth.boxes[1], 1)):
@@ -35,7 +35,8 @@ def test_boxes_are_drawn_in_place_and_in_the_colour_of_their_class():
 
 def test_a_class_has_the_same_colour_on_both_sides():
     box = (10, 25, 40, 50)
-    truth = draw_truth(make_image(), Truth(np.array([box]), np.array([1])), CLASSES, 160)
+    truth = Truth(np.array([box]), np.array([1]), np.array([False]))
+    truth = draw_truth(make_image(), truth, CLASSES, 160)
     found = draw_found(make_image(), make_found((1, box, 0.9)), CLASSES, 160)
     where = slice(60, 101), slice(20, 81)  # beside the labels, which say different things
     assert np.array_equal(np.array(truth)[where], np.array(found)[where])

@@ -122,7 +122,7 @@ def test_mistakes(detector, change, stages, message):
 
 def test_sheet():
     image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).convert('RGB')
-    truth = Truth(np.array([[1., 1, 3, 3]]), np.array([1]))
+    truth = Truth(np.array([[1., 1, 3, 3]]), np.array([1]), np.array([False]))
     boxes = [View(image, 'a.png', truth)] * 3
     sheet = draw_views(boxes, ('cat', 'dog'), columns=2, side=100)
     assert sheet.width == 2 * 112 + 12
