@@ -55,10 +55,8 @@ def run(records, tmp_path):
 
 def test_training_and_evaluations_are_told_apart(run):
     assert [record['step'] for record in run.train] == [10, 20, 30, 40]
-    assert run.by_epoch
-    steps, values = run.evaluation('coco/bbox_mAP')
-    assert_close(steps, [1, 2])
-    assert_close(values, [0.2, 0.3])
+    assert run.by_epoch and run.metrics == ['coco/bbox_mAP', 'coco/bbox_mAP_50']
+    assert_close(run.evaluation('coco/bbox_mAP'), [[1, 2], [0.2, 0.3]])
 
 
 def test_a_loop_of_iterations_counts_iterations(tmp_path):
@@ -165,9 +163,12 @@ def test_several_runs_have_a_colour_each(run):
 
 
 def test_runs_of_two_tasks(run, tmp_path):
-    other = read_log(write(tmp_path / 'log.json', [
+    classifier = read_log(write(tmp_path / 'log.json', [
         dict(lr=1e-3, loss=1., step=1, epoch=1), {'accuracy/top1': 71.5, 'step': 1}]))
-    *_, top1, rate = draw_curves({'detector': run, 'classifier': other}).axes
+    loss, metrics, _ = draw_curves(classifier).axes
+    assert list(lines(loss)) == ['total']
+    assert list(lines(metrics)) == ['top-1 in % (71.500 at the end)']
+    *_, top1, rate = draw_curves({'detector': run, 'classifier': classifier}).axes
     assert list(lines(top1)) == ['classifier']
     assert [text.get_text() for text in top1.texts] == ['71.500']
     assert list(lines(rate)) == ['detector', 'classifier']
@@ -203,10 +204,6 @@ def test_hours(tmp_path):
     axes = draw_curves(log, axis='hours').axes
     assert {panel.get_xlabel() for panel in axes} == {'hours of training'}
     assert_close(axes[2].lines[0].get_xdata(), [1, 2])
-
-
-def test_names_of_metrics(run):
-    assert run.metrics == ['coco/bbox_mAP', 'coco/bbox_mAP_50']
 
 
 class TestResuming:
@@ -252,13 +249,6 @@ def test_chosen_metrics(run):
     assert list(lines(metrics)) == ['AP50 (0.450 at the end)']
     with pytest.raises(UsageError, match='no validation has mAP; there is coco/bbox_mAP, coco'):
         draw_curves(run, ['mAP'])
-
-
-def test_metrics_of_a_classifier_are_found(tmp_path):
-    records = [dict(lr=1e-3, loss=1., step=1, epoch=1), {'accuracy/top1': 71.5, 'step': 1}]
-    loss, metrics, _ = draw_curves(read_log(write(tmp_path / 'log.json', records))).axes
-    assert list(lines(loss)) == ['total']
-    assert list(lines(metrics)) == ['top-1 in % (71.500 at the end)']
 
 
 @pytest.mark.parametrize('train, evaluations', [
