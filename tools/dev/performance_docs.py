@@ -475,7 +475,9 @@ def parse_args() -> argparse.Namespace:
 
 def measure_groups(request: Path, target: Path) -> None:
     """Measure the groups of a job; this is a process of its own."""
-    groups = [Group.from_dict(group) for group in json.loads(request.read_text())]
+    groups = [Group(**{**group, 'workload': Workload(**group['workload']),
+                       'forms': tuple(Form(**form) for form in group['forms'])})
+              for group in json.loads(request.read_text())]
     results = []
     for index, group in enumerate(groups):
         def report(text: str, index: int = index) -> None:
@@ -505,7 +507,7 @@ def measure_all(args: argparse.Namespace, console: Console, kind: str, out_dir: 
                    str(out_dir / f'{job.name}.json')]
         if args.threads:
             command += ['--threads', str(args.threads)]
-        if run_process(command, log, lambda line: console.status(line.strip()), console):
+        if run_process(command, log, lambda line: console.status(line.strip())):
             failed.append(job.name)
             last = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
             console.line(f'    failed: {"".join(last)} (all of it: {log})')

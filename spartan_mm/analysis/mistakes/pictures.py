@@ -1,4 +1,4 @@
-"""Pictures beside their truth, and what a model gets wrong in them, on sheets."""
+"""Pictures beside their truth, and sheets of what a model gets wrong."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -75,42 +75,22 @@ def draw_found(image: Image.Image, found: Detections, classes: Sequence[str],
     return Image.fromarray(draw_detections(pixels, found, classes)[..., ::-1])
 
 
-def draw_gallery(results: DetectorResults, indices: Sequence[int], score_threshold: float = 0.3,
-                 longer_side: int = 640) -> Image.Image:
-    """Draw images in two columns of pairs: annotated on the left, detected on the right.
+def draw_pair(results: DetectorResults, index: int, score_threshold: float, longer_side: int
+              ) -> tuple[str, tuple[tuple[Image.Image, str], tuple[Image.Image, str]]]:
+    """Draw an image twice: with what is annotated, and with what was detected.
 
     Args:
         results: Predictions with their dataset.
-        indices: Which images of the dataset to draw, in this order.
+        index: Of the image in the dataset.
         score_threshold: The least score of a prediction that is drawn.
-        longer_side: Of each image on the sheet, in pixels; smaller ones are enlarged, larger ones
-            reduced.
+        longer_side: Of each picture in pixels; smaller ones are enlarged, larger ones reduced.
 
     Returns:
-        The sheet; its ``save`` writes it.
+        Name of the file; picture and caption of both.
 
     Raises:
-        UsageError: There is no prediction for one of the images.
-        ValueError: There are no indices.
-        OSError: An image cannot be read.
-    """
-    if not indices:
-        raise ValueError('indices is empty: there is no image to draw')
-    pairs = []
-    for index in indices:
-        name, panels = draw_pair(results, index, score_threshold, longer_side)
-        notes = f' in {name}', f' with a score of {score_threshold:g} or more'
-        pairs.append(arrange([add_caption(picture, caption + note, size=15)
-                              for (picture, caption), note in zip(panels, notes, strict=True)], 2))
-    return arrange(pairs, 2)
-
-
-def draw_pair(results: DetectorResults, index: int, score_threshold: float, longer_side: int
-              ) -> tuple[str, tuple[tuple[Image.Image, str], tuple[Image.Image, str]]]:
-    """Draw an image twice; arguments and errors as of :func:`draw_gallery`.
-
-    Returns:
-        Name of the file; with what is annotated, and with what was detected: picture and caption.
+        UsageError: There is no prediction for the image.
+        OSError: It cannot be read.
     """
     info, classes = results.dataset.get_data_info(index), results.classes
     found = results.found_in(info).above(score_threshold)

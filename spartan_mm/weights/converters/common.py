@@ -155,11 +155,11 @@ def check_keys(given: Iterable[str], wanted: Iterable[str]) -> None:
     leftover = [name for name in given if name not in wanted]
     report = []
     if missing:
-        report.append('missing keys:\n  ' + '\n  '.join(missing))
+        report += ['missing keys:', *missing]
     if leftover:
-        report.append('keys left over:\n  ' + '\n  '.join(leftover))
+        report += ['keys left over:', *leftover]
     if report:
-        raise CheckpointError('the checkpoint does not fit:\n' + '\n'.join(report))
+        raise CheckpointError('the checkpoint does not fit:', *report)
 
 
 def rename(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
@@ -217,5 +217,4 @@ def check_shapes(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequen
     wrong = [f'{name}: {tuple(state_dict[name].shape)} instead of {tuple(shape)}'
              for name, shape in expected.items() if tuple(state_dict[name].shape) != tuple(shape)]
     if wrong:
-        raise CheckpointError('the checkpoint does not fit, shapes differ:\n  '
-                              + '\n  '.join(wrong))
+        raise CheckpointError('the checkpoint does not fit, shapes differ:', *wrong)

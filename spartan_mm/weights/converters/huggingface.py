@@ -85,8 +85,7 @@ def convert_huggingface(state_dict: Mapping[str, Tensor],
         if name in ('depths', 'hidden_sizes', 'layer_type') and name in backbone_config
         and backbone_config[name] != found]
     if contradictions:
-        raise CheckpointError('config.json does not belong to these weights:\n  '
-                              + '\n  '.join(contradictions))
+        raise CheckpointError('config.json does not belong to these weights:', *contradictions)
     return converted, settings, _read_classes(config, settings['bbox_head']['num_classes'])
 
 
@@ -125,8 +124,8 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
     if classes is not None and len(classes) != num_classes:
         problems.append(f'{len(classes)} names of classes for {num_classes} classes')
     if problems:
-        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
-                              + '\n  '.join(problems))
+        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:",
+                              *problems)
 
     names = _names(layout)
     frozen = is_frozen(settings)
@@ -257,8 +256,7 @@ def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:
                 different.append(f'{name}, {inner}')
             untied[inner] = untied.pop(name)
     if different:
-        raise CheckpointError('these heads, one of which repeats the other, differ:\n  '
-                              + '\n  '.join(different))
+        raise CheckpointError('these heads, one of which repeats the other, differ:', *different)
     return untied
 
 
@@ -289,8 +287,7 @@ def _check_config(config: Mapping) -> None:
     if list(maps) != _MAPS:
         problems.append(f'backbone_config.out_features={maps!r} (only {_MAPS!r})')
     if problems:
-        raise CheckpointError('RTDETR has no equal of this model, for its config says\n  '
-                              + '\n  '.join(problems))
+        raise CheckpointError('RTDETR has no equal of this model, for its config says', *problems)
 
 
 def _read_classes(config: Mapping, num_classes: int) -> list[str] | None:

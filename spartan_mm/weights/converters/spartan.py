@@ -160,8 +160,8 @@ def _read_arch(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[dict, lis
 
     gaps = set(range(max(numbers, default=0) + 1)) - numbers
     if gaps:
-        missing = '\n  '.join(f'{prefix}layers.{number}.*' for number in sorted(gaps))
-        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {missing}')
+        raise CheckpointError('not a whole SpaRTAN checkpoint; missing keys:',
+                              *(f'{prefix}layers.{number}.*' for number in sorted(gaps)))
 
     layers, channels = [[]], [_shape(state_dict, f'{prefix}conv.1.conv.weight')[0]]
     for number in sorted(numbers):
@@ -224,7 +224,7 @@ def _make_arch(stem_channels: int, depths: Sequence[int], channels: Sequence[int
 def _shape(state_dict: Mapping[str, Tensor], name: str) -> torch.Size:
     """The shape of a convolution's weight."""
     if name not in state_dict:
-        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {name}')
+        raise CheckpointError('not a whole SpaRTAN checkpoint; missing keys:', name)
     if state_dict[name].ndim != 4:
         raise CheckpointError(f'{name} of shape {tuple(state_dict[name].shape)} is not the weight '
                               'of a two-dimensional convolution')

@@ -6,8 +6,8 @@ from PIL import Image
 
 from spartan_mm import drawing
 from spartan_mm.analysis.mistakes import pictures as module
-from spartan_mm.analysis.mistakes.pictures import draw_found, draw_gallery, draw_truth
-from spartan_mm.analysis.mistakes.predictions import DetectorResults, Truth, read_truth, spread
+from spartan_mm.analysis.mistakes.pictures import draw_found, draw_pair, draw_truth
+from spartan_mm.analysis.mistakes.predictions import DetectorResults, Truth, read_truth
 from spartan_mm.datasets import make_digits
 from spartan_mm.detection import CheckedCocoDataset
 
@@ -81,44 +81,49 @@ def draw(tmp_path):
         image.save(tmp_path / f'{index}.png')
     objects = [CAT, (1, (20, 10, 70, 30), True)], [], [CAT]
 
-    def draw(indices, *found, **options):
-        results = make_results(objects, found, tmp_path)
-        return draw_gallery(results, indices, longer_side=160, **options)
+    def draw(index, *found, threshold=0.3):
+        return draw_pair(make_results(objects, found, tmp_path), index, threshold, 160)
     return draw
 
 
-def colours_of(sheet):
-    return {colour for _, colour in sheet.getcolors(1 << 24)}
+def colours_of(image):
+    return {colour for _, colour in image.getcolors(1 << 24)}
 
 
-def test_sheet(draw):
-    found = [(*CAT, 0.9), (0, (0, 0, 5, 5), 0.1)], [], [(1, (10, 20, 1900, 950), 0.9)]
-    one, three = draw([0], *found), draw([0, 1, 2], *found)
-    assert one.mode == 'RGB' and one.width > 2 * 160
-    assert three.width > 2 * one.width - 50 and three.height > one.height
-    assert {GREY, (200, 30, 30), (30, 30, 200), drawing.class_colour(0),
-            drawing.class_colour(1)} <= colours_of(three)
+@pytest.mark.parametrize('index, background, size, captions, classes', [
+    (0, GREY, (160, 120), ('1 object, 1 crowd', '1 object'), [0, 0]),
+    (1, (200, 30, 30), (120, 160), ('0 objects', '0 objects'), [None, None]),
+    (2, (30, 30, 200), (160, 80), ('1 object', '1 object'), [0, 1]),
+])
+def test_pairs(index, background, size, captions, classes, draw):
+    name, panels = draw(index, [(*CAT, 0.9), (0, (0, 0, 5, 5), 0.1)], [],
+                        [(1, (10, 20, 1900, 950), 0.9)])
+    assert name == f'{index}.png'
+    for (image, caption), verb, said, label in zip(
+            panels, ('annotated', 'detected'), captions, classes, strict=True):
+        assert (image.mode, image.size, caption) == ('RGB', size, f'{verb}: {said}')
+        colours = colours_of(image)
+        assert background in colours
+        assert label is None or drawing.class_colour(label) in colours
 
 
 def test_the_threshold_decides_what_is_drawn(draw):
     for threshold, drawn in ((0.3, True), (0.5, False)):
-        sheet = draw([1], [], [(*CAT, 0.4)], score_threshold=threshold)
-        assert (drawing.class_colour(0) in colours_of(sheet)) == drawn
+        _, (_, (image, _)) = draw(1, [], [(*CAT, 0.4)], threshold=threshold)
+        assert (drawing.class_colour(0) in colours_of(image)) == drawn
 
 
 def test_a_picture_is_turned_as_its_camera_says(draw, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     make_image(60, 80).save(tmp_path / '0.png', exif=turned)
-    rows = (np.array(draw([0], [])) == GREY).all(-1).any(1).sum()
-    assert rows == 120
+    _, panels = draw(0, [])
+    assert {image.size for image, _ in panels} == {(160, 120)}
 
 
 def test_errors_name_the_culprit(draw):
     with pytest.raises(ValueError, match='no prediction for image 1 .*1.png'):
-        draw([0, 1], [])
-    with pytest.raises(ValueError, match='indices is empty'):
-        draw([])
+        draw(1, [])
 
 
 def test_a_dataset_of_mmdet(tmp_path):
@@ -131,4 +136,5 @@ def test_a_dataset_of_mmdet(tmp_path):
     results = DetectorResults(dataset, {
         info['img_id']: make_found(*((0, box, 0.9) for box in truth.boxes))
         for info, truth in zip(infos, truths, strict=True)})
-    assert draw_gallery(results, spread(3, 2), longer_side=160).width > 4 * 128
+    name, panels = draw_pair(results, 0, 0.3, 160)
+    assert name.endswith('.jpg') and {max(image.size) for image, _ in panels} == {160}

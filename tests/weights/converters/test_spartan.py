@@ -180,7 +180,7 @@ def test_leftover_key(small, name):
 def test_missing_and_leftover_keys_are_listed_together(small):
     small['layers.0.norm_3.weight'] = small.pop('layers.0.norm_1.weight')
     with pytest.raises(CheckpointError, match='missing keys:\n  layers.0.norm_1.weight\n'
-                                              'keys left over:\n  layers.0.norm_3.weight$'):
+                                              '  keys left over:\n  layers.0.norm_3.weight$'):
         convert_spartan(small)
 
 
