@@ -40,7 +40,13 @@ from .data_errors import (
     name_culprits,
     show,
 )
-from .images import MISSING_REMEDY, describe_image, hint_at_name, load_image
+from .images import (
+    MISSING_REMEDY,
+    describe_image,
+    find_max_pixels,
+    hint_at_name,
+    load_image,
+)
 from .settings import (
     SPLITS,
     explain_build,
@@ -415,6 +421,7 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
         workers: Number of processes; None for one for each CPU.
         progress: See :func:`check_config`.
     """
+    find_max_pixels()  # a limit of no number is no image's fault
     options = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'),
                    backend_args=loader.get('backend_args'))
     task = partial(_decode_chunk, classes=content.classes, options=options)

@@ -168,7 +168,7 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
         arguments: Those given by name.
         where: What to call it.
     """
-    taken = _find_parameters(kind)
+    taken = _find_parameters(kind, arguments)
     for key in arguments:
         if taken is not None and key not in taken:
             today = f': write {RENAMED[key]}' if key in RENAMED else (
@@ -242,9 +242,13 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
         yield replace(fault, message=fault.message + ''.join(today))
 
 
-def _find_parameters(kind: Any) -> dict[str, Any] | None:
-    """Find the arguments of a class and its bases, with defaults; None if it takes any."""
+def _find_parameters(kind: Any, given: Iterable[str]) -> dict[str, Any] | None:
+    """Find the arguments of a class and its bases, with defaults; None if it takes any.
+
+    Those `given` count that a constructor takes out of its ``kwargs`` by name.
+    """
     found: dict[str, Any] = {}
+    named: set[str] = set()
     for base in kind.__mro__ if inspect.isclass(kind) else ():
         if '__init__' not in vars(base):
             continue
@@ -253,7 +257,9 @@ def _find_parameters(kind: Any) -> dict[str, Any] | None:
             if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY) and item.name != 'self':
                 found.setdefault(item.name, item.default)
         if not any(item.kind == item.VAR_KEYWORD for item in parameters):
-            return found
+            return dict.fromkeys(named) | found
+        code = getattr(base.__init__, '__code__', None)
+        named.update(key for key in given if code and key in code.co_consts)
     return None
 
 

@@ -134,6 +134,20 @@ def test_loaders(root, changes, words):
             check_loaders(cfg)
 
 
+def test_what_a_users_class_takes_by_itself_is_no_fault(root):
+    from spartan_mm.detection import CheckedCocoDataset
+
+    class Mine(CheckedCocoDataset):
+
+        def __init__(self, *args, first=1, **kwargs):
+            self.own = first, kwargs.pop('second', 2)
+            super().__init__(*args, **kwargs)
+
+    assert not errors_of(make_config(detector(root) | dict(type=Mine, first=3, second=4)))
+    error, = errors_of(make_config(detector(root) | dict(type=Mine, third=3)))
+    assert 'dataset.third is no setting of Mine, which takes ' in error
+
+
 def test_mmdet_2(root):
     cfg = make_config(detector(root))
     cfg.data = dict(samples_per_gpu=2, train=detector(root))
