@@ -190,6 +190,7 @@ class CocoFile:
     def _check_categories(self, categories: list, classes: Sequence[str] | str | None,
                           by_name: bool) -> list[dict]:
         """Check categories and choose the classes; return all sound categories."""
+        listed = len(categories)
         categories = self._keep_complete('category', categories, ('id', 'name'))
         categories = self._keep_ids('category', categories, (int, ))
         categories = self._keep(
@@ -212,6 +213,8 @@ class CocoFile:
             self.categories = [of_name.get(name, dict(id=None, name=name)) for name in classes]
             return categories
         self.categories = [item for item in categories if item['name'] in set(classes)]
+        if len(categories) < listed:
+            return categories  # one that was refused may be the one that is looked for
         if absent:
             self._add('error', 'classes', f'has no category {join(absent)}, which `metainfo` of '
                       'the config lists among the classes; the categories of the file are '
@@ -247,13 +250,15 @@ class CocoFile:
             lambda item: (f'belongs to image {show(item["image_id"])}, which is not among the '
                           'images of the file'))
         annotations = [item for item in annotations if _in(item['image_id'], index_of)]
-        known = {category['id']: category for category in categories}
+        known = {category['id'] for category in categories}
+        ids = [item['id'] for item in content['categories'] if isinstance(item, dict)
+               and 'id' in item]
         annotations = self._keep(
             'annotation', 'annotation of an unknown category', annotations,
             lambda item: _in(item['category_id'], known) or _may_be(item['category_id'], others),
             lambda item: (f'of image {_name(self.images[index_of[item["image_id"]]])} has the '
                           f'unknown category id {show(item["category_id"])}; the categories of the '
-                          f'file have ids {join(known)}'))
+                          f'file have ids {join(ids)}'))
         annotations = [item for item in annotations if _in(item['category_id'], known)]
         for key in ('iscrowd', 'ignore'):
             annotations = self._keep(

@@ -39,9 +39,9 @@ RENAMED = {
 # The type of a value, or a test of it, and what to call that. None is said where it may be.
 _Forms = Mapping[str, tuple[Any, str]]
 _FLAG = (int, 'True or False')
-# A dataset may be there already; what it surely is not.
+# Datasets and samplers may be there already; what they surely are not.
 _NO_DATASET = list | tuple | str | int | None
-_MAYBE_DICT = (Mapping, type(None))
+_MAYBE_DICT = (Mapping, Config, type(None))
 _FORMS: _Forms = {
     'data_root': ((str, type(None)), 'a text, the path of a folder'),
     'split': ((str, type(None)), 'a text, the name of a folder'),
@@ -67,8 +67,9 @@ _LOADER_FORMS: _Forms = {
                     'a whole number from 0 on'),
     'dataset': (lambda value: not isinstance(value, _NO_DATASET),
                 "a dict; several are joined by dict(type='ConcatDataset', datasets=[...])"),
-    'sampler': (_MAYBE_DICT, "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
-    'batch_sampler': (_MAYBE_DICT, 'a dict'),
+    'sampler': (lambda value: not isinstance(value, _NO_DATASET),
+                "a dict, such as sampler=dict(type='DefaultSampler', shuffle=True)"),
+    'batch_sampler': (lambda value: value is None or not isinstance(value, _NO_DATASET), 'a dict'),
     **dict.fromkeys(('persistent_workers', 'drop_last', 'pin_memory'), _FLAG)}
 
 

@@ -124,6 +124,18 @@ def test_nothing_untrue_follows_a_fault(check, change, kind, words):
     assert not found(report, 'warning') and not found(report, 'note')
 
 
+def test_a_class_of_a_refused_category_is_not_missing(check):
+    def change(content):
+        without_category_name(content)
+        content['annotations'][0]['category_id'] = 9
+
+    report, = check(change, metainfo=dict(classes=('disc', 'square')))
+    errors = found(report, 'error')
+    assert set(errors) == {'category incomplete', 'annotation of an unknown category'}
+    assert 'unknown category id 9; the categories of the file have ids 1, 2' in errors[
+        'annotation of an unknown category']
+
+
 def test_the_true_follows_a_fault(check):
     def change(content):
         as_text(content)
