@@ -5,6 +5,7 @@ leaves it to the decoder to say that a file is no picture. Here each of these is
 the culprit.
 """
 
+import os
 from typing import Any
 
 from mmengine import fileio
@@ -13,8 +14,15 @@ from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 from mmpretrain.datasets.custom import find_folders, get_samples
 from mmpretrain.registry import DATASETS
 
-from ..datasets.data_errors import DataError, MissingDataError, join, name_culprits
-from ..datasets.images import MISSING_REMEDY, BadImages, describe_image, load_image
+from ..datasets.data_errors import DataError, MissingDataError, join, name_culprits, read_lines
+from ..datasets.images import (
+    MISSING_REMEDY,
+    BadImages,
+    describe_image,
+    load_image,
+    with_checked_loader,
+)
+from ..datasets.settings import find_argument_faults, raise_first, with_class_names
 
 
 @DATASETS.register_module()
@@ -51,6 +59,13 @@ class CheckedImageFolder(CustomDataset):
                  bad_images: str | None = None,
                  max_bad_images: float = 0.01,
                  **kwargs: Any) -> None:
+        raise_first(find_argument_faults(
+            type(self), dict(kwargs, data_root=data_root, split=split, ann_file=ann_file,
+                             allow_empty_classes=allow_empty_classes), type(self).__name__))
+        if isinstance(kwargs.get('classes'), str):
+            kwargs['classes'] = read_lines(os.path.expanduser(kwargs['classes']))
+        kwargs['metainfo'] = with_class_names(kwargs.get('metainfo'))
+        kwargs['pipeline'] = with_checked_loader(kwargs.get('pipeline', ()))
         self.allow_empty_classes = allow_empty_classes
         # NOTE: mmpretrain's evaluation does not set test_mode, so the name of the split decides.
         training = split == 'train' and not kwargs.get('test_mode')
@@ -145,7 +160,7 @@ class CheckedImageFolder(CustomDataset):
             raise MissingDataError(f'There is no list {self.ann_file!r}: check `data_root` and '
                                    '`ann_file` of the dataset in the config.')
         lines = [(number, line.strip()) for number, line
-                 in enumerate(fileio.list_from_file(self.ann_file), start=1) if line.strip()]
+                 in enumerate(read_lines(self.ann_file), start=1) if line.strip()]
         if not lines:
             raise DataError(f'{self.ann_file} is empty.')
         if not self.with_label:

@@ -5,6 +5,8 @@ the rest by ``PreflightHook``.
 """
 
 import os
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -14,12 +16,21 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+from mmengine import fileio
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from .classes import describe_class_count, describe_other_classes, find_heads
-from .coco_file import CocoFile, read_json
+from ..errors import ExplainedError
+from .classes import (
+    classes_of,
+    describe_class_count,
+    describe_other_classes,
+    find_heads,
+    name_dataset,
+)
+from .coco_file import NOTHING_LEFT, CocoFile, read_json
 from .data_errors import (
+    MARKS,
     MAX_NAMED,
     DataError,
     Finding,
@@ -29,9 +40,21 @@ from .data_errors import (
     name_culprits,
     show,
 )
-from .images import MISSING_REMEDY, describe_image, load_image
-
-SPLITS = ('train', 'val', 'test')
+from .images import (
+    MISSING_REMEDY,
+    describe_image,
+    find_max_pixels,
+    hint_at_name,
+    load_image,
+)
+from .settings import (
+    SPLITS,
+    explain_build,
+    find_dataset_faults,
+    find_datasets,
+    find_loader_faults,
+    raise_first,
+)
 
 # Images that a task of a worker process decodes.
 _CHUNK = 32
@@ -98,6 +121,18 @@ class Report:
     content: Content = field(default_factory=Content)
     findings: list[Finding] = field(default_factory=list)
 
+    @property
+    def broken(self) -> bool:
+        """Whether there are errors."""
+        return any(finding.level == 'error' for finding in self.findings)
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the classes are those that the file and the config mean."""
+        return bool(self.content.classes) and not any(
+            finding.level == 'error' and finding.kind.startswith(('categ', 'classes'))
+            for finding in self.findings)
+
     def as_record(self) -> dict[str, Any]:
         """Describe it by a dict fit for JSON."""
         content = self.content
@@ -137,34 +172,76 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = Fal
     """
     reports: list[Report] = []
     done: list[tuple[dict, str]] = []
+    model = cfg.get('model') or {}
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
-        tasks = [(split, dataset) for split in splits if cfg.get(f'{split}_dataloader')
-                 for dataset in find_datasets(cfg[f'{split}_dataloader']['dataset'])]
-        for split, dataset in progress(tasks, 'datasets', len(tasks)):
+        tasks = []
+        for split in splits:
+            tasks += [(split, *found) for found in find_datasets(cfg, split)]
+            if faults := list(find_loader_faults(cfg, split)):
+                reports.append(Report(split, f'{split}_dataloader', findings=faults))
+        for split, where, dataset in progress(tasks, 'datasets', len(tasks)):
             earlier = next((name for known, name in done if known == dataset), None)
             if earlier is not None:
                 reports.append(Report(split, f'the same as {earlier}'))
                 continue
-            report = check_dataset(dataset, split, decode, workers, progress)
+            report = check_dataset(dataset, split, decode, workers, progress, where,
+                                   model.get('num_queries'))
             done.append((dataset, f'{split}: {report.name}'))
-            report.findings += _check_model(cfg, report)
+            report.findings += _check_model(model, report)
             report.findings += _check_evaluator(cfg, split, dataset)
             reports.append(report)
     _compare(reports)
     return reports
 
 
-def find_datasets(dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Find the configs of the datasets inside wrappers such as ``RepeatDataset``."""
-    parts = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
-    if not parts:
-        yield dict(dataset)
-    for part in parts:
-        yield from find_datasets(part)
+def build_loader(build: Callable[..., Any], cfg: Config, loader: Any, **options: Any) -> Any:
+    """Build a data loader whose settings are right; if it can't be built, say why if it is known.
+
+    Args:
+        build: Builds it, a runner's.
+        cfg: The config.
+        loader: The config of the data loader.
+        options: Further arguments of ``build``.
+
+    Raises:
+        DataError: A setting is wrong, datasets of other classes are joined, or the loader cannot
+            be built and :func:`check_config` finds why.
+    """
+    splits = [split for split in SPLITS if cfg.get(f'{split}_dataloader') == loader][:1]
+    for split in splits:
+        for where, dataset in find_datasets(cfg, split):
+            raise_first(find_dataset_faults(dataset, where))
+    try:
+        built = build(loader, **options)
+    except (ExplainedError, FileNotFoundError):
+        raise
+    except Exception as error:
+        for report in check_config(cfg, splits):
+            for finding in report.findings:
+                if finding.level == 'error':
+                    name = f'{report.split}_dataloader'
+                    raise DataError(finding.message if finding.message.startswith(name) else
+                                    f'{name}: {finding.message}') from error
+        if not splits or _is_in_users_code(error):
+            raise
+        raise DataError(explain_build(error, f'{splits[0]}_dataloader').message) from error
+    # Evaluators take the classes at once, before any hook looks at them.
+    for split in splits:
+        classes_of(built.dataset, f'{split}_dataloader')
+    return built
+
+
+def _is_in_users_code(error: Exception) -> bool:
+    """Say whether an error comes out of code that is neither installed nor of this package."""
+    ours = ('<frozen', *map(sysconfig.get_path, ('stdlib', 'purelib', 'platlib')),
+            os.path.dirname(os.path.dirname(__file__)))
+    return any(not frame.filename.startswith(ours)
+               for frame in traceback.extract_tb(error.__traceback__))
 
 
 def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
-                  workers: int | None = None, progress: Progress = no_progress) -> Report:
+                  workers: int | None = None, progress: Progress = no_progress,
+                  where: str = 'dataset', queries: int | None = None) -> Report:
     """Check a dataset.
 
     Args:
@@ -173,28 +250,29 @@ def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
         decode: Whether to decode every image.
         workers: Number of processes that decode; None for one for each CPU.
         progress: See :func:`check_config`.
+        where: Where its config is, for messages.
+        queries: How many objects of an image the model can find; None for any number.
     """
+    report = Report(split, where, findings=list(find_dataset_faults(config, where)))
+    if report.broken:
+        return report
     config = dict(config)
-    loader = next((step for step in config.get('pipeline', ())
-                   if 'Image' in step['type'] and 'Load' in step['type']), {})
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        kind = registry.get(config['type'])
-    if kind is None:
-        raise DataError(f'{split}_dataloader: there is no dataset of type {config["type"]!r}: is '
-                        'its package in custom_imports of the config?')
-    report = Report(split, kind.__name__)
-    read = _read_coco if hasattr(kind, 'COCOAPI') else _read_any
+    loader = next((step for step in config.get('pipeline', ()) if isinstance(step, Mapping)
+                   and 'Image' in str(step['type']) and 'Load' in str(step['type'])), {})
     try:
         dataset = DATASETS.build(dict(config, pipeline=[], lazy_init=True))
-        report.name += f' of {_source(dataset)}'
-        report.content, report.findings = read(dataset)
+        report.name = name_dataset(dataset)
+        read = _read_coco if hasattr(dataset, 'COCOAPI') else _read_any
+        report.content, findings = read(dataset)
+        report.findings += findings
     except MissingDataError as error:
         report.findings.append(Finding('error', 'missing file', str(error)))
-        return report
-    except (DataError, FileNotFoundError, ValueError) as error:
+    except (ExplainedError, FileNotFoundError) as error:
         report.findings.append(Finding('error', 'dataset', ' '.join(str(error).split())))
-        return report
-    report.findings += check_content(report.content, bool(getattr(dataset, 'test_mode', False)))
+    except Exception as error:  # whatever a dataset refuses its settings or files with
+        report.findings.append(explain_build(error, where))
+    report.findings += check_content(report.content, bool(config.get('test_mode')), queries,
+                                     report.broken)
     if decode and report.content.infos:
         report.findings += decode_images(report.content, loader, workers, progress)
     return report
@@ -221,9 +299,19 @@ def read_built(dataset: Any) -> Content:
                    np.array(boxes, dtype=float).reshape(-1, 4) if has_boxes else None)
 
 
-def check_content(content: Content, evaluation: bool = False) -> list[Finding]:
-    """Check what can be checked without opening an image."""
-    return [*_check_files(content), *_check_objects(content, evaluation)]
+def check_content(content: Content, evaluation: bool = False, queries: int | None = None,
+                  broken: bool = False) -> list[Finding]:
+    """Check what can be checked without opening an image.
+
+    Args:
+        content: What the dataset holds.
+        evaluation: Whether it is not for training.
+        queries: How many objects of an image the model can find; None for any number.
+        broken: Whether faults have left something out, so that nothing can be said of what is
+            missing.
+    """
+    return [*_check_files(content), *_check_objects(content, queries),
+            *(() if broken else _count_objects(content, evaluation))]
 
 
 def _check_files(content: Content) -> Iterator[Finding]:
@@ -248,7 +336,8 @@ def _check_files(content: Content) -> Iterator[Finding]:
         if name not in present[folder]:
             missing.append(path)
     yield from _of_files('error', 'missing images', missing,
-                         f'of {len(content.infos)} images do not exist', f': {MISSING_REMEDY}')
+                         f'of {len(content.infos)} images do not exist',
+                         f': {MISSING_REMEDY}{hint_at_name(missing[:_MAX_SUSPECTS])}')
     # What a full disk leaves of a copy.
     yield from _of_files('error', 'empty file', [path for path in content.paths if _is_empty(path)],
                          'images are empty files')
@@ -273,13 +362,9 @@ def _is_empty(path: str) -> bool:
         return False  # missing ones are found elsewhere
 
 
-def _check_objects(content: Content, evaluation: bool) -> Iterator[Finding]:
+def _check_objects(content: Content, queries: int | None) -> Iterator[Finding]:
     """Look at labels and boxes that are valid and yet strange."""
-    classes, counts = content.classes, content.count_objects()
     if content.boxes is not None:
-        if empty := content.count_empty():
-            yield Finding('note', 'images without objects',
-                          f'{empty} of {len(content.infos)} images have no object', empty)
         sides = content.boxes[:, 2:] - content.boxes[:, :2]
         yield from _of_objects(
             content, (sides < 1).any(1) & (content.labels >= 0), 'warning', 'box below a pixel',
@@ -293,18 +378,34 @@ def _check_objects(content: Content, evaluation: bool) -> Iterator[Finding]:
         if crowds := int(content.crowds.sum()):
             yield Finding('note', 'crowds', f'{crowds} objects are crowds (`iscrowd`), which are '
                           'not trained on and ignored in evaluation', crowds)
-    if not classes:
-        return
+        per_image = np.bincount(content.image_index[(content.labels >= 0) & ~content.crowds],
+                                minlength=len(content.infos))
+        if isinstance(queries, int) and (full := (per_image > queries).nonzero()[0]).size:
+            yield from _of_files(
+                'warning', 'more objects than queries', [content.paths[i] for i in full],
+                f'images have more objects than the model has queries ({queries})',
+                f': up to {per_image.max()}, of which some are neither learned nor found')
+    number = len(content.classes)
     yield from _of_objects(
-        content, content.labels >= len(classes), 'error', 'label without a class',
-        f'{{count}} labels are {len(classes)} or more, but there are only {len(classes)} classes')
+        content, (content.labels >= number) & (number > 0), 'error', 'label without a class',
+        f'{{count}} labels are {number} or more, but there are only {number} classes')
+
+
+def _count_objects(content: Content, evaluation: bool) -> Iterator[Finding]:
+    """Look for images and classes without objects, and at the balance of the classes."""
+    classes, counts = content.classes, content.count_objects()
+    empty = content.count_empty()
+    if empty and content.boxes is not None:
+        yield Finding('note', 'images without objects',
+                      f'{empty} of {len(content.infos)} images have no object', empty)
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
     if 0 < len(absent) < len(classes):
         yield Finding(
             'note' if evaluation else 'warning', 'classes without objects',
             f'{len(absent)} of {len(classes)} classes have no object: {join(absent)}', len(absent))
     if len(classes) - len(absent) > 1:
-        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
+        order = np.argsort(counts, kind='stable')
+        least, most = order[len(absent)], order[-1]
         yield Finding(
             'note', 'class balance', f'from {counts[least]} objects ({classes[least]}) to '
             f'{counts[most]} ({classes[most]}), {counts[most] / counts[least]:.3g} to 1')
@@ -320,6 +421,7 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
         workers: Number of processes; None for one for each CPU.
         progress: See :func:`check_config`.
     """
+    find_max_pixels()  # a limit of no number is no image's fault
     options = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'),
                    backend_args=loader.get('backend_args'))
     task = partial(_decode_chunk, classes=content.classes, options=options)
@@ -365,6 +467,14 @@ def _read_coco(dataset: Any) -> tuple[Content, list[Finding]]:
         file = CocoFile(read_json(dataset.ann_file, dataset.backend_args), dataset.ann_file,
                         dataset.metainfo.get('classes'), dataset.test_mode, 'drop',
                         allow_no_objects=True)
+        with fileio.get_local_path(dataset.ann_file, dataset.backend_args) as path:
+            with open(path, 'rb') as content:
+                marked = content.read(2) in MARKS
+        if marked:
+            file.findings.append(Finding(
+                'error', 'byte order mark', 'begins with a byte order mark, which '
+                f'{type(dataset).__name__} does not read: save it as UTF-8 without one, or take '
+                'CheckedCocoDataset'))
     prefix = dataset.data_prefix.get('img', '')
     infos = [dict(img_path=os.path.join(prefix, image['file_name']), img_id=image['id'],
                   width=image['width'], height=image['height'], ann_file=dataset.ann_file)
@@ -375,6 +485,14 @@ def _read_coco(dataset: Any) -> tuple[Content, list[Finding]]:
                 for finding in file.findings]
     crowds = np.array([bool(item.get('iscrowd')) for item in file.annotations], dtype=bool)
     boxes = file.boxes if len(file.boxes) else np.zeros((len(file.annotations), 4))
+    wanted = {} if dataset.test_mode else dataset.filter_cfg or {}
+    full = {*file.image_index[file.labels >= 0].tolist()}
+    if not file.broken and not any(
+            min(image['width'], image['height']) >= wanted.get('min_size', 0)
+            and (index in full or not wanted.get('filter_empty_gt'))
+            for index, image in enumerate(file.images)):
+        findings.append(Finding('error', 'nothing left',
+                                f'{file.name}: {NOTHING_LEFT.format(dataset.filter_cfg)}'))
     return Content(infos, file.classes, file.image_index, file.labels, crowds, boxes), findings
 
 
@@ -399,35 +517,25 @@ def _of_objects(content: Content, chosen: np.ndarray, level: str, kind: str, mes
         yield Finding(level, kind, f'{message.format(count=count)} ({names})', count, tuple(paths))
 
 
-def _check_model(cfg: Config, report: Report) -> Iterator[Finding]:
+def _check_model(model: Mapping[str, Any], report: Report) -> Iterator[Finding]:
     """Compare a dataset with the heads of the model."""
-    content, model = report.content, cfg.get('model', {})
-    if not content.classes:
+    content = report.content
+    if not report.knows_classes:
         return
     for head in find_heads(model):
         if head.num_classes != len(content.classes):
             yield Finding('error', 'classes of the head', describe_class_count(
                 head, content.classes, f'{report.split}_dataloader', report.name,
                 'num_classes' in (model.get('data_preprocessor') or {})))
-    queries = model.get('num_queries')
-    if isinstance(queries, int) and content.boxes is not None and len(content.labels):
-        per_image = np.bincount(content.image_index[(content.labels >= 0) & ~content.crowds],
-                                minlength=len(content.infos))
-        full = per_image > queries
-        if full.any():
-            paths = tuple(np.array(content.paths, dtype=object)[full][:_MAX_SUSPECTS])
-            yield Finding('warning', 'more objects than queries',
-                          f'{int(full.sum())} images have more objects than the model has queries '
-                          f'({queries}): up to {per_image.max()}', int(full.sum()), paths)
 
 
 def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the annotation file of the evaluator with that of the dataset."""
     evaluators = cfg.get(f'{split}_evaluator') or ()
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        theirs = evaluator.get('ann_file')
-        own = dataset.get('ann_file')
-        if not theirs or not own:
+        theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
+        own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
+        if not (theirs and isinstance(theirs, str) and own and isinstance(own, str)):
             continue
         own = own if os.path.isabs(own) else os.path.join(dataset.get('data_root') or '', own)
         if os.path.normpath(theirs) != os.path.normpath(own):
@@ -440,19 +548,20 @@ def _compare(reports: list[Report]) -> None:
     train = [report for report in reports if report.split == 'train' and report.content.infos]
     known = {os.path.abspath(path) for other in train for path in other.content.paths}
     for report in reports:
-        if not train or report.split == 'train' or not report.content.infos:
-            continue
-        ours, theirs = train[0].content.classes, report.content.classes
-        if report.split == 'val' and ours and theirs and ours != theirs:
+        # Those that are joined with it, and for validation the training.
+        others = [other for other in reports if other.split == report.split]
+        if report.split == 'val':
+            others = train + others
+        first = next((other for other in others if other.knows_classes), report)
+        ours, theirs = first.content.classes, report.content.classes
+        if report.knows_classes and ours != theirs:
             report.findings.append(Finding('error', 'other classes', describe_other_classes(
-                ours, train[0].name, theirs, report.name)))
+                ours, f'the dataset of {first.split}_dataloader, {first.name},', theirs,
+                f'that of {report.split}_dataloader, {report.name},')))
+        if report.split == 'train' or not report.content.infos:
+            continue
         shared = [path for path in report.content.paths if os.path.abspath(path) in known]
         if shared:
             report.findings.append(Finding(
                 'warning', 'trained on', f'{len(shared)} of {len(report.content.infos)} images are '
                 f'in the training dataset, too ({show(shared[0])})', len(shared)))
-
-
-def _source(dataset: Any) -> str:
-    return (getattr(dataset, 'ann_file', '') or getattr(dataset, 'img_prefix', '')
-            or getattr(dataset, 'data_root', '') or 'no file')

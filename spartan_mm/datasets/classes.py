@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..text import join
+from ..text import join, printable
+from .data_errors import DataError
 
 
 class Head(NamedTuple):
@@ -62,14 +63,58 @@ def describe_class_count(head: Head, classes: Sequence[str], loader: str, datase
             "correct the dataset's files or `metainfo`.")
 
 
-def describe_other_classes(train_classes: Sequence[str], train: str, val_classes: Sequence[str],
-                           val: str) -> str:
+def describe_other_classes(classes: Sequence[str], one: str, other_classes: Sequence[str],
+                           other: str) -> str:
     """Say where the classes of two datasets, which are called so, differ."""
-    pairs = enumerate(zip_longest(train_classes, val_classes))
-    label, (one, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
-    return (f'The classes of the training dataset, {train}, and of the validation dataset, {val}, '
-            f'differ: label {label} is {_show(one)} in the one and {_show(other)} in the other. '
-            'Give both the same classes in the same order.')
+    pairs = enumerate(zip_longest(classes, other_classes))
+    label, (name, other_name) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    return (f'The classes of {one} and of {other} differ: label {label} is {_show(name)} in the '
+            f'one and {_show(other_name)} in the other. Give both the same classes in the same '
+            'order; files of other categories are matched by name if each dataset has the same '
+            '`metainfo=dict(classes=(...))` and `classes_by_name=True`.')
+
+
+def find_parts(dataset: Any) -> list[Any]:
+    """Find the datasets inside wrappers such as ``ConcatDataset``; one that is none by itself."""
+    parts = getattr(dataset, 'datasets', None) or (
+        [dataset.dataset] if hasattr(dataset, 'dataset') else [])
+    return [inner for part in parts for inner in find_parts(part)] or [dataset]
+
+
+def name_dataset(dataset: Any) -> str:
+    """Name a dataset, out of its wrappers, by its class and the file or else folder that it is of.
+
+    What joins several is named by all of them.
+    """
+    def source(part: Any) -> str:
+        return next(filter(None, (getattr(part, name, '') for name in (
+            'ann_file', 'img_prefix', 'data_root'))), 'no file')
+
+    return printable(' and '.join(dict.fromkeys(
+        f'{type(part).__name__} of {source(part)}' for part in find_parts(dataset))))
+
+def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
+    """Find the classes of a dataset, in wrappers those of its parts; None if it has none.
+
+    Raises:
+        DataError: They are a text, or parts that are joined have others.
+    """
+    found = None
+    for part in find_parts(dataset):
+        name = f'{loader}, {name_dataset(part)},'
+        classes = getattr(part, 'metainfo', {}).get('classes')
+        if isinstance(classes, str):
+            raise DataError(
+                f'The dataset of {name} has classes={classes!r}, which must be a tuple; a single '
+                f'class is written metainfo=dict(classes=({classes!r},)).')
+        if classes is None:
+            continue
+        if found is None:
+            first, found = name, tuple(classes)
+        elif found != tuple(classes):
+            raise DataError(describe_other_classes(
+                found, f'the dataset of {first}', tuple(classes), f'that of {name}'))
+    return found
 
 
 def _walk(settings: Any, path: str = '') -> Iterator[tuple[str, Mapping]]:

@@ -14,10 +14,20 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 
-from .data_errors import DataError, Finding, MissingDataError, join, name_culprits, show
+from .data_errors import (
+    DataError,
+    Finding,
+    MissingDataError,
+    join,
+    name_culprits,
+    read_text,
+    show,
+)
 
 _IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
 _ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
+#: What to say if a filter leaves nothing.
+NOTHING_LEFT = 'no image is left after filter_cfg={}.'
 # What pycocotools numbers with.
 _LARGEST_ID = 2**63 - 1
 
@@ -49,14 +59,10 @@ def read_json(path: str, backend_args: dict | None = None) -> Any:
         raise MissingDataError(
             f'There is no annotation file {path!r}: check `data_root` and `ann_file` of the '
             'dataset in the config (a relative path starts at the working directory).')
-    with fileio.get_local_path(path, backend_args=backend_args) as local_path:
-        try:
-            with open(local_path, encoding='utf-8') as file:
-                return json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f'{path}: not a JSON file: {error}.') from error
-        except OSError as error:
-            raise DataError(f'{path}: cannot be read: {error.strerror or error}.') from error
+    try:
+        return json.loads(read_text(path, backend_args))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f'{path}: not a JSON file: {error}.') from error
 
 
 class CocoFile:
@@ -80,12 +86,14 @@ class CocoFile:
             image, or with no area is an error; 'drop' to leave such annotations out; 'keep' to
             keep what COCO's evaluation can handle, which are those of no size or outside.
         allow_no_objects: Whether no object at all is no error.
+        classes_by_name: Whether the labels follow the order of ``classes``, of which the file may
+            lack some; a category that it lacks has the id None.
     """
 
     @no_garbage_collection()
     def __init__(self, content: Any, name: str, classes: Sequence[str] | str | None = None,
                  evaluation: bool = False, invalid_boxes: str = 'error',
-                 allow_no_objects: bool = False) -> None:
+                 allow_no_objects: bool = False, classes_by_name: bool = False) -> None:
         self.name = name
         self.evaluation = evaluation
         self.invalid_boxes = invalid_boxes
@@ -105,8 +113,8 @@ class CocoFile:
 
         if self._check_shape(content):
             self._check_images(content['images'])
-            known = self._check_categories(content['categories'], classes)
-            self._check_annotations(content.get('annotations', []), known)
+            known = self._check_categories(content['categories'], classes, classes_by_name)
+            self._check_annotations(content, known)
             if self.annotations:
                 self._check_boxes()
             self._check_objects(allow_no_objects, content.get('annotations', []))
@@ -115,6 +123,11 @@ class CocoFile:
     def classes(self) -> tuple[str, ...]:
         """Names of the categories in use."""
         return tuple(category['name'] for category in self.categories)
+
+    @property
+    def broken(self) -> bool:
+        """Whether there are errors, so that something was left out."""
+        return any(finding.level == 'error' for finding in self.findings)
 
     def raise_errors(self) -> None:
         """Stop at what is wrong.
@@ -155,12 +168,15 @@ class CocoFile:
         images = self._keep(
             'image', 'image without a name', images,
             lambda image: isinstance(image['file_name'], str) and image['file_name']
-            and '\0' not in image['file_name'],
-            lambda image: f'has file_name={show(image["file_name"])}, which names no file')
+            and '\0' not in image['file_name'] and '://' not in image['file_name'],
+            lambda image: f'has file_name={show(image["file_name"])}, which names no file' + (
+                ': an address, whose image has to be downloaded into the folder of the images'
+                if '://' in str(image['file_name']) else ''))
         images = self._keep(
             'image', 'image without a size', images,
             lambda image: _is_side(image['width']) and _is_side(image['height']),
-            lambda image: f'is {show(image["width"])}x{show(image["height"])} pixels')
+            lambda image: (f'has width={show(image["width"])}, height={show(image["height"])}, '
+                           'which must be whole numbers of pixels from 1 on'))
 
         names = [image['file_name'] for image in images]
         if len(set(names)) < len(names):
@@ -171,9 +187,10 @@ class CocoFile:
                       [image['file_name'] for image in twice])
         self.images = images
 
-    def _check_categories(self, categories: list, classes: Sequence[str] | str | None
-                          ) -> list[dict]:
+    def _check_categories(self, categories: list, classes: Sequence[str] | str | None,
+                          by_name: bool) -> list[dict]:
         """Check categories and choose the classes; return all sound categories."""
+        listed = len(categories)
         categories = self._keep_complete('category', categories, ('id', 'name'))
         categories = self._keep_ids('category', categories, (int, ))
         categories = self._keep(
@@ -191,7 +208,13 @@ class CocoFile:
 
         names, classes = self.classes, tuple(classes)
         absent = [name for name in classes if name not in names]
+        if by_name and len(absent) < len(classes):
+            of_name = {item['name']: item for item in categories}
+            self.categories = [of_name.get(name, dict(id=None, name=name)) for name in classes]
+            return categories
         self.categories = [item for item in categories if item['name'] in set(classes)]
+        if len(categories) < listed:
+            return categories  # one that was refused may be the one that is looked for
         if absent:
             self._add('error', 'classes', f'has no category {join(absent)}, which `metainfo` of '
                       'the config lists among the classes; the categories of the file are '
@@ -199,14 +222,18 @@ class CocoFile:
         elif classes != self.classes:
             self._add('error', 'classes', 'The classes in `metainfo` of the config are not in the '
                       'order of the categories of the file, which numbers the labels: write '
-                      f'classes={self.classes}.')
+                      f'classes={self.classes}, or set `classes_by_name=True` of the dataset.')
         return categories
 
-    def _check_annotations(self, annotations: list, categories: list[dict]) -> None:
-        """Check keys and ids of the annotations."""
+    def _check_annotations(self, content: dict, categories: list[dict]) -> None:
+        """Check keys and ids of the annotations.
+
+        What belongs to an image or category that was refused is left out without a word: the file
+        has that image, and the fault is another one.
+        """
         # pycocotools reads `iscrowd` of every annotation it evaluates with.
         keys = _ANNOTATION_KEYS + (('iscrowd',) if self.evaluation else ())
-        annotations = self._keep_complete('annotation', annotations, keys)
+        annotations = self._keep_complete('annotation', content.get('annotations', []), keys)
         annotations = self._keep_ids('annotation', annotations, (int, ))
         if self.evaluation and any(item['id'] == 0 for item in annotations):
             self._add('warning', 'annotation id 0',
@@ -215,19 +242,24 @@ class CocoFile:
                       'detection of that object counts as wrong.')
 
         index_of = {image['id']: index for index, image in enumerate(self.images)}
+        images, others = (_refused_ids(content[kind], sound) for kind, sound in (
+            ('images', self.images), ('categories', categories)))
         annotations = self._keep(
             'annotation', 'annotation of an unknown image', annotations,
-            lambda item: _in(item['image_id'], index_of),
+            lambda item: _in(item['image_id'], index_of) or _may_be(item['image_id'], images),
             lambda item: (f'belongs to image {show(item["image_id"])}, which is not among the '
                           'images of the file'))
-        known = [category['id'] for category in categories]
-        known_set = set(known)
+        annotations = [item for item in annotations if _in(item['image_id'], index_of)]
+        known = {category['id'] for category in categories}
+        ids = [item['id'] for item in content['categories'] if isinstance(item, dict)
+               and 'id' in item]
         annotations = self._keep(
             'annotation', 'annotation of an unknown category', annotations,
-            lambda item: _in(item['category_id'], known_set),
+            lambda item: _in(item['category_id'], known) or _may_be(item['category_id'], others),
             lambda item: (f'of image {_name(self.images[index_of[item["image_id"]]])} has the '
                           f'unknown category id {show(item["category_id"])}; the categories of the '
-                          f'file have ids {join(known)}'))
+                          f'file have ids {join(ids)}'))
+        annotations = [item for item in annotations if _in(item['category_id'], known)]
         for key in ('iscrowd', 'ignore'):
             annotations = self._keep(
                 'annotation', f'{key} is no flag', annotations,
@@ -313,7 +345,17 @@ class CocoFile:
 
     def _check_objects(self, allow_none: bool, annotations: list) -> None:
         """Check that there is something to learn, or to evaluate against."""
-        if (self.labels >= 0).any() or any(item.level == 'error' for item in self.findings):
+        if self.broken:
+            return
+        empty, *others = self.categories
+        if (others and empty.get('supercategory') == 'none' and (self.labels > 0).any()
+                and not (self.labels == 0).any()):
+            self._add('warning', 'placeholder category',
+                      f"category {_name(empty)} has no object and supercategory 'none': Roboflow's "
+                      'exports begin with such a placeholder, which is no class. To leave it out, '
+                      f'set classes={tuple(item["name"] for item in others)} in `metainfo` of the '
+                      f'datasets and num_classes={len(others)} in the head.')
+        if (self.labels >= 0).any():
             return
         if annotations:
             problem = (f'none of the {len(annotations)} annotations is of the classes '
@@ -422,6 +464,19 @@ def _name(item: dict) -> str:
 def _in(value: Any, known: Any) -> bool:
     """Look an id up, whatever it is; neither True nor 1.0 is the id 1."""
     return type(value) in (int, str) and value in known
+
+
+def _refused_ids(items: list, sound: list) -> set | None:
+    """Collect the ids of items that were refused; None if one had none that can be known."""
+    if len(items) == len(sound):
+        return set()
+    ids = [item.get('id') if isinstance(item, dict) else None for item in items]
+    return {*ids} if {*map(type, ids)} <= {int, str} else None
+
+
+def _may_be(value: Any, refused: set | None) -> bool:
+    """Say whether an id may be that of an item that was refused."""
+    return refused is None or _in(value, refused)
 
 
 def _is_side(value: Any) -> bool:

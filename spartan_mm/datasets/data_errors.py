@@ -1,13 +1,18 @@
 """What is wrong with data: errors that stop, and findings that are collected first."""
 
+import codecs
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmengine import fileio
+
 from .. import text
 from ..errors import ExplainedError
 
+#: The first two bytes of a text with a byte order mark.
+MARKS = (codecs.BOM_UTF8[:2], codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_NAMED = 5
 _MAX_LISTED = 20
 
@@ -52,6 +57,10 @@ class Finding:
     count: int = 1
     images: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        # Names of files and classes come from anywhere.
+        object.__setattr__(self, 'message', text.printable(self.message))
+
 
 def name_culprits(items: Sequence[Any], describe: Callable[[Any], str], remedy: str = '') -> str:
     """Describe the first of several culprits, and count the others.
@@ -83,3 +92,28 @@ def join(values: Iterable[Any], limit: int = _MAX_LISTED) -> str:
 def show(value: Any) -> str:
     """Write a value in one short line, whatever it is."""
     return ' '.join(reprlib.repr(value).split())
+
+
+def read_text(path: str, backend_args: dict | None = None) -> str:
+    """Read a text in UTF-8, or as its byte order mark says, which Windows' tools write.
+
+    Raises:
+        DataError: It cannot be read, or is no such text.
+    """
+    try:
+        content = fileio.get(path, backend_args=backend_args)
+    except FileNotFoundError:
+        raise MissingDataError(f'There is no file {path!r}.') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror or error}.') from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode('utf-16' if wide else 'utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path}: not a text in UTF-8, or in UTF-16 with a byte order mark: '
+                        f'{error}.') from error
+
+
+def read_lines(path: str) -> list[str]:
+    """Read the lines of a text, see :func:`read_text`."""
+    return read_text(path).splitlines()

@@ -2,17 +2,26 @@
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mmcv
 import numpy as np
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
 from mmengine.logging import print_log
+from mmengine.registry import TRANSFORMS
 from PIL import Image
 
-from .data_errors import DataError, MissingDataError, UndecodableError
+from .data_errors import DataError, MissingDataError, UndecodableError, show
+
+#: How many pixels an image may have, unless this variable of the environment says otherwise.
+MAX_PIXELS = 200_000_000
+MAX_PIXELS_VARIABLE = 'SPARTAN_MM_MAX_PIXELS'
 
 #: What to do about images that do not exist.
 MISSING_REMEDY = ('check `data_root` and `data_prefix` (or `split`) of the dataset in the config, '
@@ -30,6 +39,66 @@ def describe_image(info: dict, classes: Sequence[str] = ()) -> str:
         name = f', {classes[label]}' if 0 <= label < len(classes) else ''
         described += f' (class {label}{name})'
     return described
+
+
+def hint_at_name(paths: Iterable[str]) -> str:
+    """Say what is strange about the names of images that do not exist; '' if nothing is."""
+    for path in paths:
+        if '\\' in path or re.search(r'(^|/)[A-Za-z]:/', path):
+            return (f' {show(path)} is written as on Windows: separate folders by / and not by \\, '
+                    'and leave out drives, in the annotation file or list.')
+        parts = path.split('/')
+        for top in ('/'.join(parts[:2]), '/'.join(parts[:3])) if path.startswith('/') else ():
+            if top != path and not os.path.isdir(top):
+                return (f' {show(path)} begins at {top}, which this machine does not have: is it '
+                        'the path of another one?')
+    return ''
+
+
+def find_max_pixels() -> int:
+    """Say how many pixels an image may have; a small file may claim to hold any number of them.
+
+    Raises:
+        DataError: The environment says something else than a number.
+    """
+    value = os.environ.get(MAX_PIXELS_VARIABLE) or str(MAX_PIXELS)
+    if not value.isdecimal() or int(value) < 1:
+        raise DataError(f'{MAX_PIXELS_VARIABLE}={value} must be a whole number from 1 on.')
+    return int(value)
+
+
+@contextmanager
+def open_picture(content: bytes) -> Iterator[Image.Image | None]:
+    """Open an image with Pillow, without decoding it, unless it is too large.
+
+    NOTE: Pillow's own limit, which nobody can raise without touching the program, is off inside.
+    OpenCV, which reads some formats that Pillow does not know, has one of 2^30 pixels.
+
+    Args:
+        content: What the file holds.
+
+    Yields:
+        The image; None if Pillow cannot read it.
+
+    Raises:
+        UndecodableError: It has more pixels than :func:`find_max_pixels` says.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        try:
+            picture = Image.open(io.BytesIO(content))
+        except Exception:  # Pillow has many; OpenCV may take what it refuses
+            picture = None
+        width, height = picture.size if picture else (0, 0)
+        most = find_max_pixels()
+        if width * height > most:
+            raise UndecodableError(
+                f'it is {width}x{height} pixels, {width * height:,} in all, and no more than '
+                f'{most:,} are read; if it is what it should be, set '
+                f'{MAX_PIXELS_VARIABLE}={width * height} in the environment')
+        yield picture
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def decode_image(content: bytes, flag: str = 'color', backend: str | None = None) -> np.ndarray:
@@ -56,9 +125,13 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
     if not content:
         raise UndecodableError('the file is empty')
     try:
-        if backend == 'pillow' and Image.open(io.BytesIO(content)).mode.startswith('I'):
-            backend = 'cv2'
-        image = mmcv.imfrombytes(content, flag=flag, backend=backend)
+        with open_picture(content) as picture:
+            # Pillow's own reading of 16 bits; of a kind that it doesn't know, OpenCV may.
+            deep = picture is not None and picture.mode.startswith('I')
+            image = mmcv.imfrombytes(content, flag=flag,
+                                     backend='cv2' if deep and backend == 'pillow' else backend)
+    except DataError:
+        raise
     except Exception as error:  # each decoder has exceptions of its own
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         raise UndecodableError(reason) from error
@@ -92,7 +165,8 @@ def load_image(path: str, described: str, remedy: str, flag: str = 'color',
     try:
         content = fileio.get(path, backend_args=backend_args)
     except FileNotFoundError:
-        raise MissingDataError(f'The {described} does not exist: {remedy}') from None
+        raise MissingDataError(f'The {described} does not exist: {remedy}{hint_at_name([path])}'
+                               ) from None
     except OSError as error:
         raise UndecodableError(
             f'The {described} cannot be read: {error.strerror or error}.') from error
@@ -130,6 +204,60 @@ def image_of_bytes(results: dict, transform: str, channels: int | None = None) -
             'every transform that makes floats, and load with `to_float32=False` and '
             '`color_type="color"`.')
     return image
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(LoadImageFromFile):
+    """Load an image, or say which one is missing, broken or of another size than annotated.
+
+    NOTE: mmcv's ``LoadImageFromFile`` lets the error of the file system or of the decoder through,
+    and does not compare sizes: boxes then fall beside their objects, silently.
+
+    Args:
+        check_size: Compare with ``height`` and ``width`` of the annotation, where there are any.
+        kwargs: Arguments of mmcv's ``LoadImageFromFile``, ``ignore_empty`` apart.
+    """
+
+    def __init__(self, check_size: bool = True, **kwargs: Any) -> None:
+        if kwargs.pop('ignore_empty', False):
+            raise ValueError(
+                'LoadCheckedImage does not pass over images (`ignore_empty`): correct the '
+                'annotation file.')
+        super().__init__(**kwargs)
+        self.check_size = check_size
+
+    def transform(self, results: dict) -> dict:
+        """Load ``results['img_path']`` into ``results['img']``, (H, W, 3) BGR.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UndecodableError: It cannot be read or decoded.
+            DataError: It has not the annotated size.
+        """
+        size = (results.get('width'), results.get('height'))
+        image = load_image(
+            results['img_path'], describe_image(results), MISSING_REMEDY, self.color_type,
+            self.imdecode_backend, size if self.check_size and None not in size else None,
+            self.backend_args)
+        if self.to_float32:
+            image = image.astype(np.float32)
+
+        results['img'] = image
+        results['img_shape'] = results['ori_shape'] = image.shape[:2]
+        return results
+
+    def __repr__(self) -> str:
+        return f'{super().__repr__()[:-1]}, check_size={self.check_size})'
+
+
+def with_checked_loader(pipeline: Sequence) -> list:
+    """Let a pipeline load images by :class:`LoadCheckedImage` in place of mmcv's loader.
+
+    NOTE: the config keeps mmcv's name, which the toolboxes' inferencers look for.
+    """
+    return [dict(step, type='LoadCheckedImage')
+            if isinstance(step, Mapping) and step.get('type') == 'LoadImageFromFile' else step
+            for step in pipeline]
 
 
 class BadImages:

@@ -1,16 +1,16 @@
 """A look at the data before a training begins, at what costs seconds."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
 
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from .check import Content, check_content, read_built
+from .classes import find_parts, name_dataset
 from .data_errors import DataError, Finding
 
 
@@ -37,38 +37,32 @@ class PreflightHook(Hook):
 
     def _check(self, runner: Runner) -> str | None:
         """Log what is found; return the first error."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        queries = getattr(model, 'num_queries', None)
         loaders = dict(train=runner.train_dataloader)
         if runner.val_loop is not None:
             loaders['val'] = runner.val_dataloader
         for split, loader in loaders.items():
-            for dataset in _find_built(loader.dataset):
+            for dataset in find_parts(loader.dataset):
+                if not hasattr(dataset, 'get_data_info'):
+                    continue
                 content = read_built(dataset)
                 if not content.infos:
                     continue
-                findings = check_content(content, split != 'train')
-                source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'img_prefix', '')
-                self._log(split, source, content, findings)
+                findings = check_content(content, split != 'train', queries)
+                name = name_dataset(dataset)
+                self._log(split, name, content, findings)
                 for finding in findings:
                     if finding.level == 'error':
-                        return f'{split}_dataloader: {source}: {finding.message}'
+                        return f'{split}_dataloader: {name}: {finding.message}'
         return None
 
     @staticmethod
-    def _log(split: str, source: str, content: Content, findings: list[Finding]) -> None:
-        print_log(f'{split} data, {source}: {len(content.infos)} images, '
+    def _log(split: str, name: str, content: Content, findings: list[Finding]) -> None:
+        print_log(f'{split} data, {name}: {len(content.infos)} images, '
                   f'{content.count_objects().sum()} labels of {len(content.classes)} classes',
                   'current')
         for finding in findings:
             if finding.level != 'error':
                 level = logging.WARNING if finding.level == 'warning' else logging.INFO
                 print_log(f'{split} data, {finding.kind}: {finding.message}', 'current', level)
-
-
-def _find_built(dataset: Any) -> Iterator[Any]:
-    """Find the datasets inside wrappers, those that describe their images."""
-    parts = getattr(dataset, 'datasets', None) or (
-        [dataset.dataset] if hasattr(dataset, 'dataset') else [])
-    if not parts and hasattr(dataset, 'get_data_info'):
-        yield dataset
-    for part in parts:
-        yield from _find_built(part)

@@ -6,18 +6,17 @@ culprit, or, where the user says so, is dropped and counted in the log.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.logging import print_log
 
-from ..datasets.coco_file import CocoFile, no_garbage_collection, read_json
+from ..datasets.coco_file import NOTHING_LEFT, CocoFile, no_garbage_collection, read_json
 from ..datasets.data_errors import DataError
-from ..datasets.images import MISSING_REMEDY, BadImages, describe_image, load_image
+from ..datasets.images import BadImages, LoadCheckedImage, with_checked_loader
+from ..datasets.settings import find_argument_faults, raise_first, with_class_names
+from ..text import printable
 
 
 @DATASETS.register_module()
@@ -50,6 +49,9 @@ class CheckedCocoDataset(CocoDataset):
             COCO train2017 has a few such boxes.
         allow_no_objects: Accept a training set in which no image has an object (to be joined with
             others).
+        classes_by_name: Number the classes as ``metainfo`` lists them, in whatever order the file
+            has its categories, and accept that it lacks some: files of different categories can be
+            joined.
         bad_images: What to do about images that cannot be decoded: 'stop', or 'replace' to take
             another image in training and log a warning; None for 'stop' in test mode and 'replace'
             in training. A missing image always stops.
@@ -65,20 +67,20 @@ class CheckedCocoDataset(CocoDataset):
     METAINFO: dict = {}
 
     def __init__(self, *args: Any, invalid_boxes: str = 'error', allow_no_objects: bool = False,
-                 bad_images: str | None = None, max_bad_images: float = 0.01,
-                 test_mode: bool = False, **kwargs: Any) -> None:
+                 classes_by_name: bool = False, bad_images: str | None = None,
+                 max_bad_images: float = 0.01, test_mode: bool = False, **kwargs: Any) -> None:
         if invalid_boxes not in ('error', 'drop'):
             raise ValueError(f"invalid_boxes={invalid_boxes!r} must be 'error' or 'drop'.")
         self.invalid_boxes = invalid_boxes
-        # NOTE: the config keeps mmcv's name, which mmdet's inferencers look for.
-        kwargs['pipeline'] = [
-            dict(step, type='LoadCheckedImage')
-            if isinstance(step, Mapping) and step['type'] == 'LoadImageFromFile' else step
-            for step in kwargs.get('pipeline', ())
-        ]
+        raise_first(find_argument_faults(
+            type(self), dict(kwargs, test_mode=test_mode, allow_no_objects=allow_no_objects,
+                             classes_by_name=classes_by_name), type(self).__name__))
+        kwargs['metainfo'] = with_class_names(kwargs.get('metainfo'))
+        kwargs['pipeline'] = with_checked_loader(kwargs.get('pipeline', ()))
         # mmdet's default names no folder of images.
         kwargs.setdefault('data_prefix', dict(img=''))
         self.allow_no_objects = allow_no_objects
+        self.classes_by_name = classes_by_name
         if test_mode and bad_images == 'replace':
             raise ValueError("bad_images='replace' is for training: in test mode, another image "
                              'would be evaluated against the annotations of the bad one.')
@@ -105,6 +107,8 @@ class CheckedCocoDataset(CocoDataset):
             self._log(finding.message)
 
         self._metainfo['classes'] = file.classes
+        if self.classes_by_name:
+            self._metainfo['classes_by_name'] = True  # CheckedCocoMetric looks for it
         if file.classes == CocoDataset.METAINFO['classes']:
             self._metainfo.setdefault('palette', CocoDataset.METAINFO['palette'])
         self.cat_ids = [category['id'] for category in file.categories]
@@ -134,14 +138,13 @@ class CheckedCocoDataset(CocoDataset):
         """
         return CocoFile(read_json(self.ann_file, self.backend_args), self.ann_file,
                         self._metainfo.get('classes'), self.test_mode, self.invalid_boxes,
-                        self.allow_no_objects)
+                        self.allow_no_objects, self.classes_by_name)
 
     def filter_data(self) -> list[dict]:
         """Filter images by ``filter_cfg``; an error if none is left."""
         kept = super().filter_data()
         if not kept:
-            raise DataError(
-                f'{self.ann_file}: no image is left after filter_cfg={self.filter_cfg}.')
+            raise DataError(f'{self.ann_file}: {NOTHING_LEFT.format(self.filter_cfg)}')
         return kept
 
     def prepare_data(self, idx: int) -> Any:
@@ -158,48 +161,8 @@ class CheckedCocoDataset(CocoDataset):
         return dict(super().get_data_info(idx), ann_file=self.ann_file)
 
     def _log(self, message: str) -> None:
-        print_log(f'{self.ann_file}: {message}', logger='current')
+        print_log(printable(f'{self.ann_file}: {message}'), logger='current')
 
 
-@TRANSFORMS.register_module()
-class LoadCheckedImage(LoadImageFromFile):
-    """Load an image, or say which one is missing, broken or of another size than annotated.
-
-    NOTE: mmcv's ``LoadImageFromFile`` lets the error of the file system or of the decoder through,
-    and does not compare sizes: boxes then fall beside their objects, silently.
-
-    Args:
-        check_size: Compare with ``height`` and ``width`` of the annotation, where there are any.
-        kwargs: Arguments of mmcv's ``LoadImageFromFile``, ``ignore_empty`` apart.
-    """
-
-    def __init__(self, check_size: bool = True, **kwargs: Any) -> None:
-        if kwargs.pop('ignore_empty', False):
-            raise ValueError(
-                'LoadCheckedImage does not pass over images (`ignore_empty`): correct the '
-                'annotation file.')
-        super().__init__(**kwargs)
-        self.check_size = check_size
-
-    def transform(self, results: dict) -> dict:
-        """Load ``results['img_path']`` into ``results['img']``, (H, W, 3) BGR.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            UndecodableError: It cannot be read or decoded.
-            DataError: It has not the annotated size.
-        """
-        size = (results.get('width'), results.get('height'))
-        image = load_image(
-            results['img_path'], describe_image(results), MISSING_REMEDY, self.color_type,
-            self.imdecode_backend, size if self.check_size and None not in size else None,
-            self.backend_args)
-        if self.to_float32:
-            image = image.astype(np.float32)
-
-        results['img'] = image
-        results['img_shape'] = results['ori_shape'] = image.shape[:2]
-        return results
-
-    def __repr__(self) -> str:
-        return f'{super().__repr__()[:-1]}, check_size={self.check_size})'
+# Its name is mmdet's, too.
+TRANSFORMS.register_module(module=LoadCheckedImage)

@@ -87,7 +87,13 @@ class CheckedCocoMetric(CocoMetric):
         if self.ann_file is not None and self._coco_api is not None:
             wanted = tuple(meta.get('classes', ()))
             names = [category['name'] for category in self._coco_api.dataset['categories']]
-            if wanted != tuple(name for name in names if name in set(wanted)):
+            if meta.get('classes_by_name') and not {*wanted}.isdisjoint(names):
+                self.cat_ids = _find_ids(self._coco_api, wanted)
+                if self.classwise and self.cat_ids != sorted(self.cat_ids):
+                    raise DataError(
+                        f'{self.ann_file}: `classwise` of the evaluator needs categories in the '
+                        'order of the classes in `metainfo` of the dataset, by their ids.')
+            elif wanted != tuple(name for name in names if name in set(wanted)):
                 raise DataError(
                     f'{self.ann_file}: the evaluator reads the categories {join(names)}, but the '
                     f'dataset to evaluate has the classes {join(wanted)}: give evaluator and '
@@ -147,6 +153,16 @@ class CheckedCocoMetric(CocoMetric):
     @property
     def _source(self) -> str:
         return self.ann_file or 'the ground truth of the data samples'
+
+
+def _find_ids(api: COCO, names: Sequence[str]) -> list[int]:
+    """Find the ids of categories by name; one that the file lacks gets an id without objects."""
+    ids = {category['name']: category['id'] for category in api.dataset['categories']}
+    for name in names:
+        if name not in ids:
+            ids[name] = max(ids.values()) + 1
+            api.cats[ids[name]] = dict(id=ids[name], name=name)
+    return [ids[name] for name in names]
 
 
 def _index(content: dict) -> COCO:

@@ -12,11 +12,11 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..datasets.classes import find_heads
+from ..datasets.classes import classes_of, find_heads
 from ..errors import CheckpointError
 from ..text import count, join
 from ..weights.loading import find_classes, find_meta
-from .hooks import StrictCheckpointHook, classes_of
+from .hooks import StrictCheckpointHook
 
 Names = Sequence[str] | None
 StateDict = Mapping[str, Tensor]

@@ -1,6 +1,5 @@
 """Hooks of training and evaluation that need neither mmdet nor mmpretrain."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +9,16 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from ..datasets.classes import describe_class_count, describe_other_classes, find_heads
+from ..datasets.classes import (
+    classes_of,
+    describe_class_count,
+    describe_other_classes,
+    find_heads,
+    find_parts,
+    name_dataset,
+)
 from ..datasets.data_errors import DataError
 from ..weights.forms import switch_to_deploy
 from ..weights.loading import REMEDY, find_meta, find_state_dict, load_all_weights
@@ -40,8 +47,8 @@ class ClassCountCheckHook(Hook):
         val = None if runner.val_loop is None else self._check(runner, 'val')
         if None not in (train, val) and train != val:
             raise DataError(describe_other_classes(
-                train, _describe(runner.train_dataloader.dataset),
-                val, _describe(runner.val_dataloader.dataset)))
+                train, f'the dataset of {_name(runner.train_dataloader, "train")}',
+                val, f'that of {_name(runner.val_dataloader, "val")}'))
 
     def before_val(self, runner: Runner) -> None:
         """Check the validation dataset."""
@@ -61,7 +68,7 @@ class ClassCountCheckHook(Hook):
             if head.num_classes != len(classes):
                 preprocessor = getattr(model, 'data_preprocessor', None)
                 raise DataError(describe_class_count(
-                    head, classes, loader, _describe(dataset),
+                    head, classes, loader, name_dataset(find_parts(dataset)[0]),
                     isinstance(getattr(preprocessor, 'num_classes', None), int)))
         return classes
 
@@ -124,29 +131,5 @@ class OneWriterLoggerHook(LoggerHook):
         super().after_test_epoch(runner, metrics)
 
 
-def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
-    """Find the classes of a dataset, through wrappers that hide them; None if it has none."""
-    while not hasattr(dataset, 'metainfo') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    classes = getattr(dataset, 'metainfo', {}).get('classes')
-    if isinstance(classes, str):
-        raise DataError(
-            f'The dataset of {loader}, {_describe(dataset)}, has classes={classes!r}, which must '
-            f'be a tuple; a single class is written metainfo=dict(classes=({classes!r},)).')
-    return None if classes is None else tuple(classes)
-
-
-def _describe(dataset: Any) -> str:
-    """Name a dataset by its class and the annotation files, or else the folders, in it."""
-    sources = ', '.join(_find_sources(dataset)) or 'no annotation file'
-    return f'{type(dataset).__name__} of {sources}'
-
-
-def _find_sources(dataset: Any) -> Iterator[str]:
-    source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'img_prefix', '')
-    if source:
-        yield str(source)
-    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    for part in parts:
-        if part is not None:
-            yield from _find_sources(part)
+def _name(loader: DataLoader, split: str) -> str:
+    return f'{split}_dataloader, {name_dataset(find_parts(loader.dataset)[0])},'

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..datasets.check import build_loader
+from ..datasets.settings import check_loaders
 from ..errors import ExplainedError, UsageError
 from ..model_index import find_config
 from ..text import count, printable
@@ -285,7 +288,9 @@ def build_runner(cfg: Config) -> Runner:
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
     _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
+    check_loaders(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.build_dataloader = partial(build_loader, runner.build_dataloader, cfg)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.

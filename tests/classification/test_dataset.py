@@ -141,6 +141,22 @@ class TestList:
         assert dataset.get_data_info(1)['img_path'] == f'{root}/val/dog/e.png'
         assert 'gt_label' not in dataset[1]['data_samples']
 
+    @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+    def test_byte_order_marks(self, listed, encoding):
+        (listed / 'meta' / 'val.txt').write_text('dog/e.png 0\ncat/d.png 1\n', encoding)
+        names = listed / 'names.txt'
+        names.write_text('dög\ncat\n', encoding)
+        for named in (dict(classes=str(names)), dict(metainfo=dict(classes=str(names)))):
+            dataset = build(listed, split='val', **named)
+            assert tuple(dataset.metainfo['classes']) == ('dög', 'cat')
+            assert content(dataset)[0] == (f'{listed}/val/dog/e.png', 0)
+
+    def test_names_of_windows(self, listed):
+        (listed / 'meta' / 'val.txt').write_text('dog\\e.png 0\n')
+        dataset = build(listed, split='val', classes=('dog', 'cat'))
+        with pytest.raises(FileNotFoundError, match='does not exist: .* written as on Windows'):
+            dataset[0]
+
     def test_empty_or_missing(self, root):
         with pytest.raises(FileNotFoundError, match=r"no list '.*none.txt'"):
             build(root, split='val', ann_file='none.txt')
@@ -171,6 +187,12 @@ class TestPictures:
         for stops in (dict(split='train', bad_images='stop'), dict(data_prefix='train')):
             with pytest.raises(DataError, match='c c.png.*cannot be decoded: the file is empty'):
                 build(root, **stops)[2]
+
+    def test_bomb(self, root, monkeypatch):
+        monkeypatch.setenv('SPARTAN_MM_MAX_PIXELS', '15')
+        with pytest.raises(DataError, match=r'class 0, cat\) cannot be decoded: it is 4x4 pixels, '
+                                            '16 in all, and no more than 15 are read'):
+            build(root, split='val')[0]
 
     def test_missing_picture(self, root):
         dataset = build(root, split='val')

@@ -15,8 +15,8 @@ from spartan_mm.analysis.report.dataset_pictures import (
     draw_class_counts,
     draw_suspects,
 )
-from spartan_mm.datasets.check import Content, Report, check_config
-from spartan_mm.datasets.data_errors import DataError, MissingDataError, UndecodableError
+from spartan_mm.datasets.check import Content, Report, check_config, check_dataset
+from spartan_mm.datasets.data_errors import MissingDataError, UndecodableError
 
 CONTENT = dict(
     images=[dict(id=number, file_name=f'{number}.png', width=64, height=48) for number in range(6)],
@@ -87,6 +87,120 @@ def test_all_faults_of_a_file_in_one_reading(check):
     assert len(report.content.labels) == 2
 
 
+def as_text(content):
+    for image in content['images']:
+        image['width'] = str(image['width'])
+
+
+def without_id(content):
+    del content['images'][1]['id']
+
+
+def with_text_id(content):
+    content['images'][1]['id'] = '1'
+    content['annotations'][1]['image_id'] = '1'
+
+
+def without_category_name(content):
+    del content['categories'][1]['name']
+
+
+def with_address(content):
+    content['images'][1]['file_name'] = 'https://example.com/1.png'
+
+
+@pytest.mark.parametrize('change, kind, words', [
+    (as_text, 'image without a size', "image 0 (0.png) has width='64', height=48, which must be "),
+    (without_id, 'image incomplete', 'image number 1 (from 0) has no id'),
+    (with_text_id, 'image id is no number', "image '1' (1.png) has an id that is not an integer"),
+    (without_category_name, 'category incomplete', 'category 2 has no name'),
+    (with_address, 'image without a name', 'which names no file: an address, whose image has to'),
+])
+def test_nothing_untrue_follows_a_fault(check, change, kind, words):
+    """What belongs to an image or category that is refused is no fault; nothing is counted."""
+    report, = check(change, model=dict(bbox_head=dict(type='Head', num_classes=2)))
+    errors = found(report, 'error')
+    assert set(errors) == {kind} and words in errors[kind]
+    assert not found(report, 'warning') and not found(report, 'note')
+
+
+def test_a_class_of_a_refused_category_is_not_missing(check):
+    def change(content):
+        without_category_name(content)
+        content['annotations'][0]['category_id'] = 9
+
+    report, = check(change, metainfo=dict(classes=('disc', 'square')))
+    errors = found(report, 'error')
+    assert set(errors) == {'category incomplete', 'annotation of an unknown category'}
+    assert 'unknown category id 9; the categories of the file have ids 1, 2' in errors[
+        'annotation of an unknown category']
+
+
+def test_the_true_follows_a_fault(check):
+    def change(content):
+        as_text(content)
+        content['annotations'][0]['image_id'] = 99
+
+    report, = check(change)
+    assert 'belongs to image 99' in found(report, 'error')['annotation of an unknown image']
+
+
+def test_nothing_left(check):
+    report, = check(filter_cfg=dict(min_size=50))
+    assert 'no image is left after filter_cfg=' in found(report, 'error')['nothing left']
+    report, = check(filter_cfg=dict(filter_empty_gt=True, min_size=48))
+    assert not found(report, 'error')
+
+
+def test_a_class_that_is_empty_and_first(check):
+    def change(content):
+        content['categories'].insert(0, dict(id=0, name='things', supercategory='none'))
+
+    report, = check(change)
+    assert found(report, 'note')['class balance'] == 'from 2 objects (square) to 3 (disc), 1.5 to 1'
+    assert set(found(report, 'warning')) == {'placeholder category', 'classes without objects'}
+    assert ("category 0 (things) has no object and supercategory 'none': Roboflow's exports begin"
+            in found(report, 'warning')['placeholder category'])
+    report, = check(lambda content: (change(content), content['annotations'].pop()))
+    assert found(report, 'note')['class balance'] == 'from 2 objects (disc) to 2 (square), 1 to 1'
+    assert "set classes=('disc', 'square')" in found(report, 'warning')['placeholder category']
+    report, = check(lambda content: content['categories'][0].update(supercategory='none'))
+    assert not found(report, 'warning')
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_byte_order_mark(check, folder, encoding):
+    check()
+    text = (folder / 'set.json').read_text()
+    (folder / 'set.json').write_text(text, encoding=encoding)
+    dataset = dict(type='mmdet.CheckedCocoDataset', ann_file=str(folder / 'set.json'))
+    report = check_dataset(dict(dataset, data_prefix=dict(img=str(folder))), 'train')
+    assert not found(report, 'error') and len(report.content.infos) == 6
+    report = check_dataset(dict(dataset, type='mmdet.CocoDataset'), 'train')
+    assert 'CocoDataset does not read' in found(report, 'error')['byte order mark']
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('images\\1.png', 'written as on Windows'), ('C:/data/1.png', 'written as on Windows'),
+    ('/home of nobody/data/1.png', 'begins at /home of nobody, which this machine does not have')])
+def test_names_of_another_machine(check, name, hint):
+    report, = check(lambda content: content['images'][1].update(file_name=name))
+    assert hint in found(report, 'error')['missing images']
+
+
+def test_names_are_escaped(check):
+    def change(content):
+        content['images'][1]['file_name'] = '\x1b[2Jgone\n.png'
+        content['categories'][1]['name'] = 'sq\x1b]0;uare'
+        content['annotations'] = content['annotations'][:1]
+
+    report, = check(change)
+    messages = [finding.message for finding in report.findings]
+    assert not [text for text in messages if '\x1b' in text or '\n' in text]
+    assert [text for text in messages if r'\x1b[2Jgone\n.png' in text]
+    assert r'sq\x1b]0;uare' in found(report, 'warning')['classes without objects']
+
+
 def test_what_is_strange(check):
     def change(content):
         annotations = content['annotations']
@@ -127,6 +241,8 @@ def test_heads_and_evaluator(check):
     model = dict(roi_head=dict(bbox_head=[dict(type='Head', num_classes=2),
                                           dict(type='Head', num_classes=80)]))
     report, = check(model=model, splits=['val'], evaluator=dict(ann_file='other.json'))
+    for odd in ('text', dict(ann_file=['a.json']), [None]):
+        assert 'other evaluator' not in found(check(evaluator=odd, splits=['val'])[0], 'warning')
     assert 'model.roi_head.bbox_head.1 (Head) has num_classes=80' in found(
         report, 'error')['classes of the head']
     assert 'val_evaluator reads other.json' in found(report, 'warning')['other evaluator']
@@ -164,8 +280,9 @@ def test_wrapped_and_unknown(folder):
     assert not found(first, 'error')
     assert "no annotation file 'none.json'" in found(second, 'error')['missing file']
     cfg.train_dataloader.dataset = dict(type='NoDataset')
-    with pytest.raises(DataError, match="no dataset of type 'NoDataset'"):
-        check_config(cfg)
+    report, = check_config(cfg)
+    assert ("type is 'NoDataset', but there is no dataset of that name"
+            in found(report, 'error')['setting'])
 
 
 class TestFolders:

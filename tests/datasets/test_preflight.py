@@ -45,9 +45,10 @@ def logged(monkeypatch):
     return messages
 
 
-def make_runner(train, val=None):
+def make_runner(train, val=None, queries=2):
     loaders = [dataset and SimpleNamespace(dataset=dataset) for dataset in (train, val)]
-    return SimpleNamespace(train_dataloader=loaders[0], val_dataloader=loaders[1],
+    return SimpleNamespace(model=SimpleNamespace(num_queries=queries),
+                           train_dataloader=loaders[0], val_dataloader=loaders[1],
                            val_loop=None if val is None else object())
 
 
@@ -58,6 +59,22 @@ def test_sums_up(make, logged):
     assert 'train data, images without objects: 2 of 3 images have no object' in logged
     assert ('train data, classes without objects: 1 of 2 classes have no object: square'
             in logged)
+
+
+def test_more_objects_than_queries(make, logged):
+    """The same line as check-data's."""
+    def add(content):
+        first, = content['annotations']
+        content['annotations'] += [dict(first, id=number, bbox=[number, 0, 2, 2])
+                                   for number in (2, 3)]
+
+    PreflightHook().before_train(make_runner(make(change=add), queries=2))
+    line, = (line for line in logged if 'the model has queries' in line)
+    assert line.startswith('train data, more objects than queries: 1 images have more objects than '
+                           'the model has queries (2) (')
+    logged.clear()
+    PreflightHook().before_train(make_runner(make(change=add), queries=3))
+    assert not [line for line in logged if 'the model has queries' in line]
 
 
 def test_missing_images_of_a_joined_set(make, tmp_path, logged):

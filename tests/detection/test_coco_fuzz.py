@@ -160,6 +160,7 @@ def check_message(error, path):
     assert NAMES_AN_ENTRY.search(message.removeprefix(str(path))), message
 
 
+@pytest.mark.slow
 @FEW
 @given(text=damaged(), invalid_boxes=st.sampled_from(['error', 'drop']))
 def test_dataset_and_check(path, text, invalid_boxes):
@@ -186,6 +187,7 @@ def test_dataset_and_check(path, text, invalid_boxes):
             np.testing.assert_allclose(box, expected_box)
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=150)
 @given(text=damaged())
 def test_evaluation(path, text):

@@ -190,7 +190,7 @@ def image_processor(height: int = 640, width: int = 640,
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
         raise CheckpointError(f'{path} does not exist; a saved model of transformers is a folder '
                               'with config.json and model.safetensors') from None
