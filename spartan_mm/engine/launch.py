@@ -300,9 +300,9 @@ def build_runner(cfg: Config, split: str = 'test') -> Runner:
         UsageError: The config lacks what is needed, or another training uses the work dir.
         UnwritableError: There can be no such work dir.
     """
-    check_run(cfg, split)
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
+    check_run(cfg, split)
     claim = claim_work_dir(cfg.work_dir) if split == 'train' else check_writable(
         Path(cfg.work_dir, 'log'))
     if cfg.get('load_from'):

@@ -115,10 +115,14 @@ class TestTrainAndTest:
         assert 'accuracy/top1' in output
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
+    @pytest.mark.parametrize('word, files', [
+        ('train', []), ('test', ['a.pth']), ('deploy', ['a.pth', 'b.pth'])])
+    def test_no_such_config(self, fail_here, word, files):
+        said, status = fail_here(word, 'none.py', *files)
+        assert said == ("error: config none.py does not exist, and there is no model 'none.py'; "
+                        'see spartan_mm.list_models()') and status == 2
+
     @pytest.mark.parametrize('word, arguments, message', [
-        ('train', ['none.py'],
-         "error: config none.py does not exist, and there is no model 'none.py'; see "
-         'spartan_mm.list_models()'),
         ('train', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
         ('test', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
