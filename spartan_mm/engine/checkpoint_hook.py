@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..errors import ExplainedError
-from ..files import remove_unfinished, write_whole
+from ..files import check_writable, remove_unfinished, write_whole
 from .resume import ResumableTrainLoop
 
 
@@ -77,8 +77,14 @@ class ResumableCheckpointHook(CheckpointHook):
         self._state: dict[str, Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a killed run left half written or not yet removed."""
+        """Look whether there is a place, and remove what a killed run left there.
+
+        Raises:
+            UnwritableError: There is none.
+        """
         super().before_train(runner)
+        if '://' not in self.out_dir:
+            check_writable(Path(self.out_dir, 'last'))
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = list(self.keep_ckpt_ids)
         if dist.is_main_process() and '://' not in self.out_dir:
