@@ -159,9 +159,9 @@ class TestBeforeTheFirstIteration:
         ('detector', ['train_dataloader.batch_size=16', 'train_dataloader.drop_last=True',
                       'train_cfg._delete_=True', 'train_cfg.by_epoch=False',
                       'train_cfg.max_iters=2'], 'train_dataloader gives no batch: it has 4 images'),
-        ('classifier', ['train_dataloader.batch_size=5', 'train_dataloader.drop_last=True',
-                        'train_dataloader.batch_sampler.type=mmengine.dataset.sampler.BatchSampler',
-                        ], 'train_dataloader gives no batch: it has 4 images'),
+        ('detector', ['train_dataloader.batch_size=5', 'train_dataloader.drop_last=True',
+                      'train_dataloader.batch_sampler.type=AspectRatioBatchSampler'],
+         'too few for one of batch_size=5'),
         ('classifier', ['val_dataloader.batch_size=16', 'val_dataloader.drop_last=True'],
          'val_dataloader gives no batch: '),
         ('detector', ['train_dataloader.dataset.indices=0'],
@@ -201,6 +201,7 @@ class TestBeforeTheFirstIteration:
         (['test', 'user_detector.py', 'user_detector.py', '--out', 'pictures/0.png/a.pkl'],
          'a.pkl cannot be written: '),
         (['train', 'user_detector.py', '--work-dir', 'out_dir', '--cfg-options',
+          'default_hooks.checkpoint.type=CheckpointHook',
           'default_hooks.checkpoint.out_dir=pictures/0.png'], '0.png is a file, not a folder'),
     ])
     def test_a_file_in_the_way(self, fail_here, words, message):
@@ -211,7 +212,7 @@ class TestBeforeTheFirstIteration:
         (['optimizer.lr=0.1'], 'nobody reads optimizer='),
         (['train_cfg.max_epochs=0'], 'train_cfg.max_epochs=0 must be'),
         (['val_cfg=None'], 'has no val_cfg: '),
-        (['model.backbone.arch.0.x=3'], '--cfg-options do not fit user_detector.py: '),
+        (['pipeline.9.x=3'], '--cfg-options do not fit user_detector.py: '),
     ])
     def test_settings(self, fail_here, options, message):
         said, status = fail_here('train', 'user_detector.py', '--cfg-options', *options)
@@ -230,10 +231,10 @@ class TestBeforeTheFirstIteration:
 
     def test_a_broken_import_shows_where_it_comes_from(self, tmp_path, monkeypatch):
         (tmp_path / 'broken_part.py').write_text('import not_there_at_all')
+        (tmp_path / 'own.py').write_text("custom_imports = dict(imports=['broken_part'])")
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(ImportError) as error:
-            main(['train', 'user_detector.py', '--cfg-options',
-                  'custom_imports.imports=broken_part'])
+            main(['train', str(tmp_path / 'own.py')])
         assert 'not_there_at_all' in ''.join(traceback.format_exception(error.value))
 
     def test_nothing_left_to_do(self, trained, run_here):
