@@ -21,6 +21,7 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
@@ -393,7 +394,9 @@ def _prepare_distributed(cfg: Config) -> None:
             raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
                              'Start as many processes as there are GPUs')
         cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
-        dist.init_dist(cfg.launcher, **dist_cfg)  # mmengine keeps what is there
+        # As mmengine does, which keeps what is there, but before anything is written.
+        set_multi_processing(**cfg.env_cfg.get('mp_cfg', {}), distributed=True)
+        dist.init_dist(cfg.launcher, **dist_cfg)
         return
 
     if cfg.launcher != 'pytorch':

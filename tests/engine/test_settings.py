@@ -52,7 +52,10 @@ def test_shuffle():
     (dict(batch_size=0), 'batch_size=0 must be a whole number, at least 1'),
     (dict(batch_size='four'), "batch_size='four' must be"),
     (dict(num_workers=-1), 'num_workers=-1 must be a whole number, at least 0'),
-    (dict(dataset=[dict(type='A'), dict(type='B')]), 'ConcatDataset'),
+    (dict(dataset=[dict(type='A'), dict(type='B')]), "dataset is a list; .*'ConcatDataset'"),
+    (dict(dataset='images/'), "val_dataloader.dataset='images/' must be a dict with a type"),
+    (dict(sampler='DefaultSampler', shuffle=True), "sampler='DefaultSampler' must be a dict"),
+    (dict(batch_sampler=dict(drop_last=True)), 'val_dataloader.batch_sampler has no type'),
 ])
 def test_data_loaders(loader, words):
     with pytest.raises(UsageError, match=words):
