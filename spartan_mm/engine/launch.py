@@ -26,7 +26,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
 from ..model_index import find_config
-from ..text import count
+from ..text import count, printable
 from ..weights.initialize import without_pretrained
 from .claim import claim_work_dir
 from .explain import explain
@@ -44,7 +44,6 @@ VISUALIZATION_HOOKS = {
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
 TIMEOUT = 1800
-
 
 #: What the system says of a file that is not there, or of one that is in the way of another.
 IN_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
@@ -337,16 +336,18 @@ def reporting() -> Iterator[None]:
         if dist.get_world_size() == 1:
             raise
         _leave('stopped by Ctrl-C', 128 + signal.SIGINT)
-    except (ExplainedError, *IN_THE_WAY) as error:
+    except ExplainedError as error:
         _leave(f'error: {error}', 1)
+    except IN_THE_WAY as error:
+        _leave(f'error: {printable(error)}', 1)
     except Exception as error:
         if explanation := explain(error):
-            _leave(f'error: {explanation}', 1)
+            _leave(f'error: {printable(explanation)}', 1)
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
         _leave(f'error: process {dist.get_rank()} of {dist.get_world_size()} failed: '
-               f'{type(error).__name__}: {error}', 1)
+               f'{type(error).__name__}: {printable(error)}', 1)
     else:
         if dist.is_distributed():
             torch.distributed.destroy_process_group()
