@@ -139,11 +139,10 @@ class ResumableCheckpointHook(CheckpointHook):
 
         changed = [key for key in info if key.startswith('best_') and info[key] != before.get(key)]
         for key in changed:
-            if key.startswith('best_ckpt') and before.get(key):
-                # Folders get moved with all that is in them.
-                old = Path(before[key]).name
-                if old != Path(info[key]).name:
-                    self._remove(old)
+            # By name, since folders get moved with all that is in them.
+            old = Path(before.get(key) or '').name if key.startswith('best_ckpt') else ''
+            if old and old != Path(info[key]).name:
+                self._remove(old)
         if changed and last is not None:
             # For it to name the best one.
             step = runner.epoch if self.by_epoch else runner.iter
@@ -202,7 +201,17 @@ class ResumableCheckpointHook(CheckpointHook):
         last = self.last_ckpt
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        written = self._attempt(runner, partial(self._write, runner, name, dict(meta)))
+
+        def write() -> None:
+            runner.save_checkpoint(
+                self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler, meta=dict(meta),
+                by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
+            if dist.is_main_process():
+                WholeFileBackend().put_text(str(self.last_ckpt),
+                                            Path(runner.work_dir, 'last_checkpoint'))
+
+        written = self._attempt(runner, write)
         self._state = None
         if not written:
             self.last_ckpt = last
@@ -217,15 +226,6 @@ class ResumableCheckpointHook(CheckpointHook):
             for old in partials[:-2] if '_iter_' in name else partials:
                 old.unlink(missing_ok=True)
         return True
-
-    def _write(self, runner: Runner, name: str, meta: dict[str, Any]) -> None:
-        runner.save_checkpoint(
-            self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
-            backend_args=self.backend_args, **self.args)
-        if dist.is_main_process():
-            WholeFileBackend().put_text(str(self.last_ckpt), Path(runner.work_dir,
-                                                                  'last_checkpoint'))
 
     def _attempt(self, runner: Runner, write: Callable[[], None]) -> bool:
         """Call a function in which the main process writes; all processes learn of a failure.
