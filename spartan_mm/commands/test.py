@@ -27,18 +27,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from ..datasets.preflight import PreflightHook
     from ..engine import launch
     from ..engine.hooks import StrictCheckpointHook
+    from ..files import check_writable
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
     if args.show or args.show_dir:
         launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
     if args.out:
+        check_writable(args.out)
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+    runner.register_hook(PreflightHook(), priority='HIGHEST')
     runner.test()
 
 

@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     from mmengine.device import get_device
 
     from ..backbones.fused import fuse
-    from ..datasets.preflight import PreflightHook
+    from ..datasets.preflight import PreflightHook, check_batches
     from ..engine import launch
     from ..engine.finetune import FineTuneHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
@@ -59,10 +59,12 @@ def run(args: Namespace) -> None:
     launch.make_resumable(cfg, args.save_every)
     if args.resume or cfg.get('resume'):
         launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
-    runner = launch.build_runner(cfg)
+    runner = launch.build_runner(cfg, 'train')
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     if not args.no_fuse and get_device() == 'cpu':
         fuse(runner.model)
+    # Here, since a schedule that counts in epochs cannot be built for epochs of no iterations.
+    check_batches(runner.train_loop.dataloader, 'train')
     runner.train()

@@ -5,6 +5,7 @@ A function that takes a config, ``cfg``, and returns nothing changes it in place
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,14 +22,19 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from ..datasets.check import build_loader
 from ..datasets.settings import check_loaders
 from ..errors import ExplainedError, UsageError
+from ..files import check_writable
 from ..model_index import find_config
 from ..text import count, printable
 from ..weights.initialize import without_pretrained
+from .claim import claim_work_dir
+from .explain import explain
 from .resume import find_resumable, read_resumable
+from .settings import check_run, settle
 from .signals import Interrupted
 
 # Per visualization hook: the switch that makes it draw, and the folder it draws into.
@@ -41,6 +47,10 @@ VISUALIZATION_HOOKS = {
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
 TIMEOUT = 1800
+
+#: What the system says of a file that is not there, or of one that is in the way of another.
+IN_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+              PermissionError)
 
 
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
@@ -55,7 +65,7 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         launcher: What started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        FileNotFoundError: If there is no such file or model.
+        UsageError: There is no such file or model, or a setting has a form that nobody reads.
     """
     try:
         cfg = Config.fromfile(find_config(path))
@@ -65,8 +75,11 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         # mmengine 0.10.7 and older find the package of a base such as mmdet::... with it.
         raise UsageError(f'reading {path} needs pkg_resources, which setuptools has no more from '
                          "82 on; install 'setuptools<82' or a newer mmengine") from error
-    if options:
-        cfg.merge_from_dict(options)
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
+    settle(cfg)
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
@@ -280,10 +293,21 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
         hook[out_dir] = show_dir
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Set up the processes and build the runner that the config describes."""
+def build_runner(cfg: Config, split: str = 'test') -> Runner:
+    """Set up the processes and build the runner that the config describes.
+
+    Args:
+        split: 'train' for a training, which claims the work dir for itself, or 'test'.
+
+    Raises:
+        UsageError: The config lacks what is needed, or another training uses the work dir.
+        UnwritableError: There can be no such work dir.
+    """
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
+    check_run(cfg, split)
+    claim = claim_work_dir(cfg.work_dir) if split == 'train' else check_writable(
+        Path(cfg.work_dir, 'log'))
     if cfg.get('load_from'):
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
@@ -295,27 +319,35 @@ def build_runner(cfg: Config) -> Runner:
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.
         torch.use_deterministic_algorithms(True, warn_only=True)
+    # For as long as there is the runner.
+    runner.claim = claim
     return runner
 
 
 @contextmanager
-def reporting(*explained: type[Exception]) -> Iterator[None]:
+def reporting() -> Iterator[None]:
     """Be the frame of a command: an error ends it with one line and status 1.
 
-    A traceback goes before that line unless the error explains itself, as `explained` ones do, too.
-    A process that is one of several ends at once, whatever it is doing, so that torchrun or Slurm
-    end the others. A training that saved and left on a signal ends with status 128 + the signal's
-    number.
+    A traceback goes before that line unless the error explains itself, as those of settings and of
+    files in the way do, too. A process that is one of several ends at once, whatever it is doing,
+    so that torchrun or Slurm end the others. What left on a signal, such as Ctrl-C, ends with
+    status 128 + the signal's number.
     """
     try:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
+    except KeyboardInterrupt:
+        if dist.get_world_size() == 1:
+            raise
+        _leave('stopped by Ctrl-C', 128 + signal.SIGINT)
     except ExplainedError as error:
         _leave(f'error: {error}', 1)
-    except (FileNotFoundError, *explained) as error:
+    except IN_THE_WAY as error:
         _leave(f'error: {printable(error)}', 1)
     except Exception as error:
+        if explanation := explain(error):
+            _leave(f'error: {printable(explanation)}', 1)
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
@@ -368,6 +400,9 @@ def _prepare_distributed(cfg: Config) -> None:
             raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
                              'Start as many processes as there are GPUs')
         cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
+        # As mmengine does, which keeps what is there, but before anything is written.
+        set_multi_processing(**cfg.env_cfg.get('mp_cfg', {}), distributed=True)
+        dist.init_dist(cfg.launcher, **dist_cfg)
         return
 
     if cfg.launcher != 'pytorch':

@@ -27,18 +27,19 @@ class Interrupted(Exception):
 
 @HOOKS.register_module()
 class LeaveOnSignalHook(Hook):
-    """Saves and leaves when a signal announces that the process is about to be killed.
+    """Saves and leaves on Ctrl-C, and when a signal announces that the process is to be killed.
 
     All ranks leave after the same iteration: the one after that in which any of them got the
     signal. To agree on it, they exchange one number an iteration and read it an iteration later,
     when it has long arrived, so that nobody waits for it.
 
     During validation there is nothing new to save: the run leaves at once, and goes on with that
-    validation.
+    validation. A second Ctrl-C ends a single process at once; several get it from torchrun, too.
     """
 
     priority = 'LOWEST'
-    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT')
+               if hasattr(signal, name)]
     _received = 0
 
     def before_train(self, runner: Runner) -> None:
@@ -53,7 +54,9 @@ class LeaveOnSignalHook(Hook):
             # A signal to all processes of a job would take the batches away before the end.
             loader.worker_init_fn = partial(_ignore_signals, self.signals, self._over,
                                             loader.worker_init_fn)
-        self._handlers = {number: signal.signal(number, self._receive) for number in self.signals}
+        # What runs in the background may have been told to ignore Ctrl-C.
+        self._handlers = {number: signal.signal(number, self._receive) for number in self.signals
+                          if signal.getsignal(number) is not signal.SIG_IGN}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict | None = None) -> None:
@@ -80,6 +83,11 @@ class LeaveOnSignalHook(Hook):
         self._handlers = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and dist.get_world_size() == 1:
+            if self._received:
+                raise KeyboardInterrupt
+            # Not by print, which may be at work right now.
+            os.write(2, b'Ctrl-C: saving after this iteration; once more to end at once\n')
         self._received = number
 
     def _leave(self, number: int, place: str) -> None:
