@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     from ..engine import launch
-    from ..engine.checkpoint import StrictCheckpointHook
+    from ..engine.hooks import StrictCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
