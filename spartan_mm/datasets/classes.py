@@ -3,9 +3,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from mmengine.registry import DATASETS
 from torch import nn
 
-from ..text import join
+from ..errors import CheckpointError
+from ..text import count, join
 
 
 class Head(NamedTuple):
@@ -39,6 +41,40 @@ def find_heads(model: nn.Module | Mapping) -> Iterator[Head]:
             kind, number = type(part).__name__, getattr(part, 'num_classes', None)
         if name.endswith('head') and name != 'rpn_head' and isinstance(number, int):
             yield Head(path, kind, number)
+
+
+def find_names(model: nn.Module, dataset_meta: Mapping[str, Any] | None,
+               dataset: Mapping[str, Any], checkpoint: str) -> tuple[str, ...]:
+    """Find the names of a model's classes, and insist that there is one for each of its outputs.
+
+    They are the checkpoint's, else the config's, else COCO's if there are 80, else there are none.
+
+    Args:
+        model: The model.
+        dataset_meta: What the checkpoint says of its data.
+        dataset: Settings of the config's test dataset.
+        checkpoint: What to call the checkpoint in the message.
+
+    Raises:
+        CheckpointError: There are fewer or more names than outputs.
+    """
+    counts = {head.num_classes for head in find_heads(model)}
+    kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
+    for source, meta in ((checkpoint, dataset_meta or {}),
+                         ('the config', dataset.get('metainfo') or {}),
+                         ('the dataset of the config', getattr(kind, 'METAINFO', {}))):
+        names = meta.get('classes') or meta.get('CLASSES') or ()
+        names = (names, ) if isinstance(names, str) else tuple(names)
+        if names and counts and len(names) not in counts:
+            raise CheckpointError(
+                f'{source} names {count(len(names), "class")} ({join(names, 5)}), but the model of '
+                f'{checkpoint} tells {join(counts)} apart: correct the names')
+        if names:
+            return names
+    if counts == {80}:
+        from mmdet.evaluation import get_classes
+        return tuple(get_classes('coco'))
+    return ()
 
 
 def describe_class_count(head: Head, classes: Sequence[str], loader: str, dataset: str,
