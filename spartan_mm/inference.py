@@ -23,8 +23,8 @@ from .datasets.classes import find_names
 from .datasets.images import list_images, take_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .errors import InputError
-from .files import write_json, write_whole
-from .weights.loading import find_meta, load_for_inference
+from .files import check_writable, write_json, write_whole
+from .weights.loading import find_classes, load_for_inference
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
 
@@ -160,8 +160,8 @@ class Model:
             # A pretrained backbone that the config names is not loaded: nothing calls
             # init_weights().
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
-            meta = find_meta(load_for_inference(model, checkpoint or name))
-            self.classes = find_names(model, meta.get('dataset_meta'), dataset, checkpoint or name)
+            classes = find_classes(load_for_inference(model, checkpoint or name))
+            self.classes = find_names(model, classes, dataset, checkpoint or name)
         self.model = model.to(device or get_device()).eval()
 
     def read(self, image: Any) -> np.ndarray:
@@ -263,21 +263,27 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     path, own_results = Path(path), Path(out_dir).resolve()
     if not path.exists():
         raise InputError(f'input {path} does not exist')
-    root = path if path.is_dir() else path.parent
-    if root.resolve() == own_results:
-        raise InputError(f'the results would overwrite the input in {root}: choose another folder '
-                         'to write to')
-    if root is not path:
-        return (Source(root, video=path) if path.suffix.lower() in VIDEO_SUFFIXES
-                else Source(root, [path]))
-    skip = own_results if root.resolve() in own_results.parents else None
-    images = sorted(file for file in root.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
-                    # A link that leads nowhere is an image that is missing.
-                    and (file.is_file() or file.is_symlink() and not file.exists())
-                    and skip not in file.resolve().parents)
-    if not images:
-        raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-    return Source(root, images)
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f'input {path} is no file')
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES
+        source = Source(path.parent, [] if is_video else [path], path if is_video else None)
+    else:
+        skip = own_results if path.resolve() in own_results.parents else None
+        source = Source(path, sorted(
+            file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+            # A link that leads nowhere is an image that is missing.
+            and (file.is_file() or file.is_symlink() and not file.exists())
+            and skip not in file.resolve().parents))
+        if not source.images:
+            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    inputs = [source.video] if source.video else source.images
+    replaced = {(own_results / file.relative_to(source.root)).resolve() for file in inputs}
+    if source.root.resolve() == own_results or replaced.intersection(
+            file.resolve() for file in inputs):
+        raise InputError(f'the results would overwrite the input in {source.root}: choose another '
+                         'folder to write to')
+    return source
 
 
 def find_images(path: str | Path, out_dir: str | Path) -> Source:
@@ -313,7 +319,7 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             file, and the others are processed.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(out_dir / 'results.json')
     options = dict(top=top) if isinstance(model, Classifier) else dict(
         score_threshold=score_threshold)
     report, film = InferenceReport(), None
@@ -396,7 +402,8 @@ def _read_frames(path: Path, doing: str, report: InferenceReport) -> Iterator[Na
 
 def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWriter:
     """Begin a video as fast as another, of pictures as large as this one."""
-    target = out_dir / f'{video.stem}.mp4'
+    target = check_writable(out_dir / f'{video.stem}.mp4', video)
+    target.parent.mkdir(parents=True, exist_ok=True)
     rate = cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FPS) or 25.
     film = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
                            picture.shape[1::-1])
@@ -414,7 +421,7 @@ def _write_image(path: Path, image: np.ndarray) -> None:
         height, width = image.shape[:2]
         raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
                          f'{width}x{height} pixels; its results are in results.json')
-    with write_whole(path) as file:
+    with write_whole(path, flush=False) as file:
         file.write(content)
 
 

@@ -43,35 +43,40 @@ def find_heads(model: nn.Module | Mapping) -> Iterator[Head]:
             yield Head(path, kind, number)
 
 
-def find_names(model: nn.Module, dataset_meta: Mapping[str, Any] | None,
-               dataset: Mapping[str, Any], checkpoint: str) -> tuple[str, ...]:
-    """Find the names of a model's classes, and insist that there is one for each of its outputs.
+def check_names(model: nn.Module, names: Sequence[str], source: str) -> None:
+    """Insist that there is a name for each class that a model tells apart, if there are names.
 
-    They are the checkpoint's, else the config's, else COCO's if there are 80, else there are none.
+    Raises:
+        CheckpointError: There are fewer or more.
+    """
+    counts = {head.num_classes for head in find_heads(model)}
+    if names and counts and len(names) not in counts:
+        raise CheckpointError(f'{source} names {count(len(names), "class")} ({join(names, 5)}), '
+                              f'but the model tells {join(counts)} apart: correct the names')
+
+
+def find_names(model: nn.Module, classes: Sequence[str] | None, dataset: Mapping[str, Any],
+               checkpoint: str) -> tuple[str, ...]:
+    """Find the names of a model's classes; none if nobody knows them.
 
     Args:
         model: The model.
-        dataset_meta: What the checkpoint says of its data.
+        classes: What its checkpoint says. If it does not, the config knows, or they are COCO's 80.
         dataset: Settings of the config's test dataset.
-        checkpoint: What to call the checkpoint in the message.
+        checkpoint: What to call the checkpoint in a message.
 
     Raises:
-        CheckpointError: There are fewer or more names than outputs.
+        CheckpointError: There are fewer or more names than the model has classes.
     """
-    counts = {head.num_classes for head in find_heads(model)}
     kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
-    for source, meta in ((checkpoint, dataset_meta or {}),
-                         ('the config', dataset.get('metainfo') or {}),
-                         ('the dataset of the config', getattr(kind, 'METAINFO', {}))):
-        names = meta.get('classes') or meta.get('CLASSES') or ()
-        names = (names, ) if isinstance(names, str) else tuple(names)
-        if names and counts and len(names) not in counts:
-            raise CheckpointError(
-                f'{source} names {count(len(names), "class")} ({join(names, 5)}), but the model of '
-                f'{checkpoint} tells {join(counts)} apart: correct the names')
+    for source, names in ((checkpoint, classes), *(
+            ('the config', meta.get('classes') or meta.get('CLASSES'))
+            for meta in (dataset.get('metainfo') or {}, getattr(kind, 'METAINFO', {})))):
         if names:
+            names = (names, ) if isinstance(names, str) else tuple(map(str, names))
+            check_names(model, names, source)
             return names
-    if counts == {80}:
+    if {head.num_classes for head in find_heads(model)} == {80}:
         from mmdet.evaluation import get_classes
         return tuple(get_classes('coco'))
     return ()

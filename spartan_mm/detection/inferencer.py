@@ -17,7 +17,7 @@ from ..datasets.images import list_images, take_image
 from ..errors import InputError
 from ..files import check_writable
 from ..model_index import UnknownModelError, get_config
-from ..weights.loading import fill_for_inference, find_meta
+from ..weights.loading import fill_for_inference, find_classes, find_meta
 from ..weights.stored_config import find_test_dataset
 
 
@@ -77,13 +77,13 @@ class DetInferencer(MMDetInferencer):
         """Load all weights, in the form that they have, and find the names of the classes."""
         if checkpoint is not None:
             fill_for_inference(model, checkpoint, str(self._weights))
-            meta = find_meta(checkpoint).get('dataset_meta') or {}
-            names = find_names(model, meta, find_test_dataset(cfg), str(self._weights))
+            names = find_names(model, find_classes(checkpoint), find_test_dataset(cfg),
+                               str(self._weights))
             # mmdet takes COCO's where there are none.
             count = max((head.num_classes for head in find_heads(model)), default=0)
-            names = names or tuple(f'class {label}' for label in range(count))
-            checkpoint = dict(meta=dict(dataset_meta=dict(meta, classes=names)),
-                              state_dict=model.state_dict())
+            meta = dict(find_meta(checkpoint).get('dataset_meta') or {},
+                        classes=names or tuple(f'class {label}' for label in range(count)))
+            checkpoint = dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict())
         super()._load_weights_to_model(model, checkpoint, cfg)
 
     def _init_pipeline(self, cfg: Config) -> Compose:
