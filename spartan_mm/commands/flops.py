@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Count, and print what was counted."""
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, args.config)
     counts = [count_model(args.config, args.size)]
     if args.deploy and counts[0].form != DEPLOY_FORM:
         counts.append(count_model(args.config, args.size, deploy=True))

@@ -35,7 +35,7 @@ def run(args: Namespace) -> None:
     from ..analysis.report.report import make_report
     from ..analysis.report.work_dir import Run, find_predictions, make_predictions
     out = args.out or args.work_dir / 'report.html'
-    check_writable(out)
+    check_writable(out, *filter(None, [args.predictions]))
     run = Run(args.work_dir)
     predictions = args.predictions
     if args.test and predictions is None and not find_predictions(run):
