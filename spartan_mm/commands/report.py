@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..files import check_writable, write_whole
+from ..text import printable
 from .arguments import add_images, add_score_thr
 
 
@@ -44,5 +45,5 @@ def run(args: Namespace) -> None:
     with Console(stderr=True).status('') as status:
         page = report.render(lambda title: status.update(f'{title} ...'))
     with write_whole(out) as file:
-        file.write(page.encode())
-    print(f'{out} ({len(page) / 1e6:.1f} MB)')
+        file.write(page.encode(errors='backslashreplace'))
+    print(printable(f'{out} ({len(page) / 1e6:.1f} MB)'))

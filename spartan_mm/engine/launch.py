@@ -5,6 +5,7 @@ A function that takes a config, ``cfg``, and returns nothing changes it in place
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -288,6 +289,8 @@ def build_runner(cfg: Config) -> Runner:
         cfg.model = without_pretrained(cfg.model)
     _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    for handler in runner.logger.handlers:
+        handler.addFilter(_make_printable)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.
@@ -353,6 +356,13 @@ def _add_hook(cfg: Config, **settings: Any) -> None:
 def _check_exists(checkpoint: str) -> None:
     if '://' not in checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f'checkpoint {checkpoint} does not exist')
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escape what would steer a terminal in a line of the log; tables keep their lines."""
+    record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
+    record.args = ()
+    return True
 
 
 def _check_work_dir(cfg: Config) -> None:
