@@ -159,11 +159,15 @@ def test_results_without_a_place_end_in_a_line(command, deeper, folder, capsys):
 @pytest.mark.parametrize('words', [
     'convert x.pth x.pth --to spartan', 'deploy config.py x.pth x.pth',
     'deploy config.py x.pth ./folder/../link.pth', 'flops config.py --json config.py',
-    'benchmark config.py --json config.py', 'test config.py x.pkl --out x.pkl'])
+    'benchmark config.py --json config.py', 'test config.py x.pkl --out x.pkl',
+    'report . --predictions x.pkl --out link.pth', 'publish p.pth p'])
 def test_results_do_not_overwrite_what_is_read(words, folder, capsys):
     (folder / 'folder').mkdir()
     (folder / 'link.pth').symlink_to('x.pth')
     (folder / 'x.pkl').symlink_to('x.pth')
+    if 'publish' in words:
+        cli.main('publish x.pth p --config config.py'.split())
+        words = words.replace('p.pth', next(folder.glob('p-*.pth')).name)
     before = (folder / 'x.pth').read_bytes()
     with pytest.raises(SystemExit, match='cannot be written: it is what is read; name another'):
         cli.main(words.split())

@@ -65,7 +65,8 @@ class ClassCountCheckHook(Hook):
                     head, classes, loader, _describe(dataset),
                     isinstance(getattr(preprocessor, 'num_classes', None), int)))
         if classes is not None and split != 'train':
-            _limit_topk(getattr(runner, f'{split}_loop').evaluator.metrics, len(classes))
+            evaluator = getattr(getattr(runner, f'{split}_loop', None), 'evaluator', None)
+            _limit_topk(getattr(evaluator, 'metrics', ()), len(classes))
         return classes
 
 
