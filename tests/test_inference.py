@@ -14,6 +14,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
+from spartan_mm import cli
+from spartan_mm.commands import infer as command
 from spartan_mm.datasets.images import take_image
 from spartan_mm.errors import CheckpointError
 from spartan_mm.files import UnwritableError
@@ -232,6 +234,27 @@ class TestImages:
         assert best['score'] == pytest.approx(found.scores[0], abs=1e-4)
         assert best['class_name'] == ('box', 'ball')[best['label']]
 
+    @pytest.mark.parametrize('moment', ['detecting', 'writing a picture', 'writing results.json'])
+    def test_ctrl_c(self, detector, pictures, tmp_path, monkeypatch, capsys, moment):
+        """One line; what is written is whole."""
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, 'load_model', lambda *args: detector)
+        if moment == 'detecting':
+            monkeypatch.setattr(detector, 'detect', interrupt)
+        elif moment == 'writing a picture':
+            monkeypatch.setattr(os, 'replace', interrupt)
+        else:
+            monkeypatch.setattr(os, 'fsync', interrupt)
+        out = tmp_path / 'out'
+        assert cli.main(['infer', str(pictures), 'x', '--device', 'cpu', '--out-dir',
+                         str(out)]) == 130
+        assert capsys.readouterr().err == 'stopped by Ctrl-C\n'
+        left = [path for path in out.rglob('*') if path.is_file()]
+        assert len(left) == (4 if moment == 'writing results.json' else 0)
+        assert all(read_picture(path) is not None for path in left)
+
     def test_earlier_results_are_no_input(self, pictures):
         out = pictures / 'out'
         out.mkdir()
@@ -441,6 +464,12 @@ class TestDetInferencer:
         (tmp_path / 'file').touch()
         with pytest.raises(UnwritableError, match='file is a file, not a folder'):
             inferencer(BGR, out_dir=tmp_path / place)
+
+    def test_results_do_not_overwrite_their_input(self, inferencer, user_project, tmp_path):
+        shutil.copytree(user_project / 'pictures', tmp_path / 'out' / 'vis')
+        for inputs in (tmp_path / 'out' / 'vis', str(tmp_path / 'out' / 'vis' / '1.png')):
+            with pytest.raises(UnwritableError, match='it is what is read'):
+                inferencer(inputs, out_dir=tmp_path / 'out')
 
     def test_names(self, inferencer, user_project, checkpoint, tmp_path):
         from spartan_mm.detection import DetInferencer

@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Infer, and say what was found."""
     source = find_source(args.input, args.out_dir)
-    check_writable(args.out_dir / 'results.json')
+    check_writable(args.out_dir / 'results.json', args.config)
     model = load_model(args.config, args.checkpoint, choose_device(args.device))
     report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
 

@@ -38,7 +38,7 @@ class DetInferencer(MMDetInferencer):
         CheckpointError: It cannot be read, is of another architecture, or names more or fewer
             classes than the model has.
         InputError: What it is called with is no image.
-        UnwritableError: `out_dir` is no folder.
+        UnwritableError: `out_dir` is no folder, or a picture would replace what it is made of.
         UnknownModelError: Neither this package nor mmdet has a model of this name.
 
     Examples:
@@ -50,6 +50,7 @@ class DetInferencer(MMDetInferencer):
                  ) -> dict[str, Any]:
         """Detect, as mmdet's own."""
         self.failures: dict[str, str] = {}
+        self._pictures = Path(out_dir, 'vis') if out_dir else None
         if out_dir:
             for folder in ('vis', 'preds'):
                 check_writable(Path(out_dir, folder, 'any'))
@@ -114,6 +115,9 @@ class DetInferencer(MMDetInferencer):
         self._from_folder = folder
         if folder and not inputs:
             raise InputError('the folder holds no images')
+        for value in inputs if self._pictures else ():
+            if isinstance(value, str | os.PathLike):
+                check_writable(self._pictures / Path(value).name, value)
         return [str(value) if isinstance(value, str | os.PathLike) else take_image(value)
                 for value in inputs]
 
