@@ -161,7 +161,7 @@ def add_images(parser: ArgumentParser, default: int | None, help: str, *older: s
 def add_size(parser: ArgumentParser, default: tuple[int, ...] | None, help: str,
              *older: str) -> None:
     """Add ``--size``, a side or height and width; `older` names of the flag go on to work."""
-    parser.add_argument('--size', *older, type=positive, nargs='+', action=_Size, default=default,
+    parser.add_argument('--size', *older, type=_sides, nargs='+', action=_Size, default=default,
                         metavar=('H', 'W'), help=help)
 
 
@@ -214,10 +214,16 @@ def read_results(args: argparse.Namespace, first: str) -> tuple[Any, bool]:
     return results, isinstance(results, DetectorResults)
 
 
+def _sides(text: str) -> list[int]:
+    """Read a side, or HxW."""
+    return [*map(positive, text.split('x'))]
+
+
 class _Size(argparse.Action):
     """Height and width, of one number or two."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        values = sum(values, [])
         if len(values) > 2:
             parser.error(f'{option_string} takes a side, or a height and a width, not '
                          f'{len(values)} numbers')

@@ -7,6 +7,7 @@ For several processes, see tools/dist_test.sh; a wheel has it in spartan_mm/.mim
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
+from ..files import check_writable
 from .arguments import add_config, add_run
 
 
@@ -30,14 +31,13 @@ def run(args: Namespace) -> None:
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
     from ..engine.hooks import StrictCheckpointHook
-    from ..files import check_writable
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
     if args.show or args.show_dir:
         launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
     if args.out:
-        check_writable(args.out)
+        check_writable(args.out, args.config, args.checkpoint)
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.

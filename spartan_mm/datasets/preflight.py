@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from ..text import count
+from ..text import count, printable
 from .check import Content, check_content, read_built
 from .classes import find_parts, name_dataset
 from .data_errors import DataError, Finding
@@ -78,7 +78,7 @@ class PreflightHook(Hook):
 
     @staticmethod
     def _log(split: str, name: str, content: Content, findings: list[Finding]) -> None:
-        print_log(f'{split} data, {name}: {len(content.infos)} images, '
+        print_log(f'{split} data, {printable(name)}: {len(content.infos)} images, '
                   f'{content.count_objects().sum()} labels of {len(content.classes)} classes',
                   'current')
         for finding in findings:
