@@ -29,6 +29,12 @@ def add_config(parser: ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def add_any_model(parser: ArgumentParser, name: str = 'config', **options) -> None:
+    """Add CONFIG, a model of anybody's; of several, `name` is another."""
+    from ..analysis.models import NAMES
+    parser.add_argument(name, metavar=name.rstrip('s').upper(), help=f'a model: {NAMES}', **options)
+
+
 def add_cfg_options(parser: ArgumentParser) -> None:
     """Add ``--cfg-options``."""
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',

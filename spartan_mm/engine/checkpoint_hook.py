@@ -88,7 +88,7 @@ class ResumableCheckpointHook(CheckpointHook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Hand the loop what it needs to go on."""
         if runner._resume and isinstance(runner.train_loop, ResumableTrainLoop):
-            runner.train_loop.resume_from(checkpoint.get('resume'))
+            runner.train_loop.resumed = checkpoint.get('resume')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Add what the loop needs to go on, except to a best checkpoint."""

@@ -14,12 +14,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .random_state import own_random_numbers
 
-# What a DataLoader is made of besides the dataset and the order; not all versions of torch have
-# all of it.
-_LOADER_SETTINGS = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn',
-                    'multiprocessing_context', 'generator', 'prefetch_factor', 'persistent_workers',
-                    'pin_memory_device', 'in_order')
-
 # Index of an item, and its place: epoch, batch and position in the batch, all from 0.
 PlacedIndex = tuple[int, tuple[int, int, int]]
 
@@ -29,20 +23,15 @@ class PlacedBatches:
 
     Args:
         batch_sampler: The batch sampler; attributes not found here are looked up in it.
+
+    Attributes:
+        epoch: The epoch that the next iteration is of, from 0.
+        first: Number of its batches to leave out.
     """
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
         self.epoch = self.first = 0
-
-    def start(self, epoch: int, first: int = 0) -> None:
-        """Say where the next iteration begins.
-
-        Args:
-            epoch: The epoch, from 0.
-            first: Number of batches of the epoch to leave out.
-        """
-        self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[list[PlacedIndex]]:
         """Iterate over the rest of the epoch."""
@@ -95,35 +84,25 @@ class PlacedDataset(Dataset):
         setattr(self.dataset, name, value)
 
 
-def place_batches(loader: DataLoader, seed: int) -> DataLoader:
-    """Make a data loader whose batches can be repeated from any batch of any epoch on.
+def place_batches(loader: DataLoader, seed: int) -> None:
+    """Let the batches of a data loader be repeated from any batch of any epoch on.
 
-    Its batch sampler is a :class:`PlacedBatches`, its dataset a :class:`PlacedDataset`.
+    Its batch sampler becomes a :class:`PlacedBatches`, its dataset a :class:`PlacedDataset`. One
+    without an order that could be repeated (an iterable dataset, no batches) stays as it is.
 
     Args:
-        loader: A data loader that has not been used yet.
+        loader: A data loader that has not been used yet, changed in place.
         seed: Seed of the run.
-
-    Returns:
-        The new data loader; the same one if it has no order that could be repeated: one of an
-        iterable dataset, or without batches.
     """
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        return loader
+        return
     keep_apart(loader)
-    settings = {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
-    placed = DataLoader(PlacedDataset(loader.dataset, seed, get_rank()),
-                        batch_sampler=PlacedBatches(loader.batch_sampler), **settings)
-    # Hooks look for the sampler here, to tell it the epoch.
-    vars(placed)['sampler'] = loader.sampler
-    return placed
+    # Behind the back of a check: torch would have both set from the beginning.
+    vars(loader).update(dataset=PlacedDataset(loader.dataset, seed, get_rank()),
+                        batch_sampler=PlacedBatches(loader.batch_sampler))
 
 
 def keep_apart(loader: DataLoader) -> None:
-    """Let a data loader draw no numbers of the training's, as it does when its workers start.
-
-    Args:
-        loader: A data loader that has not been used yet.
-    """
+    """Let a data loader draw no numbers of the training's, as it does when its workers start."""
     if loader.generator is None:
         loader.generator = torch.Generator()

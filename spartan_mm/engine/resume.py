@@ -4,9 +4,9 @@ import logging
 import random
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine import dist
@@ -20,20 +20,14 @@ from torch import nn
 from ..errors import CheckpointError
 from ..text import first_line
 from .data_order import PlacedBatches, keep_apart, place_batches
-from .random_state import get_random_state, pack_state, set_random_state, unpack_state
+from .random_state import get_random_state, read_state, set_random_state
 
 #: What checkpoints to resume from are called; the best ones have no optimizer and do not count.
-CHECKPOINT_NAME = re.compile(r'(epoch_\d+|iter_\d+|epoch_\d+_iter_\d+)\.pth')
+CHECKPOINT_NAME = re.compile(r'(epoch|iter)_\d+(_iter_\d+)?\.pth')
 
 
-@dataclass
-class Resumable:
-    """A checkpoint to go on from.
-
-    Attributes:
-        path: The file, or its address on another storage.
-        seed: Seed of the run that wrote it; None if it does not say.
-    """
+class Resumable(NamedTuple):
+    """A checkpoint to go on from: its file or address, and the seed of its run if it says."""
 
     path: str
     seed: int | None
@@ -64,13 +58,10 @@ def find_resumable(work_dir: str | Path) -> Resumable | None:
         return read_resumable(named)
     if named:
         # Folders get moved with all that is in them.
-        latest = next((path for path in (work_dir / Path(named).name, Path(named))
-                       if path.is_file()), None)
-        if latest is None:
-            print_log(f'checkpoint {named}, the latest according to {pointer}, is gone', 'current',
-                      logging.WARNING)
-        else:
-            candidates = [latest, *(path for path in candidates if path != latest)]
+        latest = [path for path in (work_dir / Path(named).name, Path(named)) if path.is_file()]
+        if not latest:
+            _warn(f'checkpoint {named}, the latest according to {pointer}, is gone')
+        candidates = [*dict.fromkeys(latest[:1] + candidates)]
 
     problems = []
     for path in candidates:
@@ -78,11 +69,11 @@ def find_resumable(work_dir: str | Path) -> Resumable | None:
             resumable = read_resumable(path)
         except CheckpointError as error:
             problems.append(str(error))
-            print_log(str(error), 'current', logging.WARNING)
-            continue
-        if problems:
-            print_log(f'going on from the one before, {path}', 'current', logging.WARNING)
-        return resumable
+            _warn(problems[-1])
+        else:
+            if problems:
+                _warn(f'going on from the one before, {path}')
+            return resumable
     if problems:
         raise CheckpointError(f'none of the {len(problems)} checkpoints in {work_dir} can be '
                               f'resumed from: {"; ".join(problems)}. Start anew in another '
@@ -105,8 +96,7 @@ def read_resumable(path: str | Path) -> Resumable:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise CheckpointError(f'checkpoint {path} is damaged: the checksum of {damaged} '
-                                      'is wrong')
+                raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
         checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
     except CheckpointError:
         raise
@@ -135,13 +125,18 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         dataloader: The training batches, a data loader or its settings.
         max_epochs: Number of epochs.
         kwargs: Further arguments of mmengine's loop.
+
+    Attributes:
+        resumed: What :meth:`collect_state` returned, to go on from when the loop is run; the runner
+            sets epoch, iteration and weights.
+        validated: Whether the validation behind the epoch before is done.
     """
 
     def __init__(self, runner: Runner, dataloader: Any, max_epochs: int, **kwargs: Any) -> None:
         super().__init__(runner, dataloader, max_epochs, **kwargs)
-        self.dataloader = place_batches(self.dataloader, runner.seed)
+        place_batches(self.dataloader, runner.seed)
         self.validated = False
-        self._resumed: dict[str, Any] | None = None
+        self.resumed: dict[str, Any] | None = None
 
     def collect_state(self, batches_done: int = 0) -> dict[str, Any]:
         """Collect what a checkpoint needs besides what mmengine writes. All ranks have to call it.
@@ -150,61 +145,49 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             batches_done: Number of batches of the current epoch that were trained on; 0 behind an
                 epoch.
         """
-        return dict(
-            batches_done=batches_done,
-            batches_in_epoch=len(self.dataloader),
-            validated=self.validated,
-            ranks=_share_equal_buffers(dist.all_gather_object(_collect_rank_state(self.runner))),
-        )
-
-    def resume_from(self, state: dict[str, Any] | None) -> None:
-        """Go on from a state when the loop is run; the runner sets epoch, iteration and weights.
-
-        Args:
-            state: What :meth:`collect_state` returned; None if the checkpoint has none.
-        """
-        if state is None:
-            print_log('the checkpoint does not say where in the epoch and with which random '
-                      'numbers to go on: the training goes on, but with other numbers',
-                      'current', logging.WARNING)
-        self._resumed = state
+        ranks = dist.all_gather_object(_collect_rank_state(self.runner))
+        first = ranks[0]['buffers']
+        for state in ranks:
+            # The weights contain those of the first.
+            if all(torch.equal(value, first[name]) for name, value in state['buffers'].items()):
+                state['buffers'] = None
+        return dict(batches_done=batches_done, batches_in_epoch=len(self.dataloader),
+                    validated=self.validated, ranks=ranks)
 
     def run(self) -> nn.Module:
         """Train."""
         self.runner.call_hook('before_train')
         if self.runner.val_loop is not None:
             keep_apart(self.runner.val_dataloader)
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            self._check_agreement(resumed)
-        first = resumed['batches_done'] if resumed else 0
-        if resumed and not first:
-            _restore_rank_state(self.runner, resumed['ranks'])
+        first, ranks = self._find_place()
+        if ranks and not first:
+            _restore_rank_state(self.runner, ranks)
             self._decide_current_val_interval()
-            if not resumed['validated']:
+            if not self.validated:
                 self._validate()
         while self._epoch < self._max_epochs and not self.stop_training:
-            self.run_epoch(first, resumed['ranks'] if first else None)
+            self.run_epoch(first, ranks)
             first = 0
             self._decide_current_val_interval()
             self._validate()
         self.runner.call_hook('after_train')
         return self.runner.model
 
-    def run_epoch(self, first: int = 0, ranks: list[dict] | None = None) -> None:
+    def run_epoch(self, first: int = 0, ranks: Sequence[dict[str, Any]] = ()) -> None:
         """Train for an epoch, or the rest of one.
 
         Args:
             first: Number of batches to leave out.
-            ranks: Each rank's state to go on from.
+            ranks: Each rank's state behind them.
         """
         self.validated = False
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        if isinstance(self.dataloader.batch_sampler, PlacedBatches):
-            self.dataloader.batch_sampler.start(self._epoch, first)
+        order = self.dataloader.batch_sampler
+        if isinstance(order, PlacedBatches):
+            order.epoch, order.first = self._epoch, first
         batches = iter(self.dataloader)
-        if ranks is not None:
+        if first:
             # After all that draws random numbers at the beginning of an epoch.
             _restore_rank_state(self.runner, ranks)
         for index, batch in enumerate(batches, first):
@@ -219,22 +202,30 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             self.runner.val_loop.run()
         self.validated = True
 
-    def _check_agreement(self, resumed: dict[str, Any]) -> None:
-        """Look whether this run is like the one that wrote the checkpoint."""
+    def _find_place(self) -> tuple[int, Sequence[dict[str, Any]]]:
+        """Find the batch of the epoch to go on with, and each rank's state if there is one."""
+        resumed, self.resumed = self.resumed, None
+        if resumed is None:
+            if self._iter:
+                _warn('the checkpoint does not say where in the epoch and with which random '
+                      'numbers to go on: the training goes on, but with other numbers')
+            return 0, ()
         if len({*dist.all_gather_object((self._epoch, self._iter))}) > 1:
             raise CheckpointError('the processes found different checkpoints to resume from; name '
                                   'one that all can read: --resume CHECKPOINT')
-        before = len(resumed['ranks']), resumed['batches_in_epoch']
+        first, ranks, self.validated = (resumed[key] for key in ('batches_done', 'ranks',
+                                                                 'validated'))
+        before = len(ranks), resumed['batches_in_epoch']
         now = dist.get_world_size(), len(self.dataloader)
-        if before == now:
-            return
-        message = (f'the checkpoint is of a run with {before[0]} processes and {before[1]} batches '
-                   f'an epoch, this one has {now[0]} and {now[1]}: the training goes on, but with '
-                   'other numbers')
-        if resumed['batches_done']:
-            message += f', and from the beginning of epoch {self._epoch + 1}'
-            resumed.update(batches_done=0, validated=True)
-        print_log(message, 'current', logging.WARNING)
+        if before != now:
+            message = (f'the checkpoint is of a run with {before[0]} processes and {before[1]} '
+                       f'batches an epoch, this one has {now[0]} and {now[1]}: the training goes '
+                       'on, but with other numbers')
+            if first:
+                message += f', and from the beginning of epoch {self._epoch + 1}'
+                first, self.validated = 0, True
+            _warn(message)
+        return first, ranks
 
 
 def _collect_rank_state(runner: Runner) -> dict[str, Any]:
@@ -245,7 +236,7 @@ def _collect_rank_state(runner: Runner) -> dict[str, Any]:
     model = _unwrap(runner.model)
     state = get_random_state()
     # Of generators that modules have of their own.
-    state['modules'] = {f'{name}.{attribute}': pack_state(value.getstate())
+    state['modules'] = {f'{name}.{attribute}': value.getstate()
                         for name, module in model.named_modules()
                         for attribute, value in vars(module).items()
                         if isinstance(value, random.Random)}
@@ -257,22 +248,22 @@ def _collect_rank_state(runner: Runner) -> dict[str, Any]:
     return state
 
 
-def _restore_rank_state(runner: Runner, ranks: list[dict[str, Any]]) -> None:
+def _restore_rank_state(runner: Runner, ranks: Sequence[dict[str, Any]]) -> None:
     """Put back what :func:`_collect_rank_state` collected; nothing for a rank there was not."""
     rank = dist.get_rank()
     if rank >= len(ranks):
         return
     state, model = ranks[rank], _unwrap(runner.model)
-    buffers, parameters = _buffers(runner), dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in (state['buffers'] or {}).items():
-            buffers[name].copy_(value)
+    buffers = _buffers(runner)
+    for name, value in (state['buffers'] or {}).items():
+        buffers[name].data.copy_(value)
     for name, gradient in state.get('gradients', {}).items():
-        parameters[name].grad = gradient.to(parameters[name])
-    for place, packed in state['modules'].items():
+        parameter = model.get_parameter(name)
+        parameter.grad = gradient.to(parameter)
+    for place, kept in state['modules'].items():
         name, _, attribute = place.rpartition('.')
         generator = random.Random()
-        generator.setstate(unpack_state(packed))
+        generator.setstate(read_state(kept))
         setattr(model.get_submodule(name), attribute, generator)
     set_random_state(state)
 
@@ -286,14 +277,9 @@ def _buffers(runner: Runner) -> dict[str, torch.Tensor]:
             for name, value in model.named_buffers()}
 
 
-def _share_equal_buffers(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out the buffers of ranks that have the first one's, which the weights contain."""
-    first = ranks[0]['buffers']
-    for state in ranks:
-        if all(torch.equal(value, first[name]) for name, value in state['buffers'].items()):
-            state['buffers'] = None
-    return ranks
-
-
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
+
+
+def _warn(message: str) -> None:
+    print_log(message, 'current', logging.WARNING)

@@ -37,12 +37,14 @@ def make_loader(seed=3, workers=0, batch_sampler=False, **settings):
     sampler = DefaultSampler(dataset, shuffle=True, seed=0)
     order = (dict(batch_sampler=BatchSampler(sampler, 2, False)) if batch_sampler else
              dict(sampler=sampler, batch_size=2))
-    return place_batches(DataLoader(dataset, num_workers=workers, **order, **settings), seed)
+    loader = DataLoader(dataset, num_workers=workers, **order, **settings)
+    place_batches(loader, seed)
+    return loader
 
 
 def read(loader, epoch=0, first=0):
     loader.sampler.set_epoch(epoch) if hasattr(loader.sampler, 'set_epoch') else None
-    loader.batch_sampler.start(epoch, first)
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, first
     return list(loader)
 
 
@@ -112,4 +114,6 @@ def test_the_dataset_is_reached_through_the_loader():
 
 @pytest.mark.parametrize('loader', [DataLoader(Endless()), DataLoader(Drawing(), batch_size=None)])
 def test_loaders_without_an_order_stay(loader):
-    assert place_batches(loader, 0) is loader
+    dataset, order = loader.dataset, loader.batch_sampler
+    place_batches(loader, 0)
+    assert (loader.dataset, loader.batch_sampler) == (dataset, order)

@@ -456,13 +456,14 @@ class Soak:
         script: ``tools/train.py``.
         root: folder for everything.
         seed: seed of the moments.
+        epochs: number of epochs of each training.
     """
 
-    def __init__(self, script: Path, root: Path, seed: int = 0) -> None:
+    def __init__(self, script: Path, root: Path, seed: int = 0, epochs: int = 3) -> None:
         self.script = script
         self.root = root
         self.random = random.Random(seed)
-        self.configs = make_project(root / 'project')
+        self.configs = make_project(root / 'project', epochs=epochs)
         self.duration: dict[str, float] = {}
 
     def train(self, task: str, work_dir: Path, prepare: Callable[[int], None] | None = None,
