@@ -27,9 +27,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from ..datasets.evaluators import check_evaluator
     from ..engine import launch
     from ..engine.checkpoint import StrictCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    check_evaluator(cfg, 'test')
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
     if args.show or args.show_dir:

@@ -29,6 +29,7 @@ from .data_errors import (
     name_culprits,
     show,
 )
+from .evaluators import find_evaluator_faults
 from .images import MISSING_REMEDY, describe_image, load_image
 
 SPLITS = ('train', 'val', 'test')
@@ -150,6 +151,11 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = Fal
             report.findings += _check_model(cfg, report)
             report.findings += _check_evaluator(cfg, split, dataset)
             reports.append(report)
+        for split in splits:
+            report = next((report for report in reports if report.split == split), None)
+            if report is not None:
+                report.findings += [Finding('error', 'evaluator', message)
+                                    for message in find_evaluator_faults(cfg, split)]
     _compare(reports)
     return reports
 
@@ -426,6 +432,10 @@ def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Ite
     evaluators = cfg.get(f'{split}_evaluator') or ()
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         theirs = evaluator.get('ann_file')
+        if theirs and not evaluator.get('backend_args') and not os.path.isfile(theirs):
+            yield Finding('error', 'missing file',
+                          f'{split}_evaluator: there is no annotation file {theirs}')
+            continue
         own = dataset.get('ann_file')
         if not theirs or not own:
             continue
