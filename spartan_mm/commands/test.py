@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     from ..datasets.evaluators import check_evaluator
     from ..engine import launch
-    from ..engine.checkpoint import StrictCheckpointHook
+    from ..engine.hooks import StrictCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     check_evaluator(cfg, 'test')
     launch.load_weights(cfg, args.checkpoint)

@@ -23,7 +23,7 @@ from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
 from ..model_index import find_config
-from ..text import count
+from ..text import count, printable
 from ..weights.initialize import without_pretrained
 from .resume import find_resumable, read_resumable
 from .signals import Interrupted
@@ -129,9 +129,6 @@ def use_compile(cfg: Config, mode: str | None = None) -> None:
 
     A config asks for it with ``compile=True``, a mode, or a dict of torch.compile's options.
 
-    NOTE: mmengine would compile the whole training step, data samples, matching and optimizer
-    included, and break it up in a hundred pieces.
-
     Args:
         mode: A mode of torch.compile; None for what the config says.
     """
@@ -171,21 +168,15 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
     loop = dict(cfg.get('train_cfg') or {})
     if loop.get('type') == 'EpochBasedTrainLoop' or loop.pop('by_epoch', False):
         cfg.train_cfg = dict(loop, type='ResumableTrainLoop')
-
-    hooks = dict(cfg.get('default_hooks') or {})
-    # mmengine adds one where there is none; None is for a training without checkpoints.
-    checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
-    replaced = checkpoint is not None and checkpoint['type'] == 'CheckpointHook'
-    if replaced:
-        checkpoint = dict(checkpoint, type='ResumableCheckpointHook')
+    checkpoint = _replace_hook(cfg, 'checkpoint', 'ResumableCheckpointHook',
+                               type='CheckpointHook', interval=1)
     if every_iters is not None:
         if every_iters < 1:
             raise UsageError(f'--save-every {every_iters}: must be at least 1')
-        if checkpoint is None or checkpoint['type'] != 'ResumableCheckpointHook':
+        if checkpoint is None or checkpoint.type != 'ResumableCheckpointHook':
             raise UsageError('--save-every needs default_hooks.checkpoint.type=CheckpointHook in '
                              'the config')
-        checkpoint = dict(checkpoint, every_iters=every_iters)
-    cfg.default_hooks = dict(hooks, checkpoint=checkpoint)
+        checkpoint.every_iters = every_iters
     _add_hook(cfg, type='LeaveOnSignalHook')
 
 
@@ -243,12 +234,9 @@ def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = F
         seed: Seed of Python's, NumPy's and torch's generators; None for the config's.
         deterministic: Whether torch uses deterministic algorithms wherever it has them.
     """
-    randomness = dict(cfg.get('randomness', dict(seed=None)))
-    if seed is not None:
-        randomness['seed'] = seed
-    if deterministic:
-        randomness['deterministic'] = True
-    cfg.randomness = randomness
+    settings = dict(seed=seed, deterministic=deterministic or None)
+    cfg.randomness = dict(seed=None) | dict(cfg.get('randomness') or {}) | {
+        name: value for name, value in settings.items() if value is not None}
 
 
 def keep_predictions(cfg: Config, path: str) -> None:
@@ -296,11 +284,7 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('load_from'):
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
-    hooks = dict(cfg.get('default_hooks') or {})
-    # mmengine adds one where there is none; None is for a run without logs.
-    logger = hooks.get('logger', dict(type='LoggerHook'))
-    if logger is not None and logger['type'] == 'LoggerHook':
-        cfg.default_hooks = dict(hooks, logger=dict(logger, type='OneWriterLoggerHook'))
+    _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
@@ -322,14 +306,16 @@ def reporting(*explained: type[Exception]) -> Iterator[None]:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
-    except (FileNotFoundError, ExplainedError, *explained) as error:
+    except ExplainedError as error:
         _leave(f'error: {error}', 1)
+    except (FileNotFoundError, *explained) as error:
+        _leave(f'error: {printable(error)}', 1)
     except Exception as error:
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
         _leave(f'error: process {dist.get_rank()} of {dist.get_world_size()} failed: '
-               f'{type(error).__name__}: {error}', 1)
+               f'{type(error).__name__}: {printable(error)}', 1)
     else:
         if dist.is_distributed():
             torch.distributed.destroy_process_group()
@@ -338,13 +324,22 @@ def reporting(*explained: type[Exception]) -> Iterator[None]:
 def _leave(message: str, status: int) -> None:
     if dist.get_world_size() == 1 and status == 1:
         sys.exit(message)
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
     if dist.get_world_size() == 1:
         sys.exit(status)
     # Leaving the process group in order could wait for the others, which wait for this process.
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
+
+
+def _replace_hook(cfg: Config, role: str, ours: str, **default: Any) -> dict[str, Any] | None:
+    """Replace mmengine's hook for a role, which it adds by default; return what there is now."""
+    hooks = {role: default, **(cfg.get('default_hooks') or {})}
+    # None is for a run without.
+    if hooks[role] is not None and hooks[role]['type'] == default['type']:
+        hooks[role] = dict(hooks[role], type=ours)
+    cfg.default_hooks = hooks
+    return cfg.default_hooks[role]
 
 
 def _add_hook(cfg: Config, **settings: Any) -> None:

@@ -556,13 +556,14 @@ def test_published_weights(name, logits, boxes):
 
     from PIL import Image
 
-    from spartan_mm.weights.converters.common import load_checkpoint, pick_state_dict
+    from spartan_mm.weights.loading import find_state_dict
+    from spartan_mm.weights.safe_load import read_foreign
     weights, picture = os.environ.get(f'RTDETR_{name}'), os.environ.get('COCO_39769')
     if not (weights and picture):
         pytest.skip(f'needs the official weights (RTDETR_{name}=FILE) and the picture '
                     '(COCO_39769=FILE), which are not shipped')
     state_dict, settings = convert_rtdetr(
-        pick_state_dict(load_checkpoint(weights), ('ema.module', 'model')))
+        find_state_dict(read_foreign(weights), weights, ('ema.module', 'model')))
     model = MODELS.build(dict(
         type='RTDETR', backbone=settings['backbone'], decoder=settings['decoder'],
         neck=dict(type='HybridEncoder', **settings['neck']),

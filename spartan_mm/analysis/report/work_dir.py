@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ...engine import launch
-from ...engine.checkpoint import StrictCheckpointHook
+from ...engine.hooks import StrictCheckpointHook
 from ...errors import UsageError
 from .curves import RunLog, find_log, read_log
 
