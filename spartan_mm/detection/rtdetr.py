@@ -277,6 +277,10 @@ class RTDETR(DetectionTransformer):
         """
         if self.training:
             _check_samples(batch_inputs, batch_data_samples)
+        if torch.jit.is_tracing():
+            # NOTE: A trace holds for the size that it was made at, which decides the anchors; this
+            # step fails at any other instead of giving wrong boxes. torch.export takes all sizes.
+            batch_inputs = batch_inputs.expand(-1, *map(int, batch_inputs.shape[1:]))
         return super()._forward(batch_inputs, batch_data_samples)
 
     def infer(self, batch_inputs: Tensor) -> tuple[Tensor, Tensor]:

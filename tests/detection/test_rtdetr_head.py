@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from spartan_mm.detection import rtdetr_head
 from spartan_mm.detection.denoising import DenoisingQueries
-from spartan_mm.detection.targets import gather_targets
+from spartan_mm.detection.targets import draw_targets, gather_targets
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 OURS = {'vfl': 'cls', 'bbox': 'bbox', 'giou': 'iou'}
@@ -160,6 +160,24 @@ def test_divisor_has_the_joint_objects_and_the_own_groups(head, make_samples, mo
     monkeypatch.setattr(rtdetr_head, 'reduce_mean', lambda count: (count + 7) / 2)
     assert_close(head.loss_by_feat(*outputs, part(2, 3, targets), targets),
                  {name: value * 3 / 5 for name, value in alone.items()})
+
+
+def test_a_subset_of_the_objects_has_the_same_mean(head, make_samples):
+    """Of equal objects with equal predictions, a part gives the losses of all."""
+    samples = make_samples([6])
+    truth = samples[0].gt_instances
+    truth.labels, truth.bboxes = truth.labels[:1].repeat(6), truth.bboxes[:1].repeat(6, 1)
+    targets = gather_targets(samples)
+    logits, boxes, *encoded = random_outputs(1, 1, 7)
+    losses = []
+    for most in (6, 2):
+        noised = draw_targets(targets, most)
+        layers = [[x[:, :1].expand(-1, 2 * most, -1) for x in of_layers]
+                  for of_layers in (logits, boxes)]
+        layers = [[torch.cat([x, own[:, 1:]], 1) for x, own in zip(xs, owns, strict=True)]
+                  for xs, owns in zip(layers, (logits, boxes), strict=True)]
+        losses.append(head.loss_by_feat(*layers, *encoded, part(1, most, noised), targets))
+    assert_close(*losses)
 
 
 def test_positives_of_every_group_get_their_object(make_samples):
