@@ -18,6 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
                         help='keep the predictions in a pickle file')
+    parser.add_argument('--tta', action='store_true',
+                        help='predict each image as it is and mirrored, too, and merge both '
+                             '(tta_model and tta_pipeline of the config say it otherwise)')
     parser.add_argument('--show', action='store_true', help='show each picture in a window')
     parser.add_argument('--show-dir', metavar='DIR',
                         help='write pictures with predictions to <work dir>/<time>/DIR')
@@ -28,12 +31,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from ..datasets.evaluators import check_evaluator
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
     from ..engine.hooks import StrictCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    check_evaluator(cfg, 'test')
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
+    if args.tta:
+        launch.use_tta(cfg)
     if args.show or args.show_dir:
         launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
     if args.out:

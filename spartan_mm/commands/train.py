@@ -44,6 +44,7 @@ def run(args: Namespace) -> None:
     from mmengine.device import get_device
 
     from ..backbones.fused import fuse
+    from ..datasets.evaluators import check_evaluator
     from ..datasets.preflight import PreflightHook, check_batches
     from ..engine import launch
     from ..engine.finetune import FineTuneHook
@@ -57,6 +58,7 @@ def run(args: Namespace) -> None:
         launch.scale_learning_rate(cfg)
     launch.set_randomness(cfg, args.seed, args.deterministic)
     launch.make_resumable(cfg, args.save_every)
+    check_evaluator(cfg, 'val')
     if args.resume or cfg.get('resume'):
         launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
     runner = launch.build_runner(cfg, 'train')

@@ -41,6 +41,7 @@ from .data_errors import (
     name_culprits,
     show,
 )
+from .evaluators import find_evaluator_faults
 from .images import (
     MISSING_REMEDY,
     describe_image,
@@ -191,6 +192,11 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS, decode: bool = Fal
             report.findings += _check_model(model, report)
             report.findings += _check_evaluator(cfg, split, dataset)
             reports.append(report)
+        for split in splits:
+            report = next((report for report in reports if report.split == split), None)
+            if report is not None:
+                report.findings += [Finding('error', 'evaluator', message)
+                                    for message in find_evaluator_faults(cfg, split)]
     _compare(reports)
     return reports
 
@@ -538,7 +544,13 @@ def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Ite
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
         own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
-        if not (theirs and isinstance(theirs, str) and own and isinstance(own, str)):
+        if not (theirs and isinstance(theirs, str)):
+            continue
+        if not evaluator.get('backend_args') and not os.path.isfile(theirs):
+            yield Finding('error', 'missing file',
+                          f'{split}_evaluator: there is no annotation file {theirs}')
+            continue
+        if not (own and isinstance(own, str)):
             continue
         own = own if os.path.isabs(own) else os.path.join(dataset.get('data_root') or '', own)
         if os.path.normpath(theirs) != os.path.normpath(own):

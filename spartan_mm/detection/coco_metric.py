@@ -67,6 +67,8 @@ class CheckedCocoMetric(CocoMetric):
                                  'give one of the two.')
             _require_faster()
         super().__init__(**kwargs)
+        # pycocotools compares them with numbers, which a list cannot do.
+        self.iou_thrs = np.atleast_1d(np.asarray(self.iou_thrs, float))
         self.backend = backend
         self.missing_images = missing_images
         self.ann_file = ann_file

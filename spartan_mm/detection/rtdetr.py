@@ -70,6 +70,16 @@ def with_in_channels(neck: dict, backbone: nn.Module) -> dict:
     return dict(neck, in_channels=tuple(published))
 
 
+def _check_samples(images: Tensor, samples: OptSampleList) -> None:
+    """Refuse a batch without ground truth before it changes running statistics."""
+    if samples is None or len(samples) != len(images) or not all(
+            'gt_instances' in sample for sample in samples):
+        found = 'none' if samples is None else f'{len(samples)} for {len(images)} images'
+        raise ValueError('RTDETR in training mode makes queries of the ground truth: it needs a '
+                         f'data sample with gt_instances for each image, and there are {found}; '
+                         'call model.eval() to run it on images alone')
+
+
 DEPLOYED = ('RTDETR is in deploy form, whose folded weights cannot be trained: build it anew from '
             'its config and load the checkpoint of the training')
 
@@ -206,8 +216,6 @@ class RTDETR(DetectionTransformer):
             Arguments of the decoder (query, reference, attn_mask), and, in training, of the loss
             (encoder outputs of the selected tokens, denoising part, ground truth).
 
-        Raises:
-            ValueError: There are no samples in training mode.
         """
         num_queries = min(self.num_queries, tokens.shape[1])
         index = logits.amax(-1).topk(num_queries, dim=1).indices  # (N, Q)
@@ -225,9 +233,6 @@ class RTDETR(DetectionTransformer):
         if not self.training:
             return decoder_inputs, {}
 
-        if batch_data_samples is None:
-            raise ValueError('RTDETR in training mode needs data samples with ground truth to make '
-                             'its queries; call model.eval() to run it on images alone')
         targets = gather_targets(batch_data_samples)
         denoising = self.dn_query_generator(targets, num_queries)
         if denoising is not None:
@@ -250,6 +255,7 @@ class RTDETR(DetectionTransformer):
         """Losses of images (N, 3, H, W), see :meth:`RTDETRHead.loss_by_feat`.
 
         Raises:
+            ValueError: There is not a sample with ground truth for each image.
             RuntimeError: The model is in eval mode, where queries and layers are left out, or in
                 deploy form.
         """
@@ -258,7 +264,24 @@ class RTDETR(DetectionTransformer):
         if not self.training:
             raise RuntimeError("RTDETR computes losses in training mode only; call model.train() "
                                'before forward(mode="loss")')
+        _check_samples(batch_inputs, batch_data_samples)
         return super().loss(batch_inputs, batch_data_samples)
+
+    def _forward(self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
+                 ) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits and boxes, see :meth:`RTDETRHead.forward`; training makes queries of the samples.
+
+        Raises:
+            ValueError: The model is in training mode, and there is not a sample with ground truth
+                for each image.
+        """
+        if self.training:
+            _check_samples(batch_inputs, batch_data_samples)
+        if torch.jit.is_tracing():
+            # NOTE: A trace holds for the size that it was made at, which decides the anchors; this
+            # step fails at any other instead of giving wrong boxes. torch.export takes all sizes.
+            batch_inputs = batch_inputs.expand(-1, *map(int, batch_inputs.shape[1:]))
+        return super()._forward(batch_inputs, batch_data_samples)
 
     def infer(self, batch_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """What `predict` makes its detections of: tensors from tensors, and nothing else.

@@ -130,9 +130,10 @@ class RTDETRHead(BaseModule):
             `loss_cls`, `loss_bbox`, `loss_iou` of the last layer; with the prefix `d0.`, `d1.` ...
             of the layers before it; with `enc_` of the encoder; with `dn_` of the denoising part.
         """
-        # The mean over the ranks, at least 1: the same divisor everywhere.
-        num_objects = torch.full((), float(sum(targets.counts)), device=boxes[0].device)
-        num_objects = reduce_mean(num_objects).clamp(min=1)
+        # The means over the ranks, at least 1: the same divisors everywhere.
+        noised = targets if denoising is None else denoising.targets
+        totals = np.array([sum(targets.counts), sum(noised.counts)], np.float32)
+        num_objects, num_noised = reduce_mean(to_device(totals, boxes[0].device)).clamp(min=1)
 
         # (layers, N, D + Q, ...)
         logits, boxes = torch.stack(logits), torch.stack(boxes).float()
@@ -147,9 +148,9 @@ class RTDETRHead(BaseModule):
         if denoising is not None:
             losses |= self.loss_by_set(
                 logits[:, :, :num_denoising], boxes[:, :, :num_denoising],
-                self.denoising_matches(targets, denoising, len(logits)), targets,
+                self.denoising_matches(denoising, len(logits)), noised,
                 # NOTE: Each rank counts its own groups, on top of the ranks' mean of objects.
-                num_objects * denoising.num_groups,
+                num_noised * denoising.num_groups,
                 {layer: f'{prefix}dn_' for layer, prefix in prefixes.items()})
         return losses
 
@@ -265,12 +266,12 @@ class RTDETRHead(BaseModule):
         return total
 
     @staticmethod
-    def denoising_matches(targets: Targets, denoising: DenoisingQueries,
-                          num_sets: int) -> Matches:
+    def denoising_matches(denoising: DenoisingQueries, num_sets: int) -> Matches:
         """Pair each positive denoising query with the object that it was made from.
 
         Object k of an image is positive k of every group, in all of the `num_sets` sets alike.
         """
+        targets = denoising.targets
         device = targets.image.device
         starts = torch.arange(denoising.num_groups, device=device) * 2 * denoising.num_slots
         query = starts[:, None] + targets.slot  # (groups, G)

@@ -47,9 +47,26 @@ def gather_targets(batch_data_samples: SampleList) -> Targets:
     sizes = [input_shape(sample.metainfo)[::-1] * 2 for sample in batch_data_samples]
     scale = to_device(np.repeat(np.array(sizes, np.float32), counts, axis=0), corners.device)
     image, slot = to_device(
-        np.stack([np.repeat(np.arange(len(counts)), counts),
-                  np.concatenate([np.arange(count) for count in counts])]), corners.device)
+        np.stack([np.repeat(np.arange(len(counts)), counts), _number(counts)]), corners.device)
     return Targets(labels, bbox_xyxy_to_cxcywh(corners / scale), scale, image, slot, counts)
+
+
+def draw_targets(targets: Targets, most: int) -> Targets:
+    """At most so many objects of each image, a random subset where there are more."""
+    if max(targets.counts) <= most:
+        return targets
+    starts = np.cumsum([0, *targets.counts[:-1]])
+    index = to_device(np.concatenate([
+        start + (torch.randperm(count)[:most].numpy() if count > most else np.arange(count))
+        for start, count in zip(starts, targets.counts, strict=True)]), targets.image.device)
+    counts = tuple(min(count, most) for count in targets.counts)
+    slot = to_device(_number(counts), index.device)
+    return Targets(*(values[index] for values in targets[:4]), slot, counts)
+
+
+def _number(counts: tuple[int, ...]) -> np.ndarray:
+    """The number of each object within its image, image after image."""
+    return np.concatenate([np.arange(count) for count in counts])
 
 
 def boxes_tensor(instances: InstanceData) -> Tensor:

@@ -268,6 +268,34 @@ def keep_predictions(cfg: Config, path: str) -> None:
     cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=path)]
 
 
+def use_tta(cfg: Config) -> None:
+    """Test each image as it is and mirrored, and merge what is predicted, as the toolboxes do it.
+
+    The config's ``tta_model`` and ``tta_pipeline`` say it otherwise.
+    """
+    detector = cfg.get('default_scope') == 'mmdet'
+    if 'tta_model' not in cfg:
+        kept = (cfg.model.get('test_cfg') or {}).get('max_per_img', 100)
+        cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(
+            nms=dict(type='nms', iou_threshold=0.5), max_per_img=kept)) if detector else dict(
+                type='AverageClsScoreTTA')
+    datasets = [cfg.test_dataloader.dataset]
+    for dataset in datasets:
+        parts = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
+        datasets += parts
+        if parts:
+            continue
+        *steps, pack = dataset.pipeline
+        if detector:
+            pack = dict(pack, meta_keys=(*pack.get('meta_keys', (
+                'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')), *(
+                    'flip', 'flip_direction')))
+        flips = [dict(type='RandomFlip', prob=prob) for prob in (0., 1.)]
+        views = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        dataset.pipeline = cfg.get('tta_pipeline') or [*steps, views]
+    _add_hook(cfg, type='PrepareTTAHook', tta_cfg=cfg.tta_model)
+
+
 def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
               wait_time: float = 2.) -> None:
     """Draw predictions while testing.

@@ -81,14 +81,19 @@ def test_exported_graph_is_small_and_its_convolutions_have_constant_weights(stri
     assert len(calls) <= 150
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
 @torch.no_grad()
-def test_batch_and_size_of_an_exported_model_are_free():
+def test_batch_and_size_of_an_exported_model_are_free(deploy):
     model = make().eval()
+    if deploy:
+        model.switch_to_deploy()
     batch, rows, columns = map(torch.export.Dim, ('batch', 'rows', 'columns'))
     exported = torch.export.export(
-        model, (images(2, 3, 64, 96), ), dynamic_shapes=((batch, None, 8 * rows, 8 * columns), ))
-    x = images(3, 3, 96, 48)
-    assert_close(exported.module()(x), model(x))
+        model, (images(2, 3, 64, 96), ),
+        dynamic_shapes=((batch, None, 8 * rows, 8 * columns), )).module()
+    for size in ((1, 3, 64, 64), (3, 3, 96, 48), (5, 3, 40, 104)):
+        assert_close(exported(images(*size)), model(images(*size)))
 
 
 @pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
@@ -99,5 +104,6 @@ def test_traced_model_is_the_same(deploy):
     if deploy:
         model.switch_to_deploy()
     traced = torch.jit.trace(model, x)
-    assert_close(traced(x), model(x))
-    assert_close(traced(x.flip(0)), model(x.flip(0)))  # nothing of the images was baked in
+    # Nothing of the images was baked in, nor of their size.
+    for other in (x, x.flip(0), images(3, 3, 72, 40)):
+        assert_close(traced(other), model(other))

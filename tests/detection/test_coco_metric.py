@@ -90,7 +90,7 @@ def evaluate(ground_truth, predictions, monkeypatch):
     dict(),
     dict(classwise=True),
     dict(metric='proposal', metric_items=['AR@100', 'AR@1000', 'AR_s@1000']),
-    dict(iou_thrs=np.array([0.5, 0.75])),
+    dict(iou_thrs=[0.5, 0.75]),
 ], ids=str)
 def test_numbers_are_those_of_pycocotools(evaluate, options):
     expected, module, numbers = evaluate(**options)

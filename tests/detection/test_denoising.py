@@ -77,6 +77,45 @@ def test_number_of_groups(most, groups):
     assert denoising.reference.shape == (1, 2 * groups * most, 4)
 
 
+@pytest.mark.parametrize('counts, num_queries, max_queries, queries', [
+    ((1500, ), 100, 600, 600), ((300, 2), 100, 600, 600), ((301, 2), 100, 600, 600),
+    ((299, ), 100, 600, 598), ((7, ), 100, 600, 196), ((7, ), 100, 50, 42), ((40, 3), 100, 9, 8)])
+def test_number_of_queries_is_bounded(counts, num_queries, max_queries, queries):
+    targets = targets_of([(torch.randint(0, 5, (n, )), torch.rand(n, 4)) for n in counts])
+    denoising = DenoisingGenerator(5, 8, num_queries, max_queries=max_queries)(targets, 4)
+    assert denoising.reference.shape == (len(counts), queries, 4)
+    assert denoising.content.shape == (len(counts), queries, 8)
+    assert denoising.attn_mask.shape == (queries + 4, queries + 4)
+    assert denoising.targets.counts == tuple(min(n, max_queries // 2) for n in counts)
+    if max(counts) <= max_queries // 2:
+        assert denoising.targets is targets
+
+
+def test_each_object_is_drawn_as_often_as_any_other():
+    targets = targets_of([(torch.arange(9), torch.rand(9, 4)), OBJECTS[0], OBJECTS[1]])
+    generator, drawn = DenoisingGenerator(9, 8, max_queries=7), torch.zeros(9)
+    for _ in range(600):
+        found = generator(targets, 4).targets
+        assert found.counts == (3, 3, 0) and found.slot.tolist() == [0, 1, 2] * 2
+        labels = found.labels[:3]
+        assert len(labels.unique()) == 3
+        assert_close(found.boxes[:3], targets.boxes[labels])
+        assert_close(found.boxes[3:], targets.boxes[9:])
+        assert found.image.tolist() == [0] * 3 + [1] * 3
+        drawn[labels] += 1
+    assert 150 < drawn.min() and drawn.max() < 250
+
+    torch.manual_seed(4)
+    first = generator(targets, 4)
+    torch.manual_seed(4)  # as a resumed run has it
+    assert_close(generator(targets, 4).reference, first.reference, rtol=0, atol=0)
+
+
+def test_too_few_queries_are_refused():
+    with pytest.raises(ValueError, match='max_queries=1 must be at least 2'):
+        DenoisingGenerator(5, 8, max_queries=1)
+
+
 def test_positives_stay_within_half_a_box_and_negatives_go_beyond():
     box = torch.tensor([[.5, .5, .2, .2]])
     denoising = DenoisingGenerator(5, 8, 200, label_noise=0.)(

@@ -276,9 +276,27 @@ def test_loss_in_eval_mode_is_refused(build, make_samples):
         build().eval()(torch.rand(1, 3, 64, 64), make_samples([1]), mode='loss')
 
 
-def test_images_alone_are_refused_in_training_mode(build):
-    with pytest.raises(ValueError, match=r'model\.eval\(\)'):
-        build().train()(torch.rand(1, 3, 64, 64), mode='tensor')
+@pytest.mark.parametrize('mode', ['tensor', 'loss'])
+@pytest.mark.parametrize('samples, found', [
+    (None, 'none'), ([], '0 for 2 images'), ([1], '1 for 2 images'), ([1, None], '2 for 2 images')])
+def test_images_without_ground_truth_change_nothing(build, make_samples, mode, samples, found):
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    if samples is not None:
+        numbers, samples = samples, make_samples([1 for _ in samples])
+        for number, sample in zip(numbers, samples, strict=True):
+            if number is None:
+                del sample.gt_instances
+    with pytest.raises(ValueError, match=rf'there are {found}; call model\.eval\(\)'):
+        model(torch.rand(2, 3, 64, 64), samples, mode=mode)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_more_objects_than_queries_and_than_denoising_queries(build, make_samples):
+    model = build(**{'dn_cfg.max_queries': 16}).train()
+    losses = model(torch.rand(2, 3, 64, 64), make_samples([70, 2]), mode='loss')
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize('changes, message', [

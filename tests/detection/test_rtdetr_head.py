@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from spartan_mm.detection import rtdetr_head
 from spartan_mm.detection.denoising import DenoisingQueries
-from spartan_mm.detection.targets import gather_targets
+from spartan_mm.detection.targets import draw_targets, gather_targets
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 OURS = {'vfl': 'cls', 'bbox': 'bbox', 'giou': 'iou'}
@@ -35,9 +35,10 @@ def random_outputs(batch, denoising, queries, layers=2):
             torch.rand(batch, queries, 4, requires_grad=True))
 
 
-def part(batch, groups, slots):
-    """A denoising part of which the loss reads only the sizes."""
-    return DenoisingQueries(None, torch.zeros(batch, 2 * groups * slots, 4), None, groups, slots)
+def part(groups, slots, targets):
+    """A denoising part of which the loss reads only the sizes and the objects."""
+    reference = torch.zeros(len(targets.counts), 2 * groups * slots, 4)
+    return DenoisingQueries(None, reference, None, groups, slots, targets)
 
 
 def test_every_term_equals_the_official_one(head):
@@ -54,9 +55,10 @@ def test_every_term_equals_the_official_one(head):
         return [torch.cat([golden[f'dn{i}_{kind}'], golden[f'{layer}_{kind}']], 1)
                 for i, layer in enumerate(('aux0', 'last'))]
 
+    targets = gather_targets(samples)
     losses = head.loss_by_feat(
         joined('logits'), joined('boxes'), golden['aux1_logits'], golden['aux1_boxes'],
-        part(3, meta['dn_groups'], max(meta['gt_per_image'])), gather_targets(samples))
+        part(meta['dn_groups'], max(meta['gt_per_image']), targets), targets)
 
     expected = {}
     for name, value in meta['losses_weighted'].items():
@@ -69,9 +71,9 @@ def test_every_term_equals_the_official_one(head):
 
 @pytest.mark.parametrize('counts', [(3, 1), (0, 0), (0, 3), (12, 0)])
 def test_images_without_objects_and_more_objects_than_queries(head, make_samples, counts):
-    outputs = random_outputs(2, 2 * max(1, *counts), 7)
-    losses = head.loss_by_feat(*outputs, part(2, 1, max(1, *counts)),
-                               gather_targets(make_samples(counts)))
+    outputs, targets = random_outputs(2, 2 * max(1, *counts), 7), gather_targets(
+        make_samples(counts))
+    losses = head.loss_by_feat(*outputs, part(1, max(1, *counts), targets), targets)
     # 3 terms of 2 layers, encoder, 2 layers' denoising.
     assert len(losses) == 3 * (2 + 1 + 2) and all(value.ndim == 0 for value in losses.values())
     total = sum(losses.values())
@@ -135,10 +137,12 @@ def losses_one_by_one(head, logits, boxes, enc_logits, enc_boxes, denoising, sam
 @pytest.mark.parametrize('counts', [(3, 1), (0, 2), (9, 0), (0, 0)])
 def test_all_sets_at_once_equal_one_by_one(head, make_samples, counts):
     slots = max(1, *counts)
-    samples, denoising = make_samples(counts, 40, 80), part(2, 2, slots)
+    samples = make_samples(counts, 40, 80)
+    targets = gather_targets(samples)
+    denoising = part(2, slots, targets)
     outputs = random_outputs(2, 4 * slots, 7, layers=3)
     leaves = [*outputs[0], *outputs[1], *outputs[2:]]
-    found = head.loss_by_feat(*outputs, denoising, gather_targets(samples))
+    found = head.loss_by_feat(*outputs, denoising, targets)
     expected = losses_one_by_one(head, *outputs, denoising, samples)
     assert_close(found, {name: expected[name] for name in found}, rtol=1e-5, atol=1e-6)
     assert found.keys() == expected.keys()
@@ -151,16 +155,34 @@ def test_all_sets_at_once_equal_one_by_one(head, make_samples, counts):
 
 def test_divisor_has_the_joint_objects_and_the_own_groups(head, make_samples, monkeypatch):
     outputs, targets = random_outputs(1, 12, 7), gather_targets(make_samples([3]))
-    alone = head.loss_by_feat(*outputs, part(1, 2, 3), targets)
+    alone = head.loss_by_feat(*outputs, part(2, 3, targets), targets)
     # As if another rank had 7 objects: (3 + 7) / 2.
     monkeypatch.setattr(rtdetr_head, 'reduce_mean', lambda count: (count + 7) / 2)
-    assert_close(head.loss_by_feat(*outputs, part(1, 2, 3), targets),
+    assert_close(head.loss_by_feat(*outputs, part(2, 3, targets), targets),
                  {name: value * 3 / 5 for name, value in alone.items()})
+
+
+def test_a_subset_of_the_objects_has_the_same_mean(head, make_samples):
+    """Of equal objects with equal predictions, a part gives the losses of all."""
+    samples = make_samples([6])
+    truth = samples[0].gt_instances
+    truth.labels, truth.bboxes = truth.labels[:1].repeat(6), truth.bboxes[:1].repeat(6, 1)
+    targets = gather_targets(samples)
+    logits, boxes, *encoded = random_outputs(1, 1, 7)
+    losses = []
+    for most in (6, 2):
+        noised = draw_targets(targets, most)
+        layers = [[x[:, :1].expand(-1, 2 * most, -1) for x in of_layers]
+                  for of_layers in (logits, boxes)]
+        layers = [[torch.cat([x, own[:, 1:]], 1) for x, own in zip(xs, owns, strict=True)]
+                  for xs, owns in zip(layers, (logits, boxes), strict=True)]
+        losses.append(head.loss_by_feat(*layers, *encoded, part(1, most, noised), targets))
+    assert_close(*losses)
 
 
 def test_positives_of_every_group_get_their_object(make_samples):
     targets = gather_targets(make_samples([2, 0, 1]))
-    matches = rtdetr_head.RTDETRHead.denoising_matches(targets, part(3, 2, 2), num_sets=2)
+    matches = rtdetr_head.RTDETRHead.denoising_matches(part(2, 2, targets), num_sets=2)
     for of_set in zip(*matches, strict=True):
         assert sorted(zip(*(part.tolist() for part in of_set), strict=True)) == [
             (0, 0, 0), (0, 1, 1), (0, 4, 0), (0, 5, 1), (2, 0, 2), (2, 4, 2)]

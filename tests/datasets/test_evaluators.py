@@ -1,0 +1,98 @@
+"""Evaluators that would fail after the work are refused before it, with the names that exist."""
+import logging
+import re
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+
+import spartan_mm.classification
+import spartan_mm.detection  # noqa: F401 - registers the metrics
+from spartan_mm.datasets.evaluators import check_evaluator, find_evaluator_faults
+from spartan_mm.errors import UsageError
+
+DETECTOR = dict(type='RTDETR', bbox_head=dict(type='RTDETRHead', num_classes=3))
+WITH_MASKS = dict(type='MaskRCNN', roi_head=dict(
+    bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)))
+CLASSIFIER = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=3))
+
+
+def make_config(evaluator, model=DETECTOR, scope='mmdet'):
+    return Config(dict(default_scope=scope, model=model, val_evaluator=evaluator))
+
+
+def of_coco(**options):
+    return dict(type='CheckedCocoMetric', ann_file='not_read.json', **options)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(metric=['bbox', 'segm']), "'segm' needs masks.*take 'bbox'"),
+    (dict(metric='boxes'), 'metric has no boxes; take some of bbox, segm, proposal, proposal_fast'),
+    (dict(metric=None), 'metric=.*must be a list of some of bbox'),
+    (dict(metric_items=['mAP', 'mAP_90']), 'metric_items has no mAP_90; .* mAP_50,.*_l@1000'),
+    (dict(metric_items='mAP'), "metric_items='mAP' must be a list"),
+    (dict(proposal_nums=100), r'proposal_nums=100 must be a list.*\(1, 10, 100\)'),
+    (dict(proposal_nums=(1, 10)), 'three numbers with 100 among them'),
+    (dict(proposal_nums=(1, 10, 50)), 'three numbers with 100 among them'),
+    (dict(iou_thrs='0.5'), r"iou_thrs='0.5' must be numbers.*\[0.5, 0.75\]"),
+    (dict(iou_thrs=[50, 75]), r'iou_thrs=\[50, 75\] must be numbers from 0 to 1'),
+    (dict(classwise=True, iou_thrs=[0.5]), 'classwise=True .* there are 1'),
+    (dict(metrics='bbox'), 'has no option metrics; it has .*metric, metric_items'),
+    (dict(backend='fast'), "cannot evaluate: ValueError: backend='fast' must be one of")])
+@pytest.mark.parametrize('in_list', [False, True])
+def test_options_of_coco_that_would_fail(options, message, in_list):
+    evaluator = of_coco(**options)
+    config = make_config([of_coco(), evaluator] if in_list else evaluator)
+    with pytest.raises(UsageError, match=f'^val_evaluator: .*{message}') as refused:
+        check_evaluator(config, 'val')
+    assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize('evaluator, model', [
+    (of_coco(), DETECTOR), ([of_coco(), of_coco(prefix='again')], DETECTOR),
+    (of_coco(iou_thrs=[0.5]), DETECTOR), (of_coco(iou_thrs=0.5), DETECTOR),
+    (of_coco(iou_thrs=np.array([0.5, 0.75]), metric_items=['mAP_50', 'AR@100']), DETECTOR),
+    (of_coco(metric=['proposal', 'proposal_fast']), DETECTOR), (of_coco(classwise=True), DETECTOR),
+    (of_coco(proposal_nums=(1, 10, 100)), DETECTOR), (of_coco(format_only=True,
+                                                              outfile_prefix='no/such'), DETECTOR),
+    (of_coco(metric=['bbox', 'segm']), WITH_MASKS),
+    (dict(type='CocoMetric', ann_file='not_read.json'), DETECTOR),
+    (dict(type='DumpDetResults', out_file_path='not_written.pkl'), DETECTOR), (None, DETECTOR)],
+    ids=str)
+def test_options_that_work(evaluator, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert not [*find_evaluator_faults(make_config(evaluator, model), 'val')]
+    assert not [*tmp_path.iterdir()]
+    assert not capfd.readouterr().out
+
+
+@pytest.mark.parametrize('evaluator, message', [
+    (dict(type='CocoMetrik'), "no metric of type 'CocoMetrik'; the closest names are .*CocoMetric"),
+    (dict(type='CocoMetric', iou_thrs=[0.5]), r'CocoMetric\(iou_thrs=\[0.5\]\) cannot evaluate'),
+    (dict(type='CocoMetric', metric=['segm']), "'segm' needs masks")])
+def test_metrics_of_mmdet(evaluator, message):
+    fault, = find_evaluator_faults(make_config(evaluator), 'val')
+    assert re.search(message, fault), fault
+
+
+@pytest.mark.parametrize('evaluator, message', [
+    (dict(type='Accuracy', thrs=1), r'Accuracy\(thrs=1\) cannot evaluate: TypeError'),
+    (dict(type='Accuracy', thrs=('a', )), 'cannot evaluate: TypeError'),
+    (dict(type='Accuracy', topk='5'), 'cannot evaluate'),
+    (dict(type='Accuracy', top=5), 'no option top; it has .*topk'),
+    (dict(type='SingleLabelMetric', items=['f1']), 'f1 is not supported.*f1-score')])
+def test_metrics_of_a_classifier_that_would_fail(evaluator, message):
+    fault, = find_evaluator_faults(make_config(evaluator, CLASSIFIER, 'mmpretrain'), 'val')
+    assert re.search(message, fault), fault
+
+
+@pytest.mark.parametrize('topk, taken', [((1, 5), [1, 3]), (5, [3]), ((1, 3), (1, 3)), (1, 1)])
+def test_topk_of_fewer_classes(topk, taken):
+    config = make_config([dict(type='Accuracy', topk=topk)], CLASSIFIER, 'mmpretrain')
+    check_evaluator(config, 'val')
+    assert config.val_evaluator[0].topk == taken
+
+
+def test_everything_is_logged_again_afterwards():
+    check_evaluator(make_config(of_coco()), 'val')
+    assert logging.root.manager.disable == 0
