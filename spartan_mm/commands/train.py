@@ -46,6 +46,7 @@ def run(args: Namespace) -> None:
     from ..backbones.fused import fuse
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
+    from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     if args.amp:
@@ -57,11 +58,13 @@ def run(args: Namespace) -> None:
         launch.scale_learning_rate(cfg)
     launch.set_randomness(cfg, args.seed, args.deterministic)
     launch.make_resumable(cfg, args.save_every)
+    overruled = None
     if args.resume or cfg.get('resume'):
-        launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
+        overruled = launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
+    runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     if not args.no_fuse and get_device() == 'cpu':
         fuse(runner.model)
