@@ -53,9 +53,10 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m codespell_lib
 
-# One thread a process: the tensors in tests are small, and CI has few cores.
+# One thread a process: the tensors in tests are small, and CI has few cores. Each process gets tests
+# that stand together, which have their fixtures in common.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-parity: $(PARITY)/.ready
 	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest -rP tests/parity $(ARGS)

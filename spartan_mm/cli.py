@@ -83,7 +83,7 @@ def _run(command: str, flags: Sequence[str]) -> int:
     from mmengine.dist import get_world_size
 
     from .engine.launch import reporting
-    with reporting(ImportError):
+    with reporting():
         args = make_parser(command).parse_args(flags)
         try:
             return args.run(args) or 0

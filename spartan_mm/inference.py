@@ -22,9 +22,10 @@ from rich.progress import track
 from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
+from .engine.class_order import Match, load_in_order
 from .errors import ExplainedError
 from .files import write_json
-from .weights.loading import find_meta, load_for_inference
+from .weights.loading import find_meta
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
 
@@ -128,11 +129,14 @@ class Model:
         checkpoint: The weights, a local path or a URL; None if ``config`` is a checkpoint that
             holds them.
         device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+        match_classes: What to do if the config names other classes for its test data than the
+            checkpoint: 'name' to put the outputs in the config's order, 'number' to keep those of
+            the checkpoint, None to refuse.
 
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
         InputError: If the config is for another task, or there are no weights.
-        CheckpointError: If the checkpoint belongs to another architecture.
+        CheckpointError: If the checkpoint belongs to another architecture or has other classes.
     """
 
     #: The default scope of the configs, what the model is called, and what it does.
@@ -141,7 +145,7 @@ class Model:
     doing: ClassVar[str]
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
-                 device: str | None = None) -> None:
+                 device: str | None = None, match_classes: Match = None) -> None:
         cfg, name = _read_config(config), _name_of(config)
         if checkpoint is None and not is_checkpoint(name):
             raise InputError(f'{name} is a config without weights; name a checkpoint, too')
@@ -150,12 +154,13 @@ class Model:
             raise InputError(f'{name} describes no {self.kind} (its default_scope is {scope!r}, '
                              f'not {self.scope!r})')
         with DefaultScope.overwrite_default_scope(scope):
-            self._build(cfg, checkpoint or name, device)
+            # A checkpoint's own config is no second opinion.
+            self._build(cfg, checkpoint or name, device, match_classes if checkpoint else 'number')
 
-    def _build(self, cfg: Config, checkpoint: str, device: str | None) -> None:
+    def _build(self, cfg: Config, checkpoint: str, device: str | None, match: Match) -> None:
         # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        meta = find_meta(load_for_inference(model, checkpoint))
+        meta = find_meta(load_in_order(model, cfg, checkpoint, match))
         self.model = model.to(device or get_device()).eval()
 
         dataset = find_test_dataset(cfg)
@@ -264,14 +269,15 @@ class Classifier(Model):
 
 
 def load_model(config: str | Config, checkpoint: str | None = None,
-               device: str | None = None) -> Detector | Classifier:
+               device: str | None = None, match_classes: Match = None
+               ) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
     scope = _read_config(config).get('default_scope')
     tasks = {task.scope: task for task in (Detector, Classifier)}
     if scope not in tasks:
         raise InputError(f'{_name_of(config)} describes neither a detector nor a classifier (its '
                          f'default_scope is {scope!r}, not one of {", ".join(map(repr, tasks))})')
-    return tasks[scope](config, checkpoint, device)
+    return tasks[scope](config, checkpoint, device, match_classes)
 
 
 def find_source(path: str | Path, out_dir: str | Path) -> Source:

@@ -23,6 +23,10 @@ class UnknownModelError(UsageError):
     """A name that no model has."""
 
 
+class NoConfigError(UsageError, FileNotFoundError):
+    """A name that is neither that of a config file nor that of a model."""
+
+
 def root() -> Path:
     """Find the folder that holds ``model-index.yml``, ``configs`` and ``tools``.
 
@@ -122,14 +126,14 @@ def find_config(name_or_path: str | Path) -> Path:
         name_or_path: A file that exists, or one of :func:`list_models`.
 
     Raises:
-        FileNotFoundError: It is neither.
+        NoConfigError: It is neither.
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
     try:
         return Path(config_path(str(name_or_path)))
     except UnknownModelError as error:
-        raise FileNotFoundError(f'config {name_or_path} does not exist, and {error}') from error
+        raise NoConfigError(f'config {name_or_path} does not exist, and {error}') from error
 
 
 def get_config(name: str) -> Config:

@@ -22,7 +22,7 @@ from .model_index import (
     task_of,
 )
 from .weights.initialize import without_pretrained
-from .weights.loading import find_meta, load_for_inference
+from .weights.loading import find_meta
 
 __all__ = [
     'CONFIG_SUFFIXES', 'TASKS', 'UnknownModelError', 'config_path', 'find_config', 'get_config',
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def get_model(name: str | Config, pretrained: str | Path | None = None,
-              num_classes: int | None = None) -> nn.Module:
+              num_classes: int | None = None, match_classes: str | None = None) -> nn.Module:
     """Build a model, in evaluation mode.
 
     Nothing is downloaded unless ``pretrained`` says so: without it the weights are random, also
@@ -41,12 +41,15 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         name: One of :func:`list_models`, or a config, for a model with other settings.
         pretrained: A checkpoint with all weights, a local path or a URL; None for random weights.
         num_classes: Number of classes; None for what the config says.
+        match_classes: What to do if a config names other classes for its test data than the
+            checkpoint: 'name' to put the outputs in the config's order, 'number' to keep those of
+            the checkpoint, None to refuse.
 
     Raises:
         UnknownModelError: There is no such model; the message has the closest names.
         ImportError: What the model's task needs is not installed; the message says what to do.
         FileNotFoundError: There is no checkpoint at the path ``pretrained``.
-        CheckpointError: The checkpoint belongs to another architecture.
+        CheckpointError: The checkpoint belongs to another architecture or has other classes.
 
     Example:
         >>> model = get_model('spartan_xt', num_classes=10)
@@ -65,7 +68,11 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         _initialize(model)
         meta = {}
     else:
-        meta = find_meta(load_for_inference(model, pretrained)).get('dataset_meta') or {}
+        # It takes mmengine's runner along.
+        from .engine.class_order import load_in_order
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            checkpoint = load_in_order(model, config, pretrained, match_classes)
+        meta = find_meta(checkpoint).get('dataset_meta') or {}
     # Where the toolboxes' inferencers look for them.
     if classifies:
         model._config, model._dataset_meta = config, meta

@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import gc
 import json
 import os
 import shutil
@@ -9,15 +10,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import mmengine
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from mmengine.registry import DefaultScope
+from yapf.yapflib import yapf_api
 
 import spartan_mm  # noqa: F401 - before any test imports mmdet or mmcv
 
 DATA = Path(__file__).parent / 'data'
+
+# A runner lays its config out four times and asks compilers for their versions, and each dataset
+# collects garbage: together that takes longer than most trainings here.
+yapf_api.FormatCode = lambda text, **style: (text, True)
+mmengine.runner.runner.collect_env = dict
+
+
+def pytest_collection_finish():
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

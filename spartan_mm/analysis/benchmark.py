@@ -112,16 +112,10 @@ class Form:
     @property
     def label(self) -> str:
         """The form in words, without the model."""
-        words = ["authors' code" if self.authors else '', 'deploy' if self.deploy else '',
-                 'fused' if self.fused else '', self._compiled,
-                 'channels last' if self.channels_last else '']
-        return ', '.join(word for word in words if word) or 'eager'
-
-    @property
-    def _compiled(self) -> str:
-        if self.compile in (None, 'default'):
-            return 'compiled' if self.compile else ''
-        return f'compiled ({self.compile})'
+        compiled = 'compiled' if self.compile == 'default' else f'compiled ({self.compile})'
+        words = {"authors' code": self.authors, 'deploy': self.deploy, 'fused': self.fused,
+                 compiled: self.compile, 'channels last': self.channels_last}
+        return ', '.join(word for word, said in words.items() if said) or 'eager'
 
 
 class StepError(CannotRunError):
@@ -173,12 +167,6 @@ class Group:
         if self.parts and all(form.compile for form in self.forms):
             raise UsageError('a compiled step has no parts: measure them without compiling')
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> 'Group':
-        """Read what ``dataclasses.asdict`` wrote."""
-        return cls(**{**content, 'workload': Workload(**content['workload']),
-                      'forms': tuple(Form(**form) for form in content['forms'])})
-
 
 class Subject:
     """A model built in one form, and its step.
@@ -222,9 +210,12 @@ class Subject:
             torch.compiler.cudagraph_mark_step_begin()
         if not self.train:
             with torch.no_grad(), self.autocast():
-                self._infer(images, samples)
+                if self.task == 'detection':
+                    self.model(images, samples, mode='predict')
+                else:
+                    self.model(images)
             return
-        self.free_gradients()
+        self.model.zero_grad()
         self.loss(images, samples).backward()
 
     def loss(self, images: Tensor, samples: Any) -> Tensor:
@@ -241,37 +232,22 @@ class Subject:
         """Mixed precision, if it is asked for."""
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
 
-    def free_gradients(self) -> None:
-        """Drop the gradients."""
-        self.model.zero_grad(set_to_none=True)
-
-    def compile(self) -> None:
-        """Compile the model, which takes place in its next steps."""
-        compile_model(self.model, mode=self.form.compile,
-                      dynamic=True if len(set(self.sizes)) > 1 else None)
-
     def measure_memory(self) -> tuple[int, int]:
         """Measure the peak of a step on the largest images.
 
         Returns:
             Bytes at the peak with weights and images, and those of weights and images.
         """
-        self.free_gradients()
+        self.model.zero_grad()
         self.step_index = max(range(len(self.sizes)), key=lambda i: math.prod(self.sizes[i]))
         peak = peak_of_step(self.step, self.device)
         tensors = [*self.model.parameters(), *self.model.buffers()]
         held = size_of([*tensors, *(images for images, _ in self.inputs)])
         if self.device.type == 'cuda':
             # What a CUDA graph needs is allocated before the step that replays it.
-            self.free_gradients()
+            self.model.zero_grad()
             return max(peak + held, _held_by_gpu(self.device) - self.before), held
         return peak + held, held
-
-    def _infer(self, images: Tensor, samples: Any) -> None:
-        if self.task == 'detection':
-            self.model(images, samples, mode='predict')
-        else:
-            self.model(images)
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         if self.form.authors or self.form.fused:
@@ -420,7 +396,7 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
         report(f'{name}: building')
         subject = Subject(form, workload)
         try:
-            work = count_work(subject.step, limits, len(subject.sizes))
+            work = count_work(subject.step, limits, device.type, len(subject.sizes))
         except torch.cuda.OutOfMemoryError:
             raise
         # Whatever a model's code says to images of a size that it does not take.
@@ -428,7 +404,8 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
             raise StepError(form, f'{name} cannot run: {first_line(error)}') from error
         if form.compile:
             report(f'{name}: compiling')
-            subject.compile()
+            compile_model(subject.model, mode=form.compile,
+                          dynamic=True if len(set(subject.sizes)) > 1 else None)
         seconds = _warm_up(subject, group.warm_up)
         report(f'{name}: memory')
         peak, held = subject.measure_memory()

@@ -7,6 +7,7 @@ changed in place, and an expanded one by all of its elements.
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -15,12 +16,45 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from ..text import markdown
+
+aten = torch.ops.aten
 
 # These only set memory aside, or look at it in another way.
 NO_KERNELS = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided',
               '_unsafe_view', 'alias', 'detach', 'lift_fresh'}
+
+
+# What kernels are counted as that have no formula of their own in PyTorch.
+_SAME_FORMULA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        aten._scaled_dot_product_flash_attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that ran.
+
+    Args:
+        name: Of PyTorch's operator.
+        flops: Of convolutions and products of matrices, a multiply-add counted as two; 0 for
+            others.
+        bytes: What it reads and writes.
+        given: Elements of its first tensor.
+        made: Elements of what it returns.
+        caller: The value of :attr:`KernelCounter.caller` at the time.
+    """
+
+    name: str
+    flops: int
+    bytes: int
+    given: int
+    made: int
+    caller: str
 
 
 @dataclass
@@ -36,13 +70,6 @@ class KernelCount:
     kernels: int = 0
     bytes: int = 0
     by_operation: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def add(self, name: str, size: int) -> None:
-        """Count a kernel."""
-        kernels, total = self.by_operation.get(name, (0, 0))
-        self.by_operation[name] = kernels + 1, total + size
-        self.kernels += 1
-        self.bytes += size
 
 
 def count_kernels(model: nn.Module, shape: tuple[int, int], batch: int = 1, train: bool = False,
@@ -81,10 +108,13 @@ def count_step(step: Callable[[], object], device: str = 'meta') -> KernelCount:
         step: Is called once.
         device: Where the tensors lie whose kernels count; what else is computed does not.
     """
-    counter = _KernelCounter(device)
-    with counter, _OneKernelAttention():
+    with KernelCounter(device) as counter, _OneKernelAttention():
         step()
-    return counter.count
+    count = KernelCount(len(counter.ran), sum(kernel.bytes for kernel in counter.ran))
+    for kernel in counter.ran:
+        kernels, size = count.by_operation.get(kernel.name, (0, 0))
+        count.by_operation[kernel.name] = kernels + 1, size + kernel.bytes
+    return count
 
 
 def kernels_table(counts: Mapping[str, KernelCount], most: int = 20) -> str:
@@ -106,12 +136,22 @@ def kernels_table(counts: Mapping[str, KernelCount], most: int = 20) -> str:
     return markdown(rows)
 
 
-class _KernelCounter(TorchDispatchMode):
+class KernelCounter(TorchDispatchMode):
+    """Notes the kernels that run while it is entered.
+
+    Args:
+        device: Type of the device whose kernels count.
+
+    Attributes:
+        ran: The kernels, in order.
+        caller: Is noted with each kernel; may be set at any time.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device
-        self.count = KernelCount()
+        self.ran: list[Kernel] = []
+        self.caller = ''
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -119,11 +159,15 @@ class _KernelCounter(TorchDispatchMode):
         out = self.read(name, *args, **kwargs)
         if out is None:
             out = func(*args, **kwargs)
+        given, made = ([leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+                       for values in ((args, kwargs), out))
         # Sets know tensors by identity.
-        tensors = {leaf for leaf in tree_leaves((args, kwargs, out))
-                   if isinstance(leaf, Tensor) and leaf.device.type == self.device}
+        tensors = {x for x in (*given, *made) if x.device.type == self.device}
         if tensors and not func.is_view and name not in NO_KERNELS:
-            self.count.add(name, sum(x.numel() * x.element_size() for x in tensors))
+            self.ran.append(Kernel(
+                name, _flops(func, args, kwargs, out),
+                sum(x.numel() * x.element_size() for x in tensors),
+                given[0].numel() if given else 0, sum(x.numel() for x in made), self.caller))
         return out
 
     @staticmethod
@@ -148,6 +192,22 @@ class _OneKernelAttention(TorchFunctionMode):
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                dropout_p: float = 0., is_causal: bool = False, **kwargs: Any) -> Tensor:
         """What a CPU has, which takes any mask."""
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
             scale=kwargs.get('scale'))[0]
+
+
+def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    # NOTE: PyTorch's own formula of the backward pass overlooks the groups.
+    if packet is aten.convolution:
+        return _convolution(args[0], args[1], out, transposed=args[6])
+    if packet is aten.convolution_backward:
+        grad, x, weight = args[:3]
+        return sum(args[10][:2]) * _convolution(x, weight, grad, transposed=args[7])
+    formula = flop_registry.get(_SAME_FORMULA.get(packet, packet))
+    return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
+def _convolution(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
+    return 2 * (x if transposed else out).numel() * prod(weight.shape[1:])

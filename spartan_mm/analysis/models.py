@@ -213,8 +213,7 @@ def build_without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
     except (NotImplementedError, RuntimeError):
         # It computes something while it is built, such as the rate of drop path block by block.
         model = build().to('meta')
-    # PyTorch's flop counter stumbles over views of parameters with gradients.
-    return model.requires_grad_(False)
+    return model
 
 
 @cache
@@ -323,21 +322,23 @@ def _packaged_config(package: str, path: bool, name: str) -> Config:
         file = folder / models[name]['Config'] if name in models else folder / 'missing'
         known = list(models)
     if not file.is_file():
-        close = difflib.get_close_matches(name, known, 4, 0.)
-        separator = '::' if path else ':'
         raise UnknownModelError(
             f'{package} comes with no {"config" if path else "model"} {name!r}; the closest are '
-            f'{", ".join(f"{package}{separator}{other}" for other in close)}')
+            f'{", ".join(_closest(name, known, package + ("::" if path else ":")))}')
     return load_config(str(file))
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:
     timm = require('timm', '1.0.4', 'timm')
     if not timm.is_model(name):
-        known = difflib.get_close_matches(name, timm.list_models(), 4, 0.)
         raise UnknownModelError(f'timm {timm.__version__} has no model {name!r}; the closest are '
-                                f'{", ".join(f"timm:{other}" for other in known)}')
+                                f'{", ".join(_closest(name, timm.list_models(), "timm:"))}')
     return lambda: timm.create_model(name)
+
+
+def _closest(name: str, names: Sequence[str], prefix: str, most: int = 4,
+             likeness: float = 0.) -> list[str]:
+    return [prefix + other for other in difflib.get_close_matches(name, names, most, likeness)]
 
 
 def _did_you_mean(name: str) -> str:
@@ -349,8 +350,8 @@ def _did_you_mean(name: str) -> str:
     if importlib.util.find_spec('timm'):
         import timm
         known['timm:'] = timm.list_models()
-    close = [f'{prefix}{other}' for prefix, names in known.items()
-             for other in difflib.get_close_matches(name, names, 2, 0.5)]
+    close = [other for prefix, names in known.items()
+             for other in _closest(name, names, prefix, 2, 0.5)]
     return f'did you mean {", ".join(close)}?' if close else f'a model is given as {NAMES}'
 
 

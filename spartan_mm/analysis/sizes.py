@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import CheckpointError
 from ..text import first_line, markdown
 from ..weights.forms import is_deployed, switch_to_deploy
-from .kernels import KernelCount, count_kernels
+from .kernels import KernelCount, KernelCounter, count_kernels
 from .models import CannotRunError, load_named_model
 
 # What PyTorch's profiler, which measures memory on a CPU, says about itself.
 os.environ.setdefault('KINETO_LOG_LEVEL', '6')
 
-aten = torch.ops.aten
-
-# What fvcore counts for each element that goes into an operation, besides convolutions and products
-# of matrices.
+# What fvcore counts: for each element that goes into one of these, and the elements that come out
+# of those.
 OPERATIONS_PER_ELEMENT = {
-    aten.native_group_norm: 5,
-    aten.native_layer_norm: 5,
-    aten.native_batch_norm: 2,
-    aten._native_batch_norm_legit_no_training: 2,  # the same in newer versions of PyTorch
-    aten.mean: 1,  # global pools
+    'native_group_norm': 5,
+    'native_layer_norm': 5,
+    'native_batch_norm': 2,
+    '_native_batch_norm_legit_no_training': 2,  # the same in newer versions of PyTorch
+    'mean': 1,  # global pools
 }
-
+ACTIVATIONS_OF = ('convolution', 'mm', 'addmm', 'bmm', 'baddbmm')
 
 TRAINING_FORM, DEPLOY_FORM = 'training form', 'deploy form'
 
@@ -54,8 +49,7 @@ class Complexity:
     Args:
         parameters: Number of parameters.
         multiply_adds: Multiplications (each with an addition) of the convolutions, linear layers
-            and attentions for one image, as the code computes them: half of what PyTorch's flop
-            counter says.
+            and attentions for one image, as the code computes them.
         operations: The same with norms and global pools, as fvcore counts.
         activations: Elements of what convolutions and products of matrices give, as fvcore counts.
     """
@@ -99,32 +93,25 @@ def measure_modules(model: nn.Module, height: int, width: int) -> dict[str, Comp
         By the name of the module, '' for the whole model, which comes first.
     """
     image = next(model.parameters()).new_zeros(1, 3, height, width)
-    per_element = {op: _per_element(count) for op, count in OPERATIONS_PER_ELEMENT.items()}
-    counter = FlopCounterMode(display=False, custom_mapping=per_element)
-    outputs = _OutputCounter()
-
-    def read() -> Counter:
-        counts = counter.flop_counts['Global']
-        beside = sum(counts.get(op, 0) for op in per_element)
-        flops = sum(counts.values())
-        return Counter(multiply_adds=(flops - beside) // 2, operations=flops // 2,
-                       activations=outputs.elements)
-
-    # The counter does not know the attention that PyTorch would choose on a CPU.
+    # These know kernels that do all of an attention, or of a layer of it, at once.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (counter, outputs, torch.no_grad(), sdpa_kernel(SDPBackend.MATH),
-              _attribution(model.eval(), read) as own):
+        with (KernelCounter(image.device.type) as counter, torch.no_grad(),
+              sdpa_kernel(SDPBackend.MATH), _callers(model.eval(), counter)):
             model(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
     totals: dict[str, Counter] = defaultdict(Counter)
-    for name, counts in own.items():
-        totals[''] += counts
-        parts = name.split('.') if name else []
-        for length in range(1, len(parts) + 1):
-            totals['.'.join(parts[:length])] += counts
+    for kernel in counter.ran:
+        beside = OPERATIONS_PER_ELEMENT.get(kernel.name, 0) * kernel.given
+        counts = Counter(
+            multiply_adds=kernel.flops // 2, operations=kernel.flops // 2 + beside,
+            activations=kernel.made if kernel.name in ACTIVATIONS_OF else 0)
+        parts = kernel.caller.split('.')
+        for name in {'', *('.'.join(parts[:length + 1]) for length in range(len(parts)))}:
+            totals[name] += counts
     return {name: Complexity(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         multiply_adds=totals[name]['multiply_adds'], operations=totals[name]['operations'],
@@ -132,34 +119,17 @@ def measure_modules(model: nn.Module, height: int, width: int) -> dict[str, Comp
 
 
 @contextmanager
-def _attribution(model: nn.Module, read: Callable[[], Counter]) -> Iterator[dict[str, Counter]]:
-    """Find what each module computes itself, outside of the modules that it calls.
-
-    Args:
-        model: The model.
-        read: Reads the counts so far.
-
-    Yields:
-        Counts by the name of the module, complete when the block is left.
-    """
-    own: dict[str, Counter] = defaultdict(Counter)
-    running: list[str] = []
-    last = read()
-
-    def note() -> None:
-        nonlocal last
-        now = read()
-        if running:
-            own[running[-1]] += now - last
-        last = now
+def _callers(model: nn.Module, counter: KernelCounter) -> Iterator[None]:
+    """Let a counter know the innermost module that runs."""
+    running = ['']
 
     def enter(name: str) -> None:
-        note()
         running.append(name)
+        counter.caller = name
 
     def leave(*_: Any) -> None:
-        note()
         running.pop()
+        counter.caller = running[-1]
 
     hooks = []
     for name, module in model.named_modules():
@@ -168,33 +138,10 @@ def _attribution(model: nn.Module, read: Callable[[], Counter]) -> Iterator[dict
             lambda *_, name=name: enter(name), prepend=True))
         hooks.append(module.register_forward_hook(leave))
     try:
-        yield own
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _OutputCounter(TorchDispatchMode):
-    """Counts the elements that convolutions and products of matrices give."""
-
-    OPS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in self.OPS:
-            self.elements += out.numel()
-        return out
-
-
-def _per_element(count: int):
-    # The flop counter counts a multiply-add twice.
-    def formula(shape: Iterable[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * count * prod(getattr(shape, 'shape', shape))
-    return formula
 
 
 @dataclass(frozen=True)
@@ -253,8 +200,6 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
     """
     for device in ('meta', 'cpu'):
         named = load_named_model(name, device=device)
-        # PyTorch's flop counter stumbles over views of parameters with gradients.
-        named.model.requires_grad_(False)
         size = shape or named.shape
         if size is None:
             raise CannotRunError(f'{name} does not say in its test pipeline how large the images '

@@ -5,7 +5,6 @@ leaves it to the decoder to say that a file is no picture. Here each of these is
 the culprit.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from mmengine import fileio
@@ -14,9 +13,8 @@ from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 from mmpretrain.datasets.custom import find_folders, get_samples
 from mmpretrain.registry import DATASETS
 
-from ..datasets.data_errors import MAX_NAMED, DataError, MissingDataError
-from ..datasets.data_errors import join as join_values
-from ..datasets.images import MISSING_REMEDY, BadImages, describe_picture, load_image
+from ..datasets.data_errors import DataError, MissingDataError, join, name_culprits
+from ..datasets.images import MISSING_REMEDY, BadImages, describe_image, load_image
 
 
 @DATASETS.register_module()
@@ -86,10 +84,9 @@ class CheckedImageFolder(CustomDataset):
             samples = self._read_list()
         else:
             samples = self._find_samples() if self.with_label else self._find_pictures()
-        join = fileio.join_path
         if not self.with_label:
-            return [dict(img_path=join(self.img_prefix, name)) for name in samples]
-        return [dict(img_path=join(self.img_prefix, name), gt_label=label)
+            return [dict(img_path=fileio.join_path(self.img_prefix, name)) for name in samples]
+        return [dict(img_path=fileio.join_path(self.img_prefix, name), gt_label=label)
                 for name, label in samples]
 
     def prepare_data(self, idx: int) -> Any:
@@ -119,8 +116,8 @@ class CheckedImageFolder(CustomDataset):
         classes = self._metainfo.setdefault('classes', tuple(folders))
         if len(classes) != len(folders):
             raise DataError(
-                f'{self.img_prefix} has {len(folders)} class folders ({_join(folders)}), but '
-                f'{type(self).__name__} has {len(classes)} classes by name ({_join(classes)}). '
+                f'{self.img_prefix} has {len(folders)} class folders ({join(folders)}), but '
+                f'{type(self).__name__} has {len(classes)} classes by name ({join(classes)}). '
                 'Correct the folder, or name its own classes: `metainfo=dict(classes=...)` of the '
                 'dataset in the config.')
 
@@ -129,7 +126,7 @@ class CheckedImageFolder(CustomDataset):
         if empty and not (self.allow_empty_classes and samples):
             raise DataError(
                 f'{self.img_prefix} has class folders without a picture '
-                f'({", ".join(sorted(self.extensions))}): {_join(sorted(empty))}. Fill them, or '
+                f'({", ".join(sorted(self.extensions))}): {join(sorted(empty))}. Fill them, or '
                 'remove them from training and validation alike, or accept them: '
                 '`allow_empty_classes=True` of the dataset in the config.')
         return samples
@@ -171,13 +168,13 @@ class CheckedImageFolder(CustomDataset):
             raise DataError(
                 f"{self.ann_file}: each line must be '<path> <label>' with a label from 0 to "
                 f'{len(classes) - 1}, since there are {len(classes)} classes by name; but '
-                f'{_join(faulty)}.')
+                f'{name_culprits(faulty, str)}.')
         return samples
 
     def _check_picture(self, info: dict, cause: Exception) -> None:
         """Raise an error that names a picture, if it does not exist or cannot be decoded."""
         try:
-            load_image(info['img_path'], describe_picture(info, self.metainfo.get('classes', ())),
+            load_image(info['img_path'], describe_image(info, self.metainfo.get('classes', ())),
                        MISSING_REMEDY)
         except DataError as error:
             raise error from cause
@@ -194,8 +191,3 @@ class CheckedImageNet(CheckedImageFolder):
     """
 
     METAINFO = dict(classes=IMAGENET_CATEGORIES)
-
-
-def _join(items: Iterable[str]) -> str:
-    """List items, shortened where there are many."""
-    return join_values(items, MAX_NAMED)

@@ -29,6 +29,12 @@ def add_config(parser: ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def add_any_model(parser: ArgumentParser, name: str = 'config', **options) -> None:
+    """Add CONFIG, a model of anybody's; of several, `name` is another."""
+    from ..analysis.models import NAMES
+    parser.add_argument(name, metavar=name.rstrip('s').upper(), help=f'a model: {NAMES}', **options)
+
+
 def add_cfg_options(parser: ArgumentParser) -> None:
     """Add ``--cfg-options``."""
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
@@ -68,6 +74,14 @@ def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
     shown = 'random' if default is None else default
     parser.add_argument('--seed', type=int, default=default, metavar='N',
                         help=f'seed of all random numbers (default: {shown})')
+
+
+def add_match_classes(parser: ArgumentParser) -> None:
+    """Add ``--match-classes``."""
+    parser.add_argument('--match-classes', choices=('name', 'number'),
+                        help="if the checkpoint's classes are not those of the data: put its "
+                             'outputs in their order by name, or take classes of the same number '
+                             'for the same (default: stop)')
 
 
 def add_looked_at(parser: ArgumentParser, several: bool = True) -> None:

@@ -5,9 +5,8 @@
     spartan-mm benchmark t --train --batch-size 256 --count       kernels and their bytes, untimed
     spartan-mm benchmark rtdetr_spartan_t --data                  its training pipeline
 
-CONFIG is a config file, the name of a model, the arch of a SpaRTAN backbone (xt, t), or a model of
-another package: timm:NAME, mmpretrain:NAME, mmdet:NAME. Forms that are measured beside each other
-take turns, so that ratios do not depend on what else is running.
+Forms that are measured beside each other take turns, so that ratios do not depend on what else is
+running.
 """
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from ..analysis.input_speed import input_table, measure_input
 from ..analysis.kernels import kernels_table
 from ..files import check_writable, write_json
 from ..text import Console
-from .arguments import add_batch_size, add_rounds, add_size, add_work
+from .arguments import add_any_model, add_batch_size, add_rounds, add_size, add_work
 
 AUTHORS = 'authors'
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -27,7 +26,7 @@ MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagrap
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument('config', metavar='CONFIG')
+    add_any_model(parser)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results to it, too')
 
     form = parser.add_argument_group('form')

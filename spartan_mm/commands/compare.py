@@ -3,11 +3,9 @@
     spartan-mm compare spartan_t mmpretrain:resnet18_8xb32_in1k timm:mobilenetv3_large_100
     spartan-mm compare rtdetr_spartan_t mmdet:retinanet_r18_fpn_1x_coco --deploy --no-times
 
-A MODEL is one of this package by its name, a config file or a checkpoint that holds its config, xt
-or t (the backbone alone), timm:NAME, mmpretrain:NAME or mmdet:NAME, or a config of theirs such as
-mmdet::detr/detr_r50_8xb2-150e_coco.py. Models take turns while times are measured, so that whatever
-else slows the machine slows all of them. Published accuracies come from this package's metafiles
-and those that mmpretrain and mmdet come with; timm comes with none: give those by --accuracy.
+Models take turns while times are measured, so that whatever else slows the machine slows all of
+them. Published accuracies come from this package's metafiles and those that mmpretrain and mmdet
+come with; timm comes with none: give those by --accuracy.
 """
 import argparse
 import sys
@@ -18,12 +16,20 @@ from ..analysis.comparison import compare, draw_comparison, make_csv, make_markd
 from ..analysis.style import write_figure
 from ..files import check_writable, write_whole
 from ..text import Console
-from .arguments import add_batch_size, add_names, add_out_dir, add_rounds, add_size, add_work
+from .arguments import (
+    add_any_model,
+    add_batch_size,
+    add_names,
+    add_out_dir,
+    add_rounds,
+    add_size,
+    add_work,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument('models', nargs='+', metavar='MODEL')
+    add_any_model(parser, 'models', nargs='+')
     add_names(parser)
     add_size(parser, None, "of the images (default: as in each config's test pipeline)", '--shape')
     parser.add_argument('--deploy', action='store_true',

@@ -4,9 +4,7 @@
     spartan-mm flops spartan_t --size 224 --depth 4
     spartan-mm flops timm:resnet18
 
-CONFIG is the name of a model of this package, a config file or a checkpoint that holds its config,
-xt or t (the backbone alone), timm:NAME, mmpretrain:NAME or mmdet:NAME, or a config of theirs such
-as mmdet::detr/detr_r50_8xb2-150e_coco.py. Neither data nor weights are needed.
+Neither data nor weights are needed.
 """
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -15,12 +13,12 @@ import torch
 
 from ..analysis.sizes import COUNTED, DEPLOY_FORM, count_model, forms_table, tree
 from ..files import check_writable, write_json
-from .arguments import add_size
+from .arguments import add_any_model, add_size
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument('config', metavar='CONFIG')
+    add_any_model(parser)
     add_size(parser, None, "of the image (default: as in the config's test pipeline)", '--shape')
     parser.add_argument('--deploy', action='store_true', help='the inference form, too')
     parser.add_argument('--depth', type=int, default=2, metavar='N',

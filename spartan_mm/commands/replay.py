@@ -20,12 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Replay, and print what came out."""
     from ..engine.replay import replay
-    from ..errors import UsageError
-    try:
-        result = replay(args.config, args.dump, args.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
+    result = replay(args.config, args.dump, args.device)
     about = result.about
     print(f'iteration {about["iteration"]} of epoch {about["epoch"]}: {about["what"]} was not '
           'finite')

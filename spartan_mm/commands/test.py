@@ -7,7 +7,7 @@ For several processes, see tools/dist_test.sh; a wheel has it in spartan_mm/.mim
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
-from .arguments import add_config, add_run
+from .arguments import add_config, add_match_classes, add_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL')
     add_run(parser)
+    add_match_classes(parser)
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
                         help='keep the predictions in a pickle file')
     parser.add_argument('--show', action='store_true', help='show each picture in a window')
@@ -27,18 +28,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from ..datasets.preflight import PreflightHook
     from ..engine import launch
-    from ..engine.checkpoint import StrictCheckpointHook
+    from ..engine.class_order import OrderedCheckpointHook
+    from ..files import check_writable
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)
     if args.show or args.show_dir:
         launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
     if args.out:
+        check_writable(args.out)
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.
-    runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+    runner.register_hook(OrderedCheckpointHook(args.match_classes), priority='HIGHEST')
+    runner.register_hook(PreflightHook(), priority='HIGHEST')
     runner.test()
 
 

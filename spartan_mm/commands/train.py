@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     from mmengine.device import get_device
 
     from ..backbones.fused import fuse
-    from ..datasets.preflight import PreflightHook
+    from ..datasets.preflight import PreflightHook, check_batches
     from ..engine import launch
     from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
@@ -61,11 +61,13 @@ def run(args: Namespace) -> None:
     overruled = None
     if args.resume or cfg.get('resume'):
         overruled = launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
-    runner = launch.build_runner(cfg)
+    runner = launch.build_runner(cfg, 'train')
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
     runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     if not args.no_fuse and get_device() == 'cpu':
         fuse(runner.model)
+    # Here, since a schedule that counts in epochs cannot be built for epochs of no iterations.
+    check_batches(runner.train_loop.dataloader, 'train')
     runner.train()

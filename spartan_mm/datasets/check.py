@@ -7,8 +7,10 @@ the rest by ``PreflightHook``.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,20 +18,18 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
 from .classes import describe_class_count, describe_other_classes, find_heads
-from .coco_file import MISSING_REMEDY, CocoFile, describe_image, read_json
+from .coco_file import CocoFile, read_json
 from .data_errors import (
     MAX_NAMED,
     DataError,
     Finding,
     MissingDataError,
     UndecodableError,
-    find_missing_images,
     join,
     name_culprits,
     show,
 )
-from .images import MISSING_REMEDY as MISSING_PICTURE_REMEDY
-from .images import describe_picture, load_image
+from .images import MISSING_REMEDY, describe_image, load_image
 
 SPLITS = ('train', 'val', 'test')
 
@@ -107,7 +107,7 @@ class Report:
             images_without_objects=content.count_empty(),
             objects_of_class=dict(zip(content.classes, content.count_objects().tolist(),
                                       strict=True)),
-            findings=[finding.as_record() for finding in self.findings])
+            findings=[asdict(finding) for finding in self.findings])
 
     def suspects(self) -> dict[str, str]:
         """Images to look at, each with the kind of finding that it belongs to."""
@@ -202,86 +202,68 @@ def check_dataset(config: Mapping[str, Any], split: str, decode: bool = False,
 
 def read_built(dataset: Any) -> Content:
     """Collect what a dataset that is loaded holds."""
-    infos, labels, crowds, boxes, image_index = [], [], [], [], []
-    has_boxes = False
+    infos, objects, has_boxes = [], [], False
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         if 'img_path' in info:
             infos.append({key: info[key] for key in (
                 'img_path', 'img_id', 'width', 'height', 'ann_file', 'gt_label') if key in info})
-        number = len(infos) - 1
-        if 'instances' in info:
-            has_boxes = True
-            for item in info['instances']:
-                image_index.append(number)
-                labels.append(item['bbox_label'])
-                crowds.append(bool(item.get('ignore_flag')))
-                boxes.append(item['bbox'])
-        elif isinstance(info.get('gt_label'), (int, np.integer)):
-            image_index.append(number)
-            labels.append(int(info['gt_label']))
-            crowds.append(False)
-    classes = tuple(getattr(dataset, 'metainfo', {}).get('classes') or ())
-    return Content(infos, classes, np.array(image_index, dtype=int), np.array(labels, dtype=int),
+        number, label = len(infos) - 1, info.get('gt_label')
+        has_boxes |= 'instances' in info
+        objects += [(number, item['bbox_label'], bool(item.get('ignore_flag')), item['bbox'])
+                    for item in info.get('instances', ())]
+        if 'instances' not in info and isinstance(label, (int, np.integer)):
+            objects.append((number, int(label), False, (0, 0, 0, 0)))
+    image_index, labels, crowds, boxes = zip(*objects, strict=True) if objects else ((),) * 4
+    return Content(infos, tuple(getattr(dataset, 'metainfo', {}).get('classes') or ()),
+                   np.array(image_index, dtype=int), np.array(labels, dtype=int),
                    np.array(crowds, dtype=bool),
                    np.array(boxes, dtype=float).reshape(-1, 4) if has_boxes else None)
 
 
 def check_content(content: Content, evaluation: bool = False) -> list[Finding]:
-    """Check what can be checked without opening an image; see :func:`find_missing_images`."""
-    findings = [*check_files(content), *_find_empty_files(content.paths)]
-    empty = content.count_empty()
-    counts = content.count_objects()
-    if content.boxes is not None:
-        if empty:
-            findings.append(Finding(
-                'note', 'images without objects',
-                f'{empty} of {len(content.infos)} images have no object', empty))
-        findings += _check_object_boxes(content)
-    beyond = content.labels >= len(content.classes)
-    if beyond.any() and content.classes:
-        findings.append(_of_objects(
-            content, beyond, 'error', 'label without a class',
-            f'{{count}} labels are {len(content.classes)} or more, but there are only '
-            f'{len(content.classes)} classes'))
-    absent = [name for name, count in zip(content.classes, counts, strict=True) if not count]
-    if absent and len(absent) < len(counts):
-        findings.append(Finding(
-            'note' if evaluation else 'warning', 'classes without objects',
-            f'{len(absent)} of {len(counts)} classes have no object: {join(absent)}', len(absent)))
-    present = counts[counts > 0]
-    if len(present) > 1:
-        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
-        findings.append(Finding(
-            'note', 'class balance',
-            f'from {counts[least]} objects ({content.classes[least]}) to {counts[most]} '
-            f'({content.classes[most]}), {counts[most] / counts[least]:.3g} to 1'))
-    return findings
+    """Check what can be checked without opening an image."""
+    return [*_check_files(content), *_check_objects(content, evaluation)]
 
 
-def check_files(content: Content) -> Iterator[Finding]:
-    """Look for images that do not exist or are listed twice with different labels."""
-    remedy = MISSING_PICTURE_REMEDY if content.boxes is None else MISSING_REMEDY
-    yield from find_missing_images(content.paths, 'images', remedy)
-    if content.boxes is None and len(set(content.paths)) < len(content.infos):
-        labels: dict[str, set] = {}
-        for info in content.infos:
-            labels.setdefault(info['img_path'], set()).add(info.get('gt_label'))
-        torn = [path for path, found in labels.items() if len(found) > 1]
-        if torn:
-            yield Finding('warning', 'several labels',
-                          f'{len(torn)} pictures are listed with several labels: '
-                          f'{join(torn, MAX_NAMED)}', len(torn), tuple(torn[:_MAX_SUSPECTS]))
+def _check_files(content: Content) -> Iterator[Finding]:
+    """Look for files that do not exist, are empty, or are listed with different labels.
+
+    One listing of a folder costs less than a question for each file in it, above all where the
+    folder lies on another machine. Paths with a protocol, such as s3://, are left alone.
+    """
+    present: dict[str, set[str]] = {}
+    missing, labels = [], {}
+    for info in content.infos:
+        path = info['img_path']
+        labels.setdefault(path, set()).add(info.get('gt_label'))
+        if '://' in path:
+            continue
+        folder, name = os.path.split(path)
+        if folder not in present:
+            try:
+                present[folder] = set(os.listdir(folder or '.'))
+            except OSError:
+                present[folder] = set()
+        if name not in present[folder]:
+            missing.append(path)
+    yield from _of_files('error', 'missing images', missing,
+                         f'of {len(content.infos)} images do not exist', f': {MISSING_REMEDY}')
+    # What a full disk leaves of a copy.
+    yield from _of_files('error', 'empty file', [path for path in content.paths if _is_empty(path)],
+                         'images are empty files')
+    yield from _of_files('warning', 'several labels',
+                         [path for path, found in labels.items() if len(found) > 1],
+                         'images are listed with several labels')
 
 
-def _find_empty_files(paths: Sequence[str]) -> list[Finding]:
-    """Look for files with nothing in them, which is what a full disk leaves of a copy."""
-    empty = [path for path in paths if _is_empty(path)]
-    if not empty:
-        return []
-    return [Finding('error', 'empty file',
-                    f'{len(empty)} images are empty files: {join(empty, MAX_NAMED)}', len(empty),
-                    tuple(empty[:_MAX_SUSPECTS]))]
+def _of_files(level: str, kind: str, paths: Sequence[str], message: str, remedy: str = ''
+              ) -> Iterator[Finding]:
+    """Make a finding of images, if there are any."""
+    if paths:
+        yield Finding(level, kind,
+                      f'{len(paths)} {message} ({join(paths, MAX_NAMED)}){remedy}',
+                      len(paths), tuple(paths[:_MAX_SUSPECTS]))
 
 
 def _is_empty(path: str) -> bool:
@@ -289,6 +271,43 @@ def _is_empty(path: str) -> bool:
         return os.stat(path).st_size == 0
     except OSError:
         return False  # missing ones are found elsewhere
+
+
+def _check_objects(content: Content, evaluation: bool) -> Iterator[Finding]:
+    """Look at labels and boxes that are valid and yet strange."""
+    classes, counts = content.classes, content.count_objects()
+    if content.boxes is not None:
+        if empty := content.count_empty():
+            yield Finding('note', 'images without objects',
+                          f'{empty} of {len(content.infos)} images have no object', empty)
+        sides = content.boxes[:, 2:] - content.boxes[:, :2]
+        yield from _of_objects(
+            content, (sides < 1).any(1) & (content.labels >= 0), 'warning', 'box below a pixel',
+            '{count} boxes have a side below 1 pixel and are not trained on')
+        order = np.lexsort((*content.boxes.T, content.labels, content.image_index))
+        rows = np.column_stack([content.image_index, content.labels, content.boxes])[order]
+        same = np.zeros(len(rows), dtype=bool)
+        same[order[1:]] = (rows[1:] == rows[:-1]).all(1)
+        yield from _of_objects(content, same, 'warning', 'object listed twice',
+                               '{count} objects have class and box of another one of their image')
+        if crowds := int(content.crowds.sum()):
+            yield Finding('note', 'crowds', f'{crowds} objects are crowds (`iscrowd`), which are '
+                          'not trained on and ignored in evaluation', crowds)
+    if not classes:
+        return
+    yield from _of_objects(
+        content, content.labels >= len(classes), 'error', 'label without a class',
+        f'{{count}} labels are {len(classes)} or more, but there are only {len(classes)} classes')
+    absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if 0 < len(absent) < len(classes):
+        yield Finding(
+            'note' if evaluation else 'warning', 'classes without objects',
+            f'{len(absent)} of {len(classes)} classes have no object: {join(absent)}', len(absent))
+    if len(classes) - len(absent) > 1:
+        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
+        yield Finding(
+            'note', 'class balance', f'from {counts[least]} objects ({classes[least]}) to '
+            f'{counts[most]} ({classes[most]}), {counts[most] / counts[least]:.3g} to 1')
 
 
 def decode_images(content: Content, loader: Mapping[str, Any], workers: int | None = None,
@@ -308,13 +327,10 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
               for start in range(0, len(content.infos), _CHUNK)]
     workers = min(workers or os.cpu_count() or 1, len(chunks))
     faults: dict[str, list[tuple[str, str]]] = {}
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            results = list(progress(pool.map(task, chunks), 'decoding', len(chunks)))
-    else:
-        results = list(progress(map(task, chunks), 'decoding', len(chunks)))
-    for kind, path, message in (fault for result in results for fault in result):
-        faults.setdefault(kind, []).append((path, message))
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        results = (pool.map if pool else map)(task, chunks)
+        for kind, path, message in chain.from_iterable(progress(results, 'decoding', len(chunks))):
+            faults.setdefault(kind, []).append((path, message))
     return [Finding('error', kind, name_culprits(found, lambda fault: fault[1].rstrip('.')),
                     len(found), tuple(path for path, _ in found[:_MAX_SUSPECTS]))
             for kind, found in faults.items()]
@@ -326,9 +342,8 @@ def _decode_chunk(infos: list[dict], classes: Sequence[str], options: dict[str, 
     faults = []
     for info in infos:
         size = (info.get('width'), info.get('height'))
-        described = describe_image(info) if 'img_id' in info else describe_picture(info, classes)
         try:
-            load_image(info['img_path'], described, '', annotated_size=(
+            load_image(info['img_path'], describe_image(info, classes), '', annotated_size=(
                 None if None in size else size), **options)
         except MissingDataError:
             continue  # found before, without decoding
@@ -373,35 +388,15 @@ def _read_any(dataset: Any) -> tuple[Content, list[Finding]]:
                              'one by one')]
 
 
-def _check_object_boxes(content: Content) -> Iterator[Finding]:
-    """Look for boxes that are valid and yet strange."""
-    boxes = content.boxes
-    sides = boxes[:, 2:] - boxes[:, :2]
-    small = (sides < 1).any(1) & (content.labels >= 0)
-    if small.any():
-        yield _of_objects(content, small, 'warning', 'box below a pixel',
-                          '{count} boxes have a side below 1 pixel and are not trained on')
-    order = np.lexsort((*boxes.T, content.labels, content.image_index))
-    rows = np.column_stack([content.image_index, content.labels, boxes])[order]
-    same = np.zeros(len(rows), dtype=bool)
-    same[order[1:]] = (rows[1:] == rows[:-1]).all(1)
-    if same.any():
-        yield _of_objects(content, same, 'warning', 'object listed twice',
-                          '{count} objects have class and box of another one of their image')
-    crowds = int(content.crowds.sum())
-    if crowds:
-        yield Finding('note', 'crowds', f'{crowds} objects are crowds (`iscrowd`), which are not '
-                      'trained on and ignored in evaluation', crowds)
-
-
 def _of_objects(content: Content, chosen: np.ndarray, level: str, kind: str, message: str
-                ) -> Finding:
-    """Make a finding of objects, with the images they are in."""
-    images = list(dict.fromkeys(content.image_index[chosen].tolist()))
-    paths = [content.infos[i]['img_path'] for i in images[:_MAX_SUSPECTS]]
-    count = int(chosen.sum())
-    names = join((os.path.basename(path) for path in paths), MAX_NAMED)
-    return Finding(level, kind, f'{message.format(count=count)} ({names})', count, tuple(paths))
+                ) -> Iterator[Finding]:
+    """Make a finding of objects, with the images they are in, if there are any."""
+    if chosen.any():
+        images = dict.fromkeys(content.image_index[chosen].tolist())
+        paths = [content.infos[i]['img_path'] for i in islice(images, _MAX_SUSPECTS)]
+        count = int(chosen.sum())
+        names = join((os.path.basename(path) for path in paths), MAX_NAMED)
+        yield Finding(level, kind, f'{message.format(count=count)} ({names})', count, tuple(paths))
 
 
 def _check_model(cfg: Config, report: Report) -> Iterator[Finding]:
@@ -443,15 +438,14 @@ def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Ite
 def _compare(reports: list[Report]) -> None:
     """Compare the datasets with each other: classes, and images in training and evaluation."""
     train = [report for report in reports if report.split == 'train' and report.content.infos]
+    known = {os.path.abspath(path) for other in train for path in other.content.paths}
     for report in reports:
-        if report.split == 'train' or not report.content.infos:
+        if not train or report.split == 'train' or not report.content.infos:
             continue
-        for other in train[:1]:
-            ours, theirs = other.content.classes, report.content.classes
-            if report.split == 'val' and ours and theirs and ours != theirs:
-                report.findings.append(Finding('error', 'other classes', describe_other_classes(
-                    ours, other.name, theirs, report.name)))
-        known = {os.path.abspath(path) for other in train for path in other.content.paths}
+        ours, theirs = train[0].content.classes, report.content.classes
+        if report.split == 'val' and ours and theirs and ours != theirs:
+            report.findings.append(Finding('error', 'other classes', describe_other_classes(
+                ours, train[0].name, theirs, report.name)))
         shared = [path for path in report.content.paths if os.path.abspath(path) in known]
         if shared:
             report.findings.append(Finding(

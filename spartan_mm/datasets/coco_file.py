@@ -21,20 +21,6 @@ _ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
 # What pycocotools numbers with.
 _LARGEST_ID = 2**63 - 1
 
-#: What to do about images that do not exist.
-MISSING_REMEDY = ('check `data_root` and `data_prefix` of the dataset in the config, and '
-                  '`file_name` in the annotation file.')
-
-
-def describe_image(info: dict) -> str:
-    """Name an image by its path and, where they are known, its id and the annotation file."""
-    described = f'image {info["img_path"]!r}'
-    if 'img_id' in info:
-        described += f' (image id {info["img_id"]!r}'
-        described += f' of {info["ann_file"]})' if 'ann_file' in info else ')'
-    return described
-
-
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Leave out the search for cycles while millions of objects without any are made.
@@ -142,26 +128,25 @@ class CocoFile:
 
     def _check_shape(self, content: Any) -> bool:
         """Check the outermost shape; say whether there is anything to check in it."""
-        kind = 'not an annotation file'
+        problem = None
         if not isinstance(content, dict):
-            self._add('error', kind, f'holds a {type(content).__name__}, but COCO annotations are '
-                      'a dict with `images`, `annotations` and `categories`; a list is what a file '
-                      'of detection results holds.')
-            return False
-        required = ['images', 'categories'] + ([] if self.evaluation else ['annotations'])
-        absent = [key for key in required if key not in content]
-        if absent:
-            self._add('error', kind, f'has no {join(absent)}: not a COCO annotation file.')
-            return False
-        for key in ('images', 'categories', 'annotations'):
-            if not isinstance(content.get(key, []), list):
-                self._add('error', kind, f'`{key}` is a {type(content[key]).__name__}, but must be '
-                          'a list of dicts.')
-                return False
-        empty = [key for key in ('images', 'categories') if not content[key]]
-        if empty:
-            self._add('error', kind, f'is empty: no {join(empty)} in it.')
-        return not empty
+            problem = (f'holds a {type(content).__name__}, but COCO annotations are a dict with '
+                       '`images`, `annotations` and `categories`; a list is what a file of '
+                       'detection results holds.')
+        else:
+            required = ['images', 'categories'] + ([] if self.evaluation else ['annotations'])
+            strange = [key for key in ('images', 'categories', 'annotations')
+                       if not isinstance(content.get(key, []), list)]
+            if absent := [key for key in required if key not in content]:
+                problem = f'has no {join(absent)}: not a COCO annotation file.'
+            elif strange:
+                problem = (f'`{strange[0]}` is a {type(content[strange[0]]).__name__}, but must be '
+                           'a list of dicts.')
+            elif empty := [key for key in ('images', 'categories') if not content[key]]:
+                problem = f'is empty: no {join(empty)} in it.'
+        if problem:
+            self._add('error', 'not an annotation file', problem)
+        return not problem
 
     def _check_images(self, images: list) -> None:
         """Check that images have what is needed, a size, and an id of their own."""
@@ -261,14 +246,13 @@ class CocoFile:
         numbers = _numbers(self.annotations)
         if numbers is None:
             # One by one, to find out which.
-            sound = [_numbers([item]) is not None for item in self.annotations]
-            self._fail(
-                'annotation', 'box of no numbers',
-                [item for item, is_sound in zip(self.annotations, sound, strict=True)
-                 if not is_sound],
-                lambda item: (f'has bbox={show(item["bbox"])}, area={show(item["area"])}, which '
-                              'must be four numbers (x, y, width, height) and a number'))
-            self._select(np.array(sound))
+            sound = np.array([_numbers([item]) is not None for item in self.annotations])
+            self._drop('annotation', 'box of no numbers', self.annotations,
+                       [self.annotations[i] for i in (~sound).nonzero()[0]],
+                       lambda item: (f'has bbox={show(item["bbox"])}, area={show(item["area"])}, '
+                                     'which must be four numbers (x, y, width, height) and a '
+                                     'number'))
+            self._select(sound)
             if not self.annotations:
                 return
             numbers = _numbers(self.annotations)
@@ -293,27 +277,26 @@ class CocoFile:
         refused = ~usable if self.invalid_boxes == 'keep' else ~valid
         if refused.any():
             indices = refused.nonzero()[0]
-            faults = {id(self.annotations[i]): _box_fault(finite[i], sized[i], boxes[i], inside[i],
-                                                          areas[i], sizes[i]) for i in indices}
-            culprits = [self.annotations[i] for i in indices]
-            image_of = dict(zip(map(id, culprits), self.image_index[indices], strict=True))
+            ids = join(self.annotations[i]['id'] for i in indices)
 
-            def describe(item: dict) -> str:
-                return (f'of image {_name(self.images[image_of[id(item)]])} has '
+            def describe(i: int) -> str:
+                item, image = self.annotations[i], self.images[self.image_index[i]]
+                fault = _box_fault(finite[i], sized[i], boxes[i], inside[i], sizes[i])
+                return (f'annotation {_name(item)} of image {_name(image)} has '
                         f'bbox={show(item["bbox"])} (x, y, width, height), '
-                        f'area={show(item["area"])}: {faults[id(item)]}')
+                        f'area={show(item["area"])}: {fault}')
 
             if self.invalid_boxes == 'drop':
-                self._add('warning', 'invalid box',
-                          f'dropped {len(indices)} of {len(self.annotations)} annotations with '
-                          f'invalid boxes (ids {join(item["id"] for item in culprits)}).',
-                          len(indices), self._names_of(indices))
+                level = 'warning'
+                message = (f'dropped {len(indices)} of {len(self.annotations)} annotations with '
+                           f'invalid boxes (ids {ids}).')
             else:
-                remedy = 'Correct the file' + (
-                    ", or leave such boxes out: `invalid_boxes='drop'` of the dataset in the config"
-                    if self.invalid_boxes == 'error' else '')
-                self._fail('annotation', 'invalid box', culprits, describe, f'{remedy}.',
-                           self._names_of(indices))
+                level, remedy = 'error', 'Correct the file'
+                if self.invalid_boxes == 'error':
+                    remedy += (", or leave such boxes out: `invalid_boxes='drop'` of the dataset "
+                               'in the config')
+                message = name_culprits(indices, describe, f'{remedy}.')
+            self._add(level, 'invalid box', message, len(indices), self._names_of(indices))
 
         # By how much a box reaches out on its worst side, 0 or less if it does not.
         excess = np.maximum(-boxes[:, :2], far_corner - sizes).max(1)
@@ -348,26 +331,23 @@ class CocoFile:
 
     def _keep_complete(self, kind: str, items: list, keys: Sequence[str]) -> list[dict]:
         """Keep the items that are dicts with all keys."""
-        if set(map(type, items)) - {dict}:
-            culprits = [(index, item) for index, item in enumerate(items)
-                        if not isinstance(item, dict)]
-            message = name_culprits(culprits, lambda culprit: (
-                f'{kind} number {culprit[0]} (from 0) is {show(culprit[1])}, not a dict'))
-            self._add('error', f'{kind} is no dict', message, len(culprits))
-            items = [item for item in items if isinstance(item, dict)]
         needed = set(keys)
-        faulty = [(index, item) for index, item in enumerate(items) if not needed <= item.keys()]
+
+        def is_complete(item: Any) -> bool:
+            return type(item) is dict and needed <= item.keys()
+
+        def describe(culprit: tuple[int, Any]) -> str:
+            index, item = culprit
+            if not isinstance(item, dict):
+                return f'{kind} number {index} (from 0) is {show(item)}, not a dict'
+            name = _name(item) if 'id' in item else f'number {index} (from 0)'
+            return f'{kind} {name} has no {join(key for key in keys if key not in item)}'
+
+        faulty = [(index, item) for index, item in enumerate(items) if not is_complete(item)]
         if not faulty:
             return items
-
-        def describe(culprit: tuple[int, dict]) -> str:
-            index, item = culprit
-            absent = join(key for key in keys if key not in item)
-            name = _name(item) if 'id' in item else f'number {index} (from 0)'
-            return f'{kind} {name} has no {absent}'
-
         self._add('error', f'{kind} incomplete', name_culprits(faulty, describe), len(faulty))
-        return [item for item in items if needed <= item.keys()]
+        return [item for item in items if is_complete(item)]
 
     def _keep_ids(self, kind: str, items: list[dict], types: tuple[type, ...]) -> list[dict]:
         """Keep the items with an id of the right kind and of their own."""
@@ -384,33 +364,25 @@ class CocoFile:
 
     def _keep_own(self, kind: str, items: list[dict], key: str, what: str) -> list[dict]:
         """Keep the items whose value under a key no earlier one has."""
-        twice = _repeated(items, key)
-        self._fail(kind, f'{kind} {key} repeated', twice,
-                   lambda _: f'has {what} that another {kind} has')
-        known = set(map(id, twice))
-        return [item for item in items if id(item) not in known] if twice else items
+        return self._drop(kind, f'{kind} {key} repeated', items, _repeated(items, key),
+                          lambda _: f'has {what} that another {kind} has')
 
     def _keep(self, kind: str, fault: str, items: list[dict], is_sound: Callable[[dict], Any],
               describe: Callable[[dict], str]) -> list[dict]:
         """Keep the sound items; the others are an error."""
-        faulty = [item for item in items if not is_sound(item)]
-        if not faulty:
-            return items
-        self._fail(kind, fault, faulty, describe)
-        return [item for item in items if is_sound(item)]
+        return self._drop(kind, fault, items, [item for item in items if not is_sound(item)],
+                          describe)
 
-    def _fail(self, kind: str, fault: str, culprits: Sequence[dict],
-              describe: Callable[[dict], str], remedy: str = '',
-              images: Sequence[str] | None = None) -> None:
-        """Note an error that names the culprits, if there are any."""
+    def _drop(self, kind: str, fault: str, items: list[dict], culprits: Sequence[dict],
+              describe: Callable[[dict], str]) -> list[dict]:
+        """Note an error that names the culprits, if there are any; return the other items."""
         if not culprits:
-            return
-        if images is None:
-            images = [item['file_name'] for item in culprits
-                      if isinstance(item.get('file_name'), str)]
-        self._add('error', fault,
-                  name_culprits(culprits, lambda item: f'{kind} {_name(item)} {describe(item)}',
-                                remedy), len(culprits), images)
+            return items
+        names = [item['file_name'] for item in culprits if isinstance(item.get('file_name'), str)]
+        message = name_culprits(culprits, lambda item: f'{kind} {_name(item)} {describe(item)}')
+        self._add('error', fault, message, len(culprits), names)
+        dropped = set(map(id, culprits))
+        return [item for item in items if id(item) not in dropped]
 
     def _add(self, level: str, kind: str, message: str, count: int = 1,
              images: Sequence[str] = ()) -> None:
@@ -476,8 +448,8 @@ def _numbers(annotations: Sequence[dict]) -> np.ndarray | None:
         return None
 
 
-def _box_fault(finite: bool, sized: bool, box: np.ndarray, inside: bool, area: float,
-               image_size: np.ndarray) -> str:
+def _box_fault(finite: bool, sized: bool, box: np.ndarray, inside: bool, image_size: np.ndarray
+               ) -> str:
     """Say what is wrong with an invalid box; the first fault of several."""
     if not finite:
         return 'not finite'

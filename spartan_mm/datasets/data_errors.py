@@ -1,6 +1,5 @@
 """What is wrong with data: errors that stop, and findings that are collected first."""
 
-import os
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,11 +52,6 @@ class Finding:
     count: int = 1
     images: tuple[str, ...] = ()
 
-    def as_record(self) -> dict[str, Any]:
-        """Describe it by a dict fit for JSON."""
-        return dict(level=self.level, kind=self.kind, message=self.message, count=self.count,
-                    images=list(self.images))
-
 
 def name_culprits(items: Sequence[Any], describe: Callable[[Any], str], remedy: str = '') -> str:
     """Describe the first of several culprits, and count the others.
@@ -89,34 +83,3 @@ def join(values: Iterable[Any], limit: int = _MAX_LISTED) -> str:
 def show(value: Any) -> str:
     """Write a value in one short line, whatever it is."""
     return ' '.join(reprlib.repr(value).split())
-
-
-def find_missing_images(paths: Sequence[str], what: str, remedy: str) -> list[Finding]:
-    """Look for files that do not exist, by listing their folders.
-
-    One listing of a folder costs less than a question for each file in it, above all where the
-    folder lies on another machine. Paths with a protocol, such as s3://, are left alone.
-
-    Args:
-        paths: Where the images should be.
-        what: What to call the images, such as 'images of train.json'.
-        remedy: What to do about missing ones.
-    """
-    present: dict[str, set[str]] = {}
-    missing = []
-    for path in paths:
-        if '://' in path:
-            continue
-        folder, name = os.path.split(path)
-        if folder not in present:
-            try:
-                present[folder] = set(os.listdir(folder or '.'))
-            except OSError:
-                present[folder] = set()
-        if name not in present[folder]:
-            missing.append(path)
-    if not missing:
-        return []
-    message = (f'{len(missing)} of {len(paths)} {what} do not exist ({join(missing, MAX_NAMED)}): '
-               f'{remedy}')
-    return [Finding('error', 'missing images', message, len(missing), tuple(missing[:MAX_NAMED]))]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 
-from .atomic_folder import Stamp, is_missing, make_once, refuse_to_replace
+from .atomic_folder import make_once
 from .digits import share_out_digits
 
 # Goes into the stamp: raise it whenever the pictures change for the same arguments.
@@ -52,26 +52,4 @@ def make_digit_folder(root: str | Path, seed: int = 0) -> Path:
         (folder / _INFO).write_text(json.dumps(
             dict(description=_DESCRIPTION, stamp=stamp, pictures=counts)))
 
-    return make_once(root, stamp, _find_stamp, write)
-
-
-def _find_stamp(root: Path) -> Stamp | None:
-    """Read with which arguments the dataset at ``root`` was made; None if there is none.
-
-    Raises:
-        FileExistsError: There is something else.
-    """
-    if is_missing(root):
-        return None
-    strange = set()
-    try:
-        info = json.loads((root / _INFO).read_text())
-        if info['description'] == _DESCRIPTION:
-            strange = {path.name for path in root.iterdir()} - {_INFO, *info['pictures']}
-            if not strange:
-                complete = all(len(list((root / split).glob('*/*.png'))) == count
-                               for split, count in info['pictures'].items())
-                return info['stamp'] if complete else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise refuse_to_replace(root, strange, 'folder of digits')
+    return make_once(root, _DESCRIPTION, stamp, [_INFO], write)

@@ -11,37 +11,26 @@ import colorsys
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from .atomic_folder import Stamp, is_missing, make_once, refuse_to_replace
+from ..requirements import require
+from .atomic_folder import SPLITS, make_once
 
 _NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 # gaps, so that a mistake in mapping ids to labels shows
 _IDS = (1, 2, 4, 5, 7, 8, 11, 13, 14, 18)
 
 #: The categories of the annotation files.
-DIGITS_CATEGORIES = tuple(
-    dict(id=category_id, name=name, supercategory='digit')
-    for category_id, name in zip(_IDS, _NAMES, strict=True)
-)
-
-#: Classes and colours for the config.
-DIGITS_METAINFO = dict(
-    classes=_NAMES,
-    palette=[
-        tuple(round(255 * value) for value in colorsys.hsv_to_rgb(label / 10, 0.85, 0.95))
-        for label in range(10)
-    ],
-)
+DIGITS_CATEGORIES = tuple(dict(id=number, name=name, supercategory='digit')
+                          for number, name in zip(_IDS, _NAMES, strict=True))
 
 # Goes into the stamp: raise it whenever the pictures change for the same arguments.
 _VERSION = 1
 _DESCRIPTION = 'handwritten digits on photographs'
-_SPLITS = ('train', 'val')
 
 _VAL_DIGITS = 0.2  # share of each class's samples
 _VAL_PHOTO = 0.4  # share of each photograph's width
@@ -55,27 +44,14 @@ _MAX_COVERED = 0.10  # share of a digit's ink that later ones may hide
 _MAX_OVERLAP = 0.35  # intersection of two boxes over the smaller one
 
 
-@dataclass(frozen=True)
-class DigitsPaths:
+class DigitsPaths(NamedTuple):
     """Where the parts of the dataset lie."""
 
     root: Path
-
-    @property
-    def train_images(self) -> Path:
-        return self.root / 'train'
-
-    @property
-    def val_images(self) -> Path:
-        return self.root / 'val'
-
-    @property
-    def train_annotations(self) -> Path:
-        return self.root / 'annotations' / 'train.json'
-
-    @property
-    def val_annotations(self) -> Path:
-        return self.root / 'annotations' / 'val.json'
+    train_images: Path
+    val_images: Path
+    train_annotations: Path
+    val_annotations: Path
 
 
 def make_digits(root: str | Path, num_train: int = 2000, num_val: int = 200, seed: int = 0,
@@ -115,7 +91,7 @@ def make_digits(root: str | Path, num_train: int = 2000, num_val: int = 200, see
         from tqdm import tqdm
         sources = _load_sources(seed)
         (folder / 'annotations').mkdir()
-        for number, split in enumerate(_SPLITS):
+        for number, split in enumerate(SPLITS):
             rngs = [np.random.default_rng([seed, number, i]) for i in range(counts[split])]
             rngs = tqdm(rngs, desc=f'digits, {split}', unit='picture', disable=not progress,
                         # A log file would keep every state of the bar.
@@ -124,7 +100,9 @@ def make_digits(root: str | Path, num_train: int = 2000, num_val: int = 200, see
             content['info'].update(stamp=stamp)
             (folder / 'annotations' / f'{split}.json').write_text(json.dumps(content))
 
-    return DigitsPaths(make_once(root, stamp, _find_stamp, write))
+    annotations = [f'annotations/{split}.json' for split in SPLITS]
+    root = make_once(root, _DESCRIPTION, stamp, annotations, write)
+    return DigitsPaths(root, *(root / name for name in (*SPLITS, *annotations)))
 
 
 def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
@@ -140,15 +118,11 @@ def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]
     Raises:
         ImportError: Scikit-learn is missing.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            'The digits dataset is made of the samples that come with scikit-learn: '
-            'pip install scikit-learn.') from error
+    require('sklearn', '1.2', 'demo')
+    from sklearn.datasets import load_digits
     digits = load_digits()
     rng = np.random.default_rng(seed)
-    indices = {split: [] for split in _SPLITS}
+    indices = {split: [] for split in SPLITS}
     for label in range(10):
         of_class = rng.permutation(np.flatnonzero(digits.target == label))
         num_val = round(_VAL_DIGITS * len(of_class))
@@ -157,63 +131,26 @@ def share_out_digits(seed: int) -> tuple[np.ndarray, dict[str, list[np.ndarray]]
     return digits.images / digits.images.max(), indices
 
 
-def _find_stamp(root: Path) -> Stamp | None:
-    """Read with which arguments the dataset at ``root`` was made; None if there is none.
-
-    Raises:
-        FileExistsError: There is something else.
-    """
-    if is_missing(root):
-        return None
-    try:
-        strange = {path.name for path in root.iterdir()} - {'annotations', *_SPLITS}
-        infos = [
-            json.loads((root / 'annotations' / f'{split}.json').read_text())['info']
-            for split in _SPLITS
-        ]
-        if not strange and all(info['description'] == _DESCRIPTION for info in infos):
-            complete = all(
-                sum(1 for _ in (root / split).iterdir()) == infos[0]['stamp'][split]
-                for split in _SPLITS
-            )
-            return (
-                infos[0]['stamp'] if complete and infos[0]['stamp'] == infos[1]['stamp'] else None
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        strange = set()
-    raise refuse_to_replace(root, strange, 'digits dataset')
-
-
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """What the pictures of a split are made of.
 
     Attributes:
         photos: (H, W, 3) RGB uint8 each.
         digits: For each class, (samples, 8, 8) ink from 0 to 1.
-        indices: For each class, the indices of these samples in scikit-learn's set.
     """
 
     photos: list[np.ndarray]
     digits: list[np.ndarray]
-    indices: list[np.ndarray]
 
 
 def _load_sources(seed: int) -> dict[str, _Source]:
     """Load digits and photographs and share them out to the splits, disjointly."""
     samples, indices = share_out_digits(seed)
     from sklearn.datasets import load_sample_images
-    photos = load_sample_images().images
-
-    borders = [round((1 - _VAL_PHOTO) * photo.shape[1]) for photo in photos]
-    parts = dict(train=[photo[:, :border] for photo, border in zip(photos, borders, strict=True)],
-                 val=[photo[:, border:] for photo, border in zip(photos, borders, strict=True)])
-    return {
-        split: _Source(photos=parts[split],
-                       digits=[samples[of_class] for of_class in indices[split]],
-                       indices=indices[split])
-        for split in _SPLITS
-    }
+    parts = [np.split(photo, [round((1 - _VAL_PHOTO) * photo.shape[1])], axis=1)
+             for photo in load_sample_images().images]
+    return {split: _Source(list(photos), [samples[of_class] for of_class in indices[split]])
+            for split, photos in zip(SPLITS, zip(*parts, strict=True), strict=True)}
 
 
 def _write_pictures(folder: Path, source: _Source, rngs: Sequence[np.random.Generator],
@@ -244,9 +181,8 @@ def _draw_picture(rng: np.random.Generator, source: _Source,
     width, height = image_size
     side = (width + height) // 2
     shapes = [(height, width), (width, height), (side, side)]
-    canvas = _Canvas(
-        _draw_background(rng, source.photos, shapes[rng.choice(3, p=[0.7, 0.15, 0.15])])
-    )
+    shape = shapes[rng.choice(3, p=[0.7, 0.15, 0.15])]
+    canvas = _Canvas(_draw_background(rng, source.photos, shape))
     if rng.random() < _NO_OBJECT:
         return canvas.picture(), []
 
@@ -299,8 +235,8 @@ def _draw_glyph(rng: np.random.Generator, samples: np.ndarray, size: float) -> n
 
     # The interpolated ink is a blur; a steeper slope around the middle gives strokes with an edge.
     opacity = np.clip((ink - 0.3) / 0.3, 0, 1)
-    rows, columns = ((opacity >= 0.5).any(axis).nonzero()[0] for axis in (1, 0))
-    return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, right, bottom = _tight_box(opacity >= 0.5)
+    return opacity[top:bottom, left:right]
 
 
 def _draw_ink(rng: np.random.Generator) -> np.ndarray:
@@ -312,10 +248,8 @@ def _draw_ink(rng: np.random.Generator) -> np.ndarray:
 def _draw_position(rng: np.random.Generator, shape: tuple[int, int],
                    glyph: np.ndarray) -> tuple[int, int]:
     """Draw the (top, left) of a glyph that fits into the picture."""
-    top, left = (
-        int(rng.integers(max(outer - inner, 0), endpoint=True))
-        for outer, inner in zip(shape, glyph.shape, strict=True)
-    )
+    top, left = (int(rng.integers(max(outer - inner, 0), endpoint=True))
+                 for outer, inner in zip(shape, glyph.shape, strict=True))
     return top, left
 
 
@@ -333,11 +267,9 @@ def _draw_crowd(rng: np.random.Generator, source: _Source, canvas: '_Canvas') ->
     for row, column in np.ndindex(rows, columns):
         glyph = _draw_glyph(rng, source.digits[label], shorter * rng.uniform(*_CROWD_DIGIT_SIZE))
         room = spacing - np.array(glyph.shape)
-        top, left = (
-            corner + (row, column) * np.array(spacing) + rng.uniform(0, 1, 2) * room
-        ).astype(int)
-        top, left = np.clip((top, left), 0, np.array(canvas.shape) - glyph.shape)
-        cluster |= canvas.blend(glyph, (top, left), ink)
+        place = corner + np.array([row, column]) * spacing + rng.uniform(0, 1, 2) * room
+        place = np.clip(place.astype(int), 0, np.array(canvas.shape) - glyph.shape)
+        cluster |= canvas.blend(glyph, tuple(place), ink)
     # the region of the cluster, gaps between the digits filled
     gap = int(np.ceil(2 * spacing)) | 1
     region = cv2.morphologyEx(np.pad(cluster, gap).astype(np.uint8), cv2.MORPH_CLOSE,
@@ -350,8 +282,7 @@ class _Canvas:
 
     def __init__(self, background: np.ndarray) -> None:
         self._pixels = background
-        self._digits: list[dict] = []
-        self._crowds: list[dict] = []
+        self._objects: list[dict] = []
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -363,21 +294,17 @@ class _Canvas:
     def paint(self, glyph: np.ndarray, label: int, position: tuple[int, int],
               ink: np.ndarray) -> bool:
         """Paint a digit, unless it does not fit, or would hide too much of what is there."""
-        box = _box(glyph, position)
         if glyph.shape[0] > self.shape[0] or glyph.shape[1] > self.shape[1]:
             return False
-        if any(_overlap(box, crowd['box']) > 0 for crowd in self._crowds):
-            return False
-        mask = self._mask(glyph, position)
-        for other in self._digits:
-            if _overlap(box, other['box']) > _MAX_OVERLAP:
+        box, mask = _box(glyph, position), self._mask(glyph, position)
+        for other in self._objects:
+            if _overlap(box, other['box']) > (0 if other['crowd'] else _MAX_OVERLAP):
                 return False
             if (other['visible'] & ~mask).sum() < (1 - _MAX_COVERED) * other['ink']:
                 return False
-
-        for other in self._digits:
+        for other in self._objects:
             other['visible'] &= ~mask
-        self._digits.append(dict(label=label, box=box, visible=mask, ink=mask.sum()))
+        self._add(label, mask, box)
         self.blend(glyph, position, ink)
         return True
 
@@ -398,27 +325,25 @@ class _Canvas:
 
     def add_crowd(self, label: int, region: np.ndarray) -> None:
         """Make the region (H, W) a crowd of digits of one class."""
-        self._crowds.append(dict(label=label, region=region, box=_tight_box(region)))
+        self._add(label, region, _tight_box(region), crowd=True)
 
     def objects(self) -> list[dict]:
-        """Describe the objects as COCO annotations without ids."""
-        digits = []
-        for digit in self._digits:
-            left, top, right, bottom = _tight_box(digit['visible'])
+        """Describe the objects as COCO annotations without ids, crowds last."""
+        annotations = []
+        for item in sorted(self._objects, key=lambda item: item['crowd']):
+            left, top, right, bottom = _tight_box(item['visible'])
             box = [left, top, right - left, bottom - top]
-            # without a segmentation, COCO's area is that of the box
-            digits.append(
-                dict(category_id=_IDS[digit['label']], bbox=box, area=box[2] * box[3], iscrowd=0)
-            )
-        crowds = []
-        for crowd in self._crowds:
-            left, top, right, bottom = crowd['box']
-            crowds.append(
-                dict(category_id=_IDS[crowd['label']], bbox=[left, top, right - left, bottom - top],
-                     area=int(crowd['region'].sum()), iscrowd=1,
-                     segmentation=_run_lengths(crowd['region']))
-            )
-        return digits + crowds
+            # Without a segmentation, COCO's area is that of the box.
+            annotations.append(dict(category_id=_IDS[item['label']], bbox=box,
+                                    area=box[2] * box[3], iscrowd=0))
+            if item['crowd']:
+                annotations[-1].update(area=int(item['ink']), iscrowd=1,
+                                       segmentation=_run_lengths(item['visible']))
+        return annotations
+
+    def _add(self, label: int, mask: np.ndarray, box: tuple[int, int, int, int],
+             crowd: bool = False) -> None:
+        self._objects.append(dict(label=label, visible=mask, box=box, ink=mask.sum(), crowd=crowd))
 
     def _mask(self, glyph: np.ndarray, position: tuple[int, int]) -> np.ndarray:
         mask = np.zeros(self.shape, dtype=bool)
@@ -435,8 +360,8 @@ def _box(glyph: np.ndarray, position: tuple[int, int]) -> tuple[int, int, int, i
 
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Get the corners (left, top, right, bottom) of the tightest box around a mask (H, W)."""
-    rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return left, top, left + width, top + height
 
 
 def _overlap(box: Sequence[int], other: Sequence[int]) -> float:

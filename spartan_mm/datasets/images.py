@@ -14,15 +14,19 @@ from PIL import Image
 
 from .data_errors import DataError, MissingDataError, UndecodableError
 
-#: What to do about pictures of a classifier's dataset that do not exist.
-MISSING_REMEDY = 'check `data_root`, `split` and `ann_file` of the dataset in the config.'
+#: What to do about images that do not exist.
+MISSING_REMEDY = ('check `data_root` and `data_prefix` (or `split`) of the dataset in the config, '
+                  'and the names in its annotation file or list.')
 
 
-def describe_picture(info: dict, classes: Sequence[str] = ()) -> str:
-    """Name a picture of a classifier's dataset by its path and, where it is known, its class."""
+def describe_image(info: dict, classes: Sequence[str] = ()) -> str:
+    """Name an image by its path and, where they are known, its id and file, or its class."""
+    described = f'image {info["img_path"]!r}'
     label = info.get('gt_label')
-    described = f'picture {info["img_path"]!r}'
-    if isinstance(label, int):
+    if 'img_id' in info:
+        described += f' (image id {info["img_id"]!r}'
+        described += f' of {info["ann_file"]})' if 'ann_file' in info else ')'
+    elif isinstance(label, int):
         name = f', {classes[label]}' if 0 <= label < len(classes) else ''
         described += f' (class {label}{name})'
     return described

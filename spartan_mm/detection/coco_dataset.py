@@ -15,15 +15,9 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.logging import print_log
 
-from ..datasets.coco_file import (
-    MISSING_REMEDY,
-    CocoFile,
-    describe_image,
-    no_garbage_collection,
-    read_json,
-)
+from ..datasets.coco_file import CocoFile, no_garbage_collection, read_json
 from ..datasets.data_errors import DataError
-from ..datasets.images import BadImages, load_image
+from ..datasets.images import MISSING_REMEDY, BadImages, describe_image, load_image
 
 
 @DATASETS.register_module()

@@ -1,9 +1,13 @@
 """What trains the models: parameter groups, loop and hooks."""
-from .checkpoint import StrictCheckpointHook
 from .checkpoint_hook import ResumableCheckpointHook
 from .compile import CompileHook, compile_model
 from .finetune import FineTuneHook
-from .hooks import ChannelsLastHook, ClassCountCheckHook, OneWriterLoggerHook
+from .hooks import (
+    ChannelsLastHook,
+    ClassCountCheckHook,
+    OneWriterLoggerHook,
+    StrictCheckpointHook,
+)
 from .nan_guard import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .resume import ResumableTrainLoop

@@ -12,7 +12,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..text import count, join, shorten
 from ..weights.initialize import without_pretrained
+from ..weights.loading import find_classes
 from ..weights.stored_config import read_config
+from .class_order import describe_classes, same_classes
+from .hooks import classes_of
 
 # What a training is made of, by the names that mmengine's runner gives it. A config has more, such
 # as variables that its other parts are made of.
@@ -41,8 +44,8 @@ class Difference(NamedTuple):
 class ResumeCheckHook(Hook):
     """Compares the config with the run whose checkpoint a training goes on from.
 
-    - Another kind of optimizer, other groups of parameters and other kinds of schedules are
-      refused.
+    - Other classes, another kind of optimizer, other groups of parameters and other kinds of
+      schedules are refused.
     - Whatever else differs is named in one warning, with what counts: the checkpoint for optimizer,
       schedules, loss scale and seed, the config for all other settings.
     - If there is no ``EMAHook`` any more, the training goes on from the trained weights.
@@ -66,6 +69,10 @@ class ResumeCheckHook(Hook):
         if not runner._resume:
             return
         name = runner._load_from or f'in {runner.work_dir}'
+        theirs = find_classes(checkpoint)
+        ours = classes_of(runner.train_dataloader.dataset, 'train_dataloader')
+        if not same_classes(theirs, ours):
+            _refuse(name, describe_classes(name, theirs, ours, 'the training data'))
         before = _read_parts(checkpoint['meta'].get('cfg'))
         now = _read_parts(runner.message_hub.get_info('cfg'))
         changed = [*find_differences(before, now)] if before and now else []

@@ -43,17 +43,14 @@ def compile_model(model: nn.Module, mode: str | None = None, dynamic: bool | Non
 
 @HOOKS.register_module()
 class CompileHook(Hook):
-    """Compile the model before the run, see :func:`compile_model`.
+    """Compile the model before the run.
 
     Args:
-        mode: See :func:`compile_model`.
-        dynamic: See :func:`compile_model`.
-        options: See :func:`compile_model`.
+        options: Those of :func:`compile_model`.
     """
 
-    def __init__(self, mode: str | None = None, dynamic: bool | None = None,
-                 **options: Any) -> None:
-        self.options = dict(options, mode=mode, dynamic=dynamic)
+    def __init__(self, **options: Any) -> None:
+        self.options = options
 
     def before_run(self, runner: Runner) -> None:
         """Compile."""

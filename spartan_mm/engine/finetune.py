@@ -1,6 +1,5 @@
 """Starting from a checkpoint of the same architecture that knows other classes."""
 
-import copy
 import logging
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from ..datasets.classes import find_heads
 from ..errors import CheckpointError
 from ..text import count, join
 from ..weights.loading import find_classes, find_meta
-from .checkpoint import StrictCheckpointHook
+from .hooks import StrictCheckpointHook, classes_of
 
 Names = Sequence[str] | None
 StateDict = Mapping[str, Tensor]
@@ -89,7 +88,8 @@ class FineTuneHook(StrictCheckpointHook):
         if runner._resume:
             return state_dict
         own = model.state_dict()
-        theirs, ours = find_classes(checkpoint), _dataset_classes(runner)
+        theirs = find_classes(checkpoint)
+        ours = classes_of(runner.train_dataloader.dataset, 'train_dataloader')
         fitted, changes = fit_classes(state_dict, own, find_rows(runner.cfg.model, own), theirs,
                                       ours)
         anew = any(change.kept < change.total for change in changes)
@@ -116,7 +116,7 @@ def find_rows(model_cfg: dict[str, Any], own: StateDict) -> dict[str, Rows]:
         return {}
     [number] = numbers
     with torch.random.fork_rng(devices=[]):
-        larger = MODELS.build(_with_classes(copy.deepcopy(model_cfg), number, number + 1))
+        larger = MODELS.build(_with_classes(model_cfg, number, number + 1))
     layouts = {}
     for name, tensor in larger.state_dict().items():
         if name in own and tensor.shape != own[name].shape:
@@ -199,8 +199,8 @@ def describe(checkpoint: str, tensors: int, changes: Sequence[Change], theirs: N
     if not changes:
         known = '' if theirs else '; it does not name its classes, which are taken to be the same'
         return f'{checkpoint}: all {tensors} tensors loaded{known}'
-    obstacles = [_why_unusable(change.known, change.total, theirs, ours) for change in changes]
-    unusable = next(filter(None, obstacles), None)
+    unusable = next(filter(None, (_why_unusable(change.known, change.total, theirs, ours)
+                                  for change in changes)), None)
     if unusable:
         reason = f'by number, as {unusable}'
     else:
@@ -245,19 +245,10 @@ def _grouped(changes: Sequence[Change]) -> list[Change]:
 
 
 def _with_classes(settings: Any, old: int, new: int) -> Any:
-    """Replace the number of classes everywhere in a model's config, in place."""
+    """Copy a model's config, with another number of classes everywhere."""
     if isinstance(settings, dict):
-        for key, value in settings.items():
-            if key == 'num_classes' and value == old:
-                settings[key] = new
-            else:
-                _with_classes(value, old, new)
-    elif isinstance(settings, (list, tuple)):
-        for value in settings:
-            _with_classes(value, old, new)
+        return type(settings)({key: new if key == 'num_classes' and value == old else
+                               _with_classes(value, old, new) for key, value in settings.items()})
+    if isinstance(settings, list | tuple):
+        return type(settings)(_with_classes(value, old, new) for value in settings)
     return settings
-
-
-def _dataset_classes(runner: Runner) -> tuple[str, ...] | None:
-    classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
-    return tuple(classes) if classes and not isinstance(classes, str) else None

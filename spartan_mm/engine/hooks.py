@@ -9,10 +9,12 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from ..datasets.classes import describe_class_count, describe_other_classes, find_heads
 from ..datasets.data_errors import DataError
+from ..weights.forms import switch_to_deploy
+from ..weights.loading import REMEDY, find_meta, find_state_dict, load_all_weights
 
 
 @HOOKS.register_module()
@@ -34,20 +36,65 @@ class ClassCountCheckHook(Hook):
         Raises:
             DataError: The numbers of classes, or the classes of the two datasets, differ.
         """
-        train = runner.train_dataloader.dataset
-        _check_heads(runner.model, train, 'train_dataloader')
-        if runner.val_loop is not None:
-            val = runner.val_dataloader.dataset
-            _check_heads(runner.model, val, 'val_dataloader')
-            _check_same_classes(train, val)
+        train = self._check(runner, 'train')
+        val = None if runner.val_loop is None else self._check(runner, 'val')
+        if None not in (train, val) and train != val:
+            raise DataError(describe_other_classes(
+                train, _describe(runner.train_dataloader.dataset),
+                val, _describe(runner.val_dataloader.dataset)))
 
     def before_val(self, runner: Runner) -> None:
         """Check the validation dataset."""
-        _check_heads(runner.model, runner.val_dataloader.dataset, 'val_dataloader')
+        self._check(runner, 'val')
 
     def before_test(self, runner: Runner) -> None:
         """Check the test dataset."""
-        _check_heads(runner.model, runner.test_dataloader.dataset, 'test_dataloader')
+        self._check(runner, 'test')
+
+    def _check(self, runner: Runner, split: str) -> tuple[str, ...] | None:
+        """Compare the ``num_classes`` of each head with the classes of a dataset; return these."""
+        loader = f'{split}_dataloader'
+        dataset = getattr(runner, loader).dataset
+        classes = classes_of(dataset, loader)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for head in find_heads(model) if classes is not None else ():
+            if head.num_classes != len(classes):
+                preprocessor = getattr(model, 'data_preprocessor', None)
+                raise DataError(describe_class_count(
+                    head, classes, loader, _describe(dataset),
+                    isinstance(getattr(preprocessor, 'num_classes', None), int)))
+        return classes
+
+
+@HOOKS.register_module()
+class StrictCheckpointHook(Hook):
+    """Stops a run whose checkpoint does not fit the model, where mmengine only warns."""
+
+    #: What to do if it does not fit.
+    remedy = REMEDY
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare the weights with the model's before the runner loads what fits.
+
+        The model takes its deploy form first if the weights are of that form.
+
+        The checkpoint's own are replaced by what was compared: a name that still has its prefix
+        would fit nothing where other hooks load it, and leave random weights.
+
+        Raises:
+            CheckpointError: The checkpoint belongs to another architecture.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        name = runner._load_from or f'in {runner.work_dir}'
+        checkpoint['state_dict'] = self.find_weights(runner, model, checkpoint, name)
+        load_all_weights(model, checkpoint, name, self.remedy)
+
+    def find_weights(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any],
+                     name: str) -> dict[str, Tensor]:
+        """Find the weights to load into a model, out of its wrapper."""
+        if find_meta(checkpoint).get('deploy'):
+            switch_to_deploy(model)
+        return find_state_dict(checkpoint, name)
 
 
 @HOOKS.register_module()
@@ -77,29 +124,8 @@ class OneWriterLoggerHook(LoggerHook):
         super().after_test_epoch(runner, metrics)
 
 
-def _check_heads(model: nn.Module, dataset: Any, loader: str) -> None:
-    """Compare the ``num_classes`` of each head with the classes of a dataset."""
-    classes = _classes(dataset, loader)
-    model = model.module if is_model_wrapper(model) else model
-    for head in find_heads(model) if classes is not None else ():
-        if head.num_classes != len(classes):
-            preprocessor = getattr(model, 'data_preprocessor', None)
-            raise DataError(describe_class_count(
-                head, classes, loader, _describe(dataset),
-                isinstance(getattr(preprocessor, 'num_classes', None), int)))
-
-
-def _check_same_classes(train: Any, val: Any) -> None:
-    """Compare the classes of the training and the validation dataset."""
-    train_classes, val_classes = _classes(train, 'train_dataloader'), _classes(val,
-                                                                              'val_dataloader')
-    if None not in (train_classes, val_classes) and train_classes != val_classes:
-        raise DataError(describe_other_classes(train_classes, _describe(train), val_classes,
-                                               _describe(val)))
-
-
-def _classes(dataset: Any, loader: str) -> tuple[str, ...] | None:
-    """Get the classes of a dataset, through wrappers that do not tell them; None if it has none."""
+def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
+    """Find the classes of a dataset, through wrappers that hide them; None if it has none."""
     while not hasattr(dataset, 'metainfo') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     classes = getattr(dataset, 'metainfo', {}).get('classes')

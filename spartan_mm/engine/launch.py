@@ -5,6 +5,7 @@ A function that takes a config, ``cfg``, and returns nothing changes it in place
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,10 +23,14 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
+from ..files import check_writable
 from ..model_index import find_config
 from ..text import count
 from ..weights.initialize import without_pretrained
+from .claim import claim_work_dir
+from .explain import explain
 from .resume import find_resumable, read_resumable
+from .settings import check_run, settle
 from .signals import Interrupted
 
 # Per visualization hook: the switch that makes it draw, and the folder it draws into.
@@ -40,6 +45,11 @@ VISUALIZATION_HOOKS = {
 TIMEOUT = 1800
 
 
+#: What the system says of a file that is not there, or of one that is in the way of another.
+IN_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+              PermissionError)
+
+
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
                 launcher: str = 'none') -> Config:
     """Read a config and apply the flags that every command has.
@@ -52,7 +62,7 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         launcher: What started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        FileNotFoundError: If there is no such file or model.
+        UsageError: There is no such file or model, or a setting has a form that nobody reads.
     """
     try:
         cfg = Config.fromfile(find_config(path))
@@ -62,8 +72,11 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         # mmengine 0.10.7 and older find the package of a base such as mmdet::... with it.
         raise UsageError(f'reading {path} needs pkg_resources, which setuptools has no more from '
                          "82 on; install 'setuptools<82' or a newer mmengine") from error
-    if options:
-        cfg.merge_from_dict(options)
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
+    settle(cfg)
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
@@ -129,9 +142,6 @@ def use_compile(cfg: Config, mode: str | None = None) -> None:
 
     A config asks for it with ``compile=True``, a mode, or a dict of torch.compile's options.
 
-    NOTE: mmengine would compile the whole training step, data samples, matching and optimizer
-    included, and break it up in a hundred pieces.
-
     Args:
         mode: A mode of torch.compile; None for what the config says.
     """
@@ -171,21 +181,15 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
     loop = dict(cfg.get('train_cfg') or {})
     if loop.get('type') == 'EpochBasedTrainLoop' or loop.pop('by_epoch', False):
         cfg.train_cfg = dict(loop, type='ResumableTrainLoop')
-
-    hooks = dict(cfg.get('default_hooks') or {})
-    # mmengine adds one where there is none; None is for a training without checkpoints.
-    checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
-    replaced = checkpoint is not None and checkpoint['type'] == 'CheckpointHook'
-    if replaced:
-        checkpoint = dict(checkpoint, type='ResumableCheckpointHook')
+    checkpoint = _replace_hook(cfg, 'checkpoint', 'ResumableCheckpointHook',
+                               type='CheckpointHook', interval=1)
     if every_iters is not None:
         if every_iters < 1:
             raise UsageError(f'--save-every {every_iters}: must be at least 1')
-        if checkpoint is None or checkpoint['type'] != 'ResumableCheckpointHook':
+        if checkpoint is None or checkpoint.type != 'ResumableCheckpointHook':
             raise UsageError('--save-every needs default_hooks.checkpoint.type=CheckpointHook in '
                              'the config')
-        checkpoint = dict(checkpoint, every_iters=every_iters)
-    cfg.default_hooks = dict(hooks, checkpoint=checkpoint)
+        checkpoint.every_iters = every_iters
     _add_hook(cfg, type='LeaveOnSignalHook')
 
 
@@ -243,12 +247,9 @@ def set_randomness(cfg: Config, seed: int | None = None, deterministic: bool = F
         seed: Seed of Python's, NumPy's and torch's generators; None for the config's.
         deterministic: Whether torch uses deterministic algorithms wherever it has them.
     """
-    randomness = dict(cfg.get('randomness', dict(seed=None)))
-    if seed is not None:
-        randomness['seed'] = seed
-    if deterministic:
-        randomness['deterministic'] = True
-    cfg.randomness = randomness
+    settings = dict(seed=seed, deterministic=deterministic or None)
+    cfg.randomness = dict(seed=None) | dict(cfg.get('randomness') or {}) | {
+        name: value for name, value in settings.items() if value is not None}
 
 
 def keep_predictions(cfg: Config, path: str) -> None:
@@ -289,42 +290,57 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
         hook[out_dir] = show_dir
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Set up the processes and build the runner that the config describes."""
+def build_runner(cfg: Config, split: str = 'test') -> Runner:
+    """Set up the processes and build the runner that the config describes.
+
+    Args:
+        split: 'train' for a training, which claims the work dir for itself, or 'test'.
+
+    Raises:
+        UsageError: The config lacks what is needed, or another training uses the work dir.
+        UnwritableError: There can be no such work dir.
+    """
+    check_run(cfg, split)
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
+    claim = claim_work_dir(cfg.work_dir) if split == 'train' else check_writable(
+        Path(cfg.work_dir, 'log'))
     if cfg.get('load_from'):
         # All weights come from there: those of a pretrained backbone would be read in vain.
         cfg.model = without_pretrained(cfg.model)
-    hooks = dict(cfg.get('default_hooks') or {})
-    # mmengine adds one where there is none; None is for a run without logs.
-    logger = hooks.get('logger', dict(type='LoggerHook'))
-    if logger is not None and logger['type'] == 'LoggerHook':
-        cfg.default_hooks = dict(hooks, logger=dict(logger, type='OneWriterLoggerHook'))
+    _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.
         torch.use_deterministic_algorithms(True, warn_only=True)
+    # For as long as there is the runner.
+    runner.claim = claim
     return runner
 
 
 @contextmanager
-def reporting(*explained: type[Exception]) -> Iterator[None]:
+def reporting() -> Iterator[None]:
     """Be the frame of a command: an error ends it with one line and status 1.
 
-    A traceback goes before that line unless the error explains itself, as `explained` ones do, too.
-    A process that is one of several ends at once, whatever it is doing, so that torchrun or Slurm
-    end the others. A training that saved and left on a signal ends with status 128 + the signal's
-    number.
+    A traceback goes before that line unless the error explains itself, as those of settings and of
+    files in the way do, too. A process that is one of several ends at once, whatever it is doing,
+    so that torchrun or Slurm end the others. What left on a signal, such as Ctrl-C, ends with
+    status 128 + the signal's number.
     """
     try:
         yield
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.number)
-    except (FileNotFoundError, ExplainedError, *explained) as error:
+    except KeyboardInterrupt:
+        if dist.get_world_size() == 1:
+            raise
+        _leave('stopped by Ctrl-C', 128 + signal.SIGINT)
+    except (ExplainedError, *IN_THE_WAY) as error:
         _leave(f'error: {error}', 1)
     except Exception as error:
+        if explanation := explain(error):
+            _leave(f'error: {explanation}', 1)
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
@@ -338,13 +354,22 @@ def reporting(*explained: type[Exception]) -> Iterator[None]:
 def _leave(message: str, status: int) -> None:
     if dist.get_world_size() == 1 and status == 1:
         sys.exit(message)
-    print(message, file=sys.stderr)
+    print(message, file=sys.stderr, flush=True)
     if dist.get_world_size() == 1:
         sys.exit(status)
     # Leaving the process group in order could wait for the others, which wait for this process.
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
+
+
+def _replace_hook(cfg: Config, role: str, ours: str, **default: Any) -> dict[str, Any] | None:
+    """Replace mmengine's hook for a role, which it adds by default; return what there is now."""
+    hooks = {role: default, **(cfg.get('default_hooks') or {})}
+    # None is for a run without.
+    if hooks[role] is not None and hooks[role]['type'] == default['type']:
+        hooks[role] = dict(hooks[role], type=ours)
+    cfg.default_hooks = hooks
+    return cfg.default_hooks[role]
 
 
 def _add_hook(cfg: Config, **settings: Any) -> None:
@@ -368,6 +393,7 @@ def _prepare_distributed(cfg: Config) -> None:
             raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
                              'Start as many processes as there are GPUs')
         cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
+        dist.init_dist(cfg.launcher, **dist_cfg)  # mmengine keeps what is there
         return
 
     if cfg.launcher != 'pytorch':

@@ -28,17 +28,11 @@ class NonFiniteError(ExplainedError, RuntimeError):
 
 @dataclass
 class _Pass:
-    """A batch on its way through the model, of which an update may take several.
+    """A batch on its way through the model, of which an update may take several."""
 
-    Args:
-        batch: What the model's forward is called with: images after all augmentation, samples.
-        random: The states of the random number generators before that.
-        terms: What the model's loss returned, detached.
-    """
-
-    batch: Any
-    random: dict[str, Any]
-    terms: dict[str, Tensor]
+    batch: dict[str, Any]  # what the model's forward is called with, after all augmentation
+    random: dict[str, Any]  # states of the generators before that
+    terms: dict[str, Tensor]  # what the model's loss returned, detached
 
 
 @HOOKS.register_module()
@@ -92,7 +86,7 @@ class FiniteNumbersHook(Hook):
         self.max_dumps = max_dumps
         #: Number of updates that were left out.
         self.skipped = 0
-        self._consecutive = self._overflows = self._dumps = 0
+        self._consecutive = self._overflows = 0
         self._passes: list[_Pass] = []
         self._stepped = False
 
@@ -225,71 +219,62 @@ class FiniteNumbersHook(Hook):
                 torch._foreach_copy_(buffers, kept)
         self._consecutive += 1
         self.skipped += 1
-        reasons = [*(['action=stop'] if self.action == 'stop' or stop else []),
-                   *([f'{self._consecutive} updates in a row'] if
-                     self._consecutive >= self.max_consecutive else [])]
-        message = self._describe(what)
-        if reasons or self._dumps < self.max_dumps:
-            self._dumps += 1
-            message += self._dump(what)
-        if reasons:
+        stop = stop or self.action == 'stop' or self._consecutive >= self.max_consecutive
+        message = self._report(what, stop or self.skipped <= self.max_dumps)
+        if stop:
             raise NonFiniteError(
                 f'{message}. Look at these images, lower the learning rate, or pass over such '
                 "batches: action='skip' of FiniteNumbersHook in the config")
         print_log(f'{message}. The update is left out, the {self.skipped}. of this run',
                   'current', logging.WARNING)
 
-    def _describe(self, what: str) -> str:
-        """Say what happened, in the words of all processes."""
-        own = not bool(self._finite_losses())
-        names = [name for one in self._passes for name in _image_names(one.batch)]
-        terms = {name: float(term) for one in self._passes for name, term in one.terms.items()}
+    def _report(self, what: str, keep: bool) -> str:
+        """Say what happened, in the words of all processes; those concerned may keep the batch."""
+        passes = [dict(images=_image_names(one.batch),
+                       terms={name: float(term) for name, term in one.terms.items()})
+                  for one in self._passes]
         # Where the gradient alone is not finite, every process may have caused it.
-        everyone = dist.all_gather_object((own or what != 'the loss', names, terms))
-        culprits = [(names, terms) for concerned, names, terms in everyone if concerned]
-        broken = [f'{name}={value}' for _, terms in culprits for name, value in terms.items()
-                  if not np.isfinite(value)]
-        shown = broken or [f'{name}={value:.4g}' for name, value in culprits[0][1].items()]
-        images = [name for names, _ in culprits for name in names]
-        return (f'iteration {self._runner.iter + 1}: {what} is not finite ({join(shown)}); '
-                f'images: {join(images)}')
+        concerned = what != 'the loss' or not bool(self._finite_losses())
+        path = self._dump(what, passes) if concerned and keep else None
+        everyone = [(passes, path) for concerned, passes, path
+                    in dist.all_gather_object((concerned, passes, path)) if concerned]
+        images = [name for passes, _ in everyone for one in passes for name in one['images']]
+        terms = [term for passes, _ in everyone for one in passes for term in one['terms'].items()]
+        broken = [f'{name}={value}' for name, value in terms if not np.isfinite(value)]
+        shown = broken or [f'{name}={value:.4g}' for name, value in dict(terms).items()]
+        message = (f'iteration {self._runner.iter + 1}: {what} is not finite ({join(shown)}); '
+                   f'images: {join(images)}')
+        paths = [path for _, path in everyone if path is not None]
+        if paths:
+            message += f'; replay it with `spartan-mm replay CONFIG {paths[0]}`'
+        if len(paths) > 1:
+            message += f' ({len(paths)} processes wrote one)'
+        return message
 
-    def _dump(self, what: str) -> str:
-        """Write what the update started from, in the processes concerned; say where it is."""
-        path = None
-        if what != 'the loss' or not bool(self._finite_losses()):
-            path = Path(self._runner.work_dir, 'nonfinite',
-                        f'iter_{self._runner.iter + 1}_rank_{dist.get_rank()}.pth')
-            about = dict(
-                iteration=self._runner.iter + 1, epoch=self._runner.epoch + 1, what=what,
-                rank=dist.get_rank(), world_size=dist.get_world_size(),
-                autocast=_autocast_dtype(self._wrapper), device=self._parameters[0].device.type,
-                learning_rates=[group['lr'] for group in self._wrapper.optimizer.param_groups],
-                passes=[dict(images=_image_names(one.batch),
-                             terms={name: float(term) for name, term in one.terms.items()})
-                        for one in self._passes])
-            try:
-                write_dump(path, about, self._model.state_dict(),
-                           [one.batch for one in self._passes],
-                           [one.random for one in self._passes])
-            except OSError as error:
-                print_log(str(error), 'current', logging.WARNING)
-                path = None
-        paths = [str(path) for path in dist.all_gather_object(path) if path is not None]
-        if not paths:
-            return ''
-        return (f'; replay it with `spartan-mm replay CONFIG {paths[0]}`'
-                + (f' ({len(paths)} processes wrote one)' if len(paths) > 1 else ''))
+    def _dump(self, what: str, passes: list[dict[str, Any]]) -> str | None:
+        """Write what the update started from; return where it is, None if there is no room."""
+        rank, optimizer = dist.get_rank(), self._wrapper.optimizer
+        path = Path(self._runner.work_dir, 'nonfinite',
+                    f'iter_{self._runner.iter + 1}_rank_{rank}.pth')
+        about = dict(
+            iteration=self._runner.iter + 1, epoch=self._runner.epoch + 1, what=what, rank=rank,
+            world_size=dist.get_world_size(), autocast=_autocast_dtype(self._wrapper),
+            device=self._parameters[0].device.type, passes=passes,
+            learning_rates=[group['lr'] for group in optimizer.param_groups])
+        try:
+            write_dump(path, about, self._model.state_dict(), [one.batch for one in self._passes],
+                       [one.random for one in self._passes])
+        except OSError as error:
+            print_log(str(error), 'current', logging.WARNING)
+            return None
+        return str(path)
 
 
-def _image_names(batch: Any) -> list[str]:
+def _image_names(batch: dict[str, Any]) -> list[str]:
     """Find the paths, or else the ids, of the images of a batch."""
-    samples = batch.get('data_samples', ()) if isinstance(batch, dict) else ()
-    names = []
-    for number, sample in enumerate(samples):
-        meta = getattr(sample, 'metainfo', {})
-        names.append(str(meta.get('img_path') or meta.get('img_id', f'number {number}')))
-    return names
+    metas = [getattr(sample, 'metainfo', {}) for sample in batch.get('data_samples') or ()]
+    return [str(meta.get('img_path') or meta.get('img_id', f'number {number}'))
+            for number, meta in enumerate(metas)]
 
 
 def _autocast_dtype(wrapper: OptimWrapper) -> str | None:

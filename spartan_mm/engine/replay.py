@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,21 @@ from mmengine.device import get_device
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..errors import UsageError
 from ..files import write_whole
 from ..model_index import find_config
 from ..weights.loading import load_all_weights
 from .random_state import set_random_state
 
-_FORMAT = 1
+_FORMAT = 2
 
 # The types that may be made from a file, and where they come from.
-_ELEMENTS = {'InstanceData': 'mmengine.structures', 'LabelData': 'mmengine.structures',
-             'PixelData': 'mmengine.structures', 'BaseDataElement': 'mmengine.structures',
-             'DetDataSample': 'mmdet.structures', 'DataSample': 'mmpretrain.structures'}
-_BOXES = {'HorizontalBoxes': 'mmdet.structures.bbox'}
+_TYPES = {'InstanceData': 'mmengine.structures', 'LabelData': 'mmengine.structures',
+          'PixelData': 'mmengine.structures', 'BaseDataElement': 'mmengine.structures',
+          'DetDataSample': 'mmdet.structures', 'DataSample': 'mmpretrain.structures',
+          'HorizontalBoxes': 'mmdet.structures.bbox'}
 
 
 @dataclass
@@ -69,7 +72,7 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
 
     Raises:
         FileNotFoundError: The config or the dump does not exist.
-        ValueError: The file is not a dump.
+        UsageError: The file is not a dump.
         CheckpointError: The weights in it are not those of the config's model.
     """
     cfg = Config.fromfile(find_config(config))
@@ -88,7 +91,7 @@ def replay(config: str, path: str | Path, device: str | None = None) -> Replay:
         set_random_state(state)
         context = torch.autocast(torch.device(device).type, dtype) if dtype else nullcontext()
         with _watch(model) as broken, context:
-            losses = model(**_to(batch, device), mode='loss')
+            losses = model(**model.data_preprocessor.cast_data(batch), mode='loss')
         loss, terms = model.parse_losses(losses)
         result.terms.append({name: float(term) for name, term in terms.items() if name != 'loss'})
         result.first_broken += broken[:1]
@@ -115,8 +118,7 @@ def write_dump(path: str | Path, about: dict[str, Any], weights: dict[str, Tenso
     """
     memory = io.BytesIO()
     torch.save(dict(about=json.dumps(dict(about, format=_FORMAT)), weights=weights,
-                    batches=[pack(batch) for batch in batches],
-                    random=[pack(state) for state in states]), memory)
+                    batches=pack(batches), random=states), memory)
     with write_whole(path) as file:
         file.write(memory.getbuffer())
 
@@ -129,7 +131,7 @@ def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a dump.
+        UsageError: It is not a dump.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'dump {path} does not exist')
@@ -138,19 +140,18 @@ def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list
         about = json.loads(content['about'])
         if about['format'] != _FORMAT:
             raise ValueError(f'its format is {about["format"]}, not {_FORMAT}')
-        return (about, content['weights'], [unpack(batch) for batch in content['batches']],
-                [unpack(state) for state in content['random']])
+        return about, content['weights'], unpack(content['batches']), content['random']
     except Exception as error:
         # torch reports a damaged file by half a dozen exception types.
         reason = ' '.join(str(error).split())
-        raise ValueError(f'{path} is no dump of a batch: {reason}') from error
+        raise UsageError(f'{path} is no dump of a batch: {reason}') from error
 
 
 def pack(value: Any) -> Any:
     """Turn a batch into tensors, numbers, texts, lists and dicts, which can be read safely.
 
-    Dicts say what each thing was. Things of other types than tensors, arrays, OpenMMLab's data
-    elements and Python's own are left out.
+    What is none of these becomes a tuple that begins with its type. Things of other types than
+    tensors, arrays, OpenMMLab's data elements and Python's own are left out.
     """
     name = type(value).__name__
     if isinstance(value, Tensor):
@@ -160,48 +161,45 @@ def pack(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
-        return dict(kind='array', dtype=str(value.dtype), values=value.ravel().tolist(),
-                    shape=list(value.shape))
+        return 'array', torch.from_numpy(value.copy())
     if isinstance(value, dict):
-        return dict(kind='dict', items=[[pack(key), pack(item)] for key, item in value.items()])
-    if isinstance(value, list | tuple):
-        return dict(kind='list' if isinstance(value, list) else 'tuple',
-                    items=[pack(item) for item in value])
+        return {key: pack(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [pack(item) for item in value]
+    if isinstance(value, tuple):
+        return 'tuple', [pack(item) for item in value]
     if isinstance(value, BaseDataElement):
-        return dict(kind='element', type=name, meta=pack(value.metainfo),
-                    fields=pack(dict(value.items())))
-    if name in _BOXES:
-        return dict(kind='boxes', type=name, tensor=value.tensor.detach().cpu())
-    return dict(kind='left out', type=name)
+        return name, pack(value.metainfo), pack(dict(value.items()))
+    if name == 'HorizontalBoxes':
+        return name, value.tensor.detach().cpu()
+    return 'left out', name
 
 
 def unpack(value: Any) -> Any:
     """Undo :func:`pack`; things that were left out become None."""
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        return {key: unpack(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unpack(item) for item in value]
+    if not isinstance(value, tuple):
         return value
-    kind = value['kind']
+    kind, *parts = value
     if kind == 'array':
-        return np.array(value['values'], dtype=value['dtype']).reshape(value['shape'])
-    if kind == 'dict':
-        return {unpack(key): unpack(item) for key, item in value['items']}
-    if kind in ('list', 'tuple'):
-        items = [unpack(item) for item in value['items']]
-        return items if kind == 'list' else tuple(items)
-    if kind == 'element':
-        element = _find_type(value['type'])(metainfo=unpack(value['meta']))
-        for name, item in unpack(value['fields']).items():
-            setattr(element, name, item)
-        return element
-    if kind == 'boxes':
-        return _find_type(value['type'])(value['tensor'])
-    return None
-
-
-def _find_type(name: str) -> type:
-    places = {**_ELEMENTS, **_BOXES}
-    if name not in places:
-        raise ValueError(f'it holds a {name}, which is none of {", ".join(places)}')
-    return getattr(import_module(places[name]), name)
+        return parts[0].numpy()
+    if kind == 'tuple':
+        return tuple(unpack(parts[0]))
+    if kind == 'left out':
+        return None
+    if kind not in _TYPES:
+        raise ValueError(f'it holds a {kind}, which is none of {", ".join(_TYPES)}')
+    made = getattr(import_module(_TYPES[kind]), kind)
+    if kind == 'HorizontalBoxes':
+        return made(parts[0])
+    meta, fields = map(unpack, parts)
+    element = made(metainfo=meta)
+    for name, item in fields.items():
+        setattr(element, name, item)
+    return element
 
 
 @contextmanager
@@ -212,14 +210,12 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
     """
     broken: list[str] = []
 
-    def look(name: str, inputs: Any, output: Any) -> None:
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not _all_finite(output) and _all_finite(inputs):
-            broken.append(name)
+            broken.append(f'{name} ({type(module).__name__})')
 
-    handles = [module.register_forward_hook(
-        lambda module, inputs, output, name=name: look(f'{name} ({type(module).__name__})', inputs,
-                                                       output))
-        for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(partial(look, name))
+               for name, module in model.named_modules() if not any(module.children())]
     try:
         yield broken
     finally:
@@ -227,22 +223,5 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _to(value: Any, device: str) -> Any:
-    """Bring what is in dicts, lists and tuples to a device."""
-    if isinstance(value, Tensor | BaseDataElement):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value
-
-
 def _all_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return True
-    return all(_all_finite(item) for item in value)
+    return all(leaf.isfinite().all() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

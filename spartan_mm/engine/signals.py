@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any
@@ -17,11 +18,7 @@ from .checkpoint_hook import ResumableCheckpointHook
 
 
 class Interrupted(Exception):
-    """The training leaves because a signal asked it to.
-
-    Attributes:
-        number: The signal's number; commands end with status 128 + number.
-    """
+    """The training leaves because of a signal, whose number it has."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -30,26 +27,20 @@ class Interrupted(Exception):
 
 @HOOKS.register_module()
 class LeaveOnSignalHook(Hook):
-    """Saves and leaves when a signal announces that the process is about to be killed.
+    """Saves and leaves on Ctrl-C, and when a signal announces that the process is to be killed.
 
     All ranks leave after the same iteration: the one after that in which any of them got the
     signal. To agree on it, they exchange one number an iteration and read it an iteration later,
     when it has long arrived, so that nobody waits for it.
 
     During validation there is nothing new to save: the run leaves at once, and goes on with that
-    validation.
-
-    Args:
-        signals: Names of the signals; those of them that the system does not have are left out.
+    validation. A second Ctrl-C ends a single process at once; several get it from torchrun, too.
     """
 
     priority = 'LOWEST'
-
-    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
-        self.signals = [getattr(signal, name) for name in signals if hasattr(signal, name)]
-        self._received = 0
-        self._handlers: dict[int, Any] = {}
-        self._consensus: SignalConsensus | None = None
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT')
+               if hasattr(signal, name)]
+    _received = 0
 
     def before_train(self, runner: Runner) -> None:
         """Begin to listen, in the process, but not in those that load data."""
@@ -61,16 +52,15 @@ class LeaveOnSignalHook(Hook):
             loaders.append(runner.val_dataloader)
         for loader in loaders:
             # A signal to all processes of a job would take the batches away before the end.
-            loader.worker_init_fn = _IgnoreSignals(self.signals, self._over, loader.worker_init_fn)
-        self._handlers = {number: signal.signal(number, self._receive) for number in self.signals}
+            loader.worker_init_fn = partial(_ignore_signals, self.signals, self._over,
+                                            loader.worker_init_fn)
+        # What runs in the background may have been told to ignore Ctrl-C.
+        self._handlers = {number: signal.signal(number, self._receive) for number in self.signals
+                          if signal.getsignal(number) is not signal.SIG_IGN}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict | None = None) -> None:
-        """Save and leave if a rank got a signal.
-
-        Raises:
-            Interrupted: A rank got a signal.
-        """
+        """Save and leave, by :class:`Interrupted`, if a rank got a signal."""
         number = self._consensus.exchange(self._received)
         if number:
             hook = next((hook for hook in runner.hooks
@@ -81,31 +71,29 @@ class LeaveOnSignalHook(Hook):
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                        outputs: Sequence | None = None) -> None:
-        """Leave if this rank got a signal.
-
-        Raises:
-            Interrupted: It got one.
-        """
-        if self._received and self._handlers:
+        """Leave, by :class:`Interrupted`, if this rank got a signal."""
+        if self._received:
             self._leave(self._received, 'in validation')
 
-    def after_train(self, runner: Runner) -> None:
+    def after_train(self, runner: Runner | None = None) -> None:
         """Stop listening."""
-        self._stop_listening()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-
-    def _leave(self, number: int, place: str) -> None:
-        self._stop_listening()
-        raise Interrupted(f'{signal.Signals(number).name} received, {place}; go on with --resume',
-                          number)
-
-    def _stop_listening(self) -> None:
         self._over.set()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and dist.get_world_size() == 1:
+            if self._received:
+                raise KeyboardInterrupt
+            # Not by print, which may be at work right now.
+            os.write(2, b'Ctrl-C: saving after this iteration; once more to end at once\n')
+        self._received = number
+
+    def _leave(self, number: int, place: str) -> None:
+        self.after_train()
+        raise Interrupted(f'{signal.Signals(number).name} received, {place}; go on with --resume',
+                          number)
 
 
 class SignalConsensus:
@@ -146,28 +134,14 @@ class SignalConsensus:
         return read
 
 
-class _IgnoreSignals:
-    """Lets a data loading process ignore signals that its parent listens to.
-
-    Args:
-        signals: Their numbers.
-        over: Set when the parent no longer listens. It ends the process by SIGTERM then, and waits
-            for its end.
-        init: What else the process begins with.
-    """
-
-    def __init__(self, signals: Sequence[int], over: Event,
-                 init: Callable[[int], None] | None) -> None:
-        self.signals = signals
-        self.over = over
-        self.init = init
-
-    def __call__(self, worker: int) -> None:
-        for number in self.signals:
-            signal.signal(number, self._receive)
-        if self.init is not None:
-            self.init(worker)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.over.is_set():
+def _ignore_signals(signals: Sequence[int], over: Event, init: Callable[[int], None] | None,
+                    worker: int) -> None:
+    """Let a data loading process ignore signals until its parent, which ends it by one, is done."""
+    def receive(number: int, frame: FrameType | None) -> None:
+        if over.is_set():
             os._exit(0)
+
+    for number in signals:
+        signal.signal(number, receive)
+    if init is not None:
+        init(worker)

@@ -1,7 +1,6 @@
 """The benchmark measures what it says, on forms of a model that do the same."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -39,7 +38,6 @@ def test_backbone_beside_the_authors_code():
     group = Group(Workload(True, batch=2, sizes=SMALL),
                   (Form('xt'), Form('xt', channels_last=True), Form('xt', authors=True)), rounds=3,
                   warm_up=0)
-    assert Group.from_dict(json.loads(json.dumps(asdict(group)))) == group
     measured = json.loads(json.dumps(run_group(group)))
 
     assert [result['label'] for result in measured['results']] == [

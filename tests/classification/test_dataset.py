@@ -158,7 +158,7 @@ class TestPictures:
         dataset = build(root, split='val')
         dataset.pipeline.transforms[0].imdecode_backend = backend
         dataset[0]
-        with pytest.raises(ValueError, match=r"picture '.*val/dog/e\.png' \(class 1, dog\) cannot "
+        with pytest.raises(ValueError, match=r"image '.*val/dog/e\.png' \(class 1, dog\) cannot "
                                              'be decoded: .*'):
             dataset[1]
 
@@ -175,7 +175,7 @@ class TestPictures:
     def test_missing_picture(self, root):
         dataset = build(root, split='val')
         (root / 'val' / 'cat' / 'd.png').unlink()
-        with pytest.raises(FileNotFoundError, match=r"picture '.*val/cat/d\.png' \(class 0, cat\) "
+        with pytest.raises(FileNotFoundError, match=r"image '.*val/cat/d\.png' \(class 0, cat\) "
                                                     'does not exist'):
             dataset[0]
 
@@ -252,5 +252,5 @@ class TestTraining:
     def test_a_broken_picture_stops_training(self, config, root):
         for path in (root / 'train').rglob('*.png'):
             path.write_text('no picture')
-        with pytest.raises(ValueError, match=r"picture '.*' \(class \d, .*\) cannot be decoded"):
+        with pytest.raises(ValueError, match=r"image '.*' \(class \d, .*\) cannot be decoded"):
             self.train(config)

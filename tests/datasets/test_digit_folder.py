@@ -1,6 +1,6 @@
 """The folder of digits is scikit-learn's, shared out as for the detector, safe to ask for twice."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from spartan_mm.datasets import atomic_folder, make_digit_folder
-from spartan_mm.datasets import digits as detection_digits
+from spartan_mm.datasets.digits import _load_sources, share_out_digits
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digit_folder.py'
 
@@ -49,20 +49,32 @@ def test_pictures_are_the_samples(root):
 
 
 def test_what_is_held_out_is_held_out_from_the_detector(root):
-    _, indices = detection_digits.share_out_digits(0)
+    samples, indices = share_out_digits(0)
+    sources = _load_sources(0)
     for split in ('train', 'val'):
         assert indices_in(root, split).keys() == set(np.concatenate(indices[split]))
-        source = detection_digits._load_sources(0)[split]
-        assert all((a == b).all() for a, b in zip(source.indices, indices[split], strict=True))
+        for of_class, found in zip(indices[split], sources[split].digits, strict=True):
+            assert (found == samples[of_class]).all()
 
 
-def test_another_seed_holds_out_others(root, tmp_path):
-    other = make_digit_folder(tmp_path / 'digits', seed=1)
-    assert indices_in(other, 'val') != indices_in(root, 'val')
-    assert snapshot(make_digit_folder(tmp_path / 'digits')) == snapshot(root)
+@pytest.fixture
+def few(monkeypatch):
+    """A twentieth of the samples, which is as good where the files are not looked at."""
+    def share_out(seed):
+        samples, indices = share_out_digits(seed)
+        return samples, {split: [of_class[::20] for of_class in classes]
+                         for split, classes in indices.items()}
+    monkeypatch.setattr('spartan_mm.datasets.digit_folder.share_out_digits', share_out)
 
 
-def test_made_once_and_completed(tmp_path, monkeypatch):
+def test_another_seed_holds_out_others(tmp_path, few):
+    one, again = (snapshot(make_digit_folder(tmp_path / name)) for name in 'ab')
+    assert one == again and len(one) > 90
+    assert indices_in(make_digit_folder(tmp_path / 'c', seed=1), 'val') != indices_in(
+        tmp_path / 'a', 'val')
+
+
+def test_made_once_and_completed(tmp_path, monkeypatch, few):
     root = make_digit_folder(tmp_path / 'digits')
     with monkeypatch.context() as patch:
         patch.setattr(atomic_folder.tempfile, 'mkdtemp', lambda **_: pytest.fail('made again'))
@@ -72,25 +84,21 @@ def test_made_once_and_completed(tmp_path, monkeypatch):
     make_digit_folder(root)
     assert snapshot(root) == content
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
-
-
-@pytest.mark.parametrize('name', ['notes.txt', 'info.json', 'train'])
-def test_other_data_is_not_replaced(tmp_path, name):
-    (tmp_path / name).write_text('[]')
-    with pytest.raises(FileExistsError, match='is no folder of digits, so it is not replaced'):
-        make_digit_folder(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_digits_with_other_files_are_not_replaced(tmp_path):
-    root = make_digit_folder(tmp_path / 'digits')
     (root / 'notes.txt').touch()
     with pytest.raises(FileExistsError, match='has notes.txt in it'):
         make_digit_folder(root, seed=9)
 
 
-def test_tool(tmp_path):
-    result = subprocess.run([sys.executable, str(TOOL), 'digits'], cwd=tmp_path, text=True,
-                            capture_output=True)
-    assert result.returncode == 0, result.stderr
-    assert f'{tmp_path / "digits" / "val"}: 359 pictures' in result.stdout
+@pytest.mark.parametrize('name', ['notes.txt', 'info.json', 'train'])
+def test_other_data_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text('[]')
+    with pytest.raises(FileExistsError, match='does not hold handwritten .* not replaced'):
+        make_digit_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_tool(tmp_path, monkeypatch, capsys, few):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [TOOL.name, 'digits'])
+    runpy.run_path(str(TOOL), run_name='__main__')
+    assert f'{tmp_path / "digits" / "val"}: 20 pictures' in capsys.readouterr().out

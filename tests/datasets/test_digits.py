@@ -1,7 +1,7 @@
 """The digits dataset is correct COCO, disjoint, repeatable, and safe to ask for twice."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
 from pycocotools.coco import COCO
 
-from spartan_mm.datasets import DIGITS_CATEGORIES, DIGITS_METAINFO, make_digits
+from spartan_mm.datasets import DIGITS_CATEGORIES, make_digits
 from spartan_mm.datasets import digits as module
 from spartan_mm.detection import CheckedCocoDataset
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'dataset_converters' / 'make_digits.py'
+CLASSES = [category['name'] for category in DIGITS_CATEGORIES]
 ARGUMENTS = dict(num_train=40, num_val=12, seed=3, image_size=(160, 128), progress=False)
 
 
@@ -77,7 +78,7 @@ def test_has_what_coco_has(paths):
 
 def test_mmdet_maps_the_ids(paths):
     dataset = CocoDataset(data_root=str(paths.root), ann_file='annotations/val.json',
-                          data_prefix=dict(img='val/'), metainfo=DIGITS_METAINFO)
+                          data_prefix=dict(img='val/'), metainfo=dict(classes=CLASSES))
     coco = COCO(paths.val_annotations)
     seen = 0
     for index in range(len(dataset)):
@@ -86,7 +87,7 @@ def test_mmdet_maps_the_ids(paths):
         assert len(info['instances']) == len(annotations)
         for instance, annotation in zip(info['instances'], annotations, strict=True):
             name = coco.cats[annotation['category_id']]['name']
-            assert DIGITS_METAINFO['classes'][instance['bbox_label']] == name
+            assert CLASSES[instance['bbox_label']] == name
             seen += 1
     assert seen > 10
 
@@ -114,7 +115,8 @@ def test_mmdet_evaluates_it(paths, shift, expected):
 
 def test_splits_share_neither_digits_nor_photographs(sources):
     train, val = sources['train'], sources['val']
-    everything = np.concatenate([*train.indices, *val.indices])
+    _, indices = module.share_out_digits(0)
+    everything = np.concatenate([*indices['train'], *indices['val']])
     assert len(everything) == len(np.unique(everything)) == 1797
     for of_train, of_val, whole in zip(train.photos, val.photos, (640, 640), strict=True):
         assert of_train.shape[1] + of_val.shape[1] == whole
@@ -125,19 +127,19 @@ def make_canvas():
     return module._Canvas(np.zeros((128, 160, 3), dtype=np.float32))
 
 
-@pytest.mark.parametrize('seed', range(8))
-def test_box_is_tight_around_the_ink(sources, seed):
-    rng = np.random.default_rng(seed)
-    canvas = make_canvas()
-    glyph = module._draw_glyph(rng, sources['train'].digits[seed], rng.uniform(15, 80))
-    assert canvas.paint(glyph, seed, module._draw_position(rng, canvas.shape, glyph),
-                        np.full(3, 254.0))
-    rows, columns = (canvas.picture()[..., 0] >= 127).nonzero()
-    (item,) = canvas.objects()
-    left, top, width, height = item['bbox']
-    assert item['category_id'] == DIGITS_CATEGORIES[seed]['id']
-    assert [left, left + width - 1] == [columns.min(), columns.max()]
-    assert [top, top + height - 1] == [rows.min(), rows.max()]
+def test_box_is_tight_around_the_ink(sources):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        canvas = make_canvas()
+        glyph = module._draw_glyph(rng, sources['train'].digits[seed], rng.uniform(15, 80))
+        assert canvas.paint(glyph, seed, module._draw_position(rng, canvas.shape, glyph),
+                            np.full(3, 254.0))
+        rows, columns = (canvas.picture()[..., 0] >= 127).nonzero()
+        item, = canvas.objects()
+        left, top, width, height = item['bbox']
+        assert item['category_id'] == DIGITS_CATEGORIES[seed]['id']
+        assert [left, left + width - 1] == [columns.min(), columns.max()]
+        assert [top, top + height - 1] == [rows.min(), rows.max()]
 
 
 def test_box_leaves_out_what_is_hidden():
@@ -159,12 +161,14 @@ def test_every_sample_can_be_drawn(sources):
 
 
 def test_repeatable_and_extensible(paths, tmp_path):
-    again = make_digits(tmp_path / 'digits', **ARGUMENTS)
-    assert snapshot(again.root) == snapshot(paths.root)
     more = make_digits(tmp_path / 'more', **(ARGUMENTS | dict(num_train=41)))
+    again = snapshot(more.root / 'train')
+    assert len(again) == 41
+    assert again.items() >= snapshot(paths.root / 'train').items()
+    assert snapshot(more.root / 'val') == snapshot(paths.root / 'val')
     first, second = (json.loads(p.train_annotations.read_text()) for p in (paths, more))
     assert second['annotations'][: len(first['annotations'])] == first['annotations']
-    other = make_digits(tmp_path / 'other', **(ARGUMENTS | dict(seed=4)))
+    other = make_digits(tmp_path / 'other', **(ARGUMENTS | dict(num_val=1, seed=4)))
     assert other.train_annotations.read_text() != paths.train_annotations.read_text()
 
 
@@ -181,6 +185,9 @@ def test_made_once_and_replaced_when_asked_for_otherwise(tmp_path, monkeypatch):
     make_digits(root, **(small | dict(num_train=2)))
     assert len(list((root / 'train').iterdir())) == 2
     assert [path.name for path in tmp_path.iterdir()] == ['digits']
+    (root / 'notes.txt').touch()
+    with pytest.raises(FileExistsError, match='has notes.txt in it'):
+        make_digits(root, **(small | dict(seed=9)))
 
 
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
@@ -196,17 +203,9 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['notes.txt', 'annotations'])
 def test_other_data_is_not_replaced(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(FileExistsError, match='not replaced'):
+    with pytest.raises(FileExistsError, match='does not hold handwritten .* not replaced'):
         make_digits(tmp_path, **ARGUMENTS)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_digits_with_other_files_are_not_replaced(tmp_path):
-    small = ARGUMENTS | dict(num_train=1, num_val=1)
-    root = make_digits(tmp_path / 'digits', **small).root
-    (root / 'notes.txt').touch()
-    with pytest.raises(FileExistsError, match='notes.txt'):
-        make_digits(root, **(small | dict(seed=9)))
 
 
 @pytest.mark.parametrize('arguments', [dict(num_train=0), dict(image_size=(320, 32))])
@@ -215,9 +214,9 @@ def test_bad_arguments(tmp_path, arguments):
         make_digits(tmp_path / 'digits', **(ARGUMENTS | arguments))
 
 
-def test_tool(tmp_path):
-    command = [sys.executable, str(TOOL), 'digits', '--num-train', '2', '--num-val', '1']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert str(tmp_path / 'digits' / 'annotations' / 'val.json') in result.stdout
+def test_tool(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [TOOL.name, 'digits', '--num-train', '2', '--num-val', '1'])
+    runpy.run_path(str(TOOL), run_name='__main__')
+    assert str(tmp_path / 'digits' / 'annotations' / 'val.json') in capsys.readouterr().out
     assert len(list((tmp_path / 'digits' / 'train').iterdir())) == 2

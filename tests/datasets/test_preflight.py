@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
+from torch.utils.data import DataLoader
 
 from spartan_mm.cli import main
 from spartan_mm.datasets.data_errors import DataError
@@ -46,8 +47,9 @@ def logged(monkeypatch):
 
 
 def make_runner(train, val=None):
-    loaders = [dataset and SimpleNamespace(dataset=dataset) for dataset in (train, val)]
-    return SimpleNamespace(train_dataloader=loaders[0], val_dataloader=loaders[1],
+    loaders = [dataset and DataLoader(dataset) for dataset in (train, val)]
+    return SimpleNamespace(train_dataloader=loaders[0], val_dataloader=loaders[1], epoch=0,
+                           max_epochs=1, train_loop=None,
                            val_loop=None if val is None else object())
 
 

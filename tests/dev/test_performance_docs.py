@@ -19,6 +19,7 @@ from performance_docs import (
     write_docs,
 )
 
+from spartan_mm.analysis import roofline
 from spartan_mm.analysis.benchmark import Form, run_group
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,8 @@ def test_nothing_measured():
 @pytest.fixture
 def small_models(monkeypatch, user_project):
     """The arch and the config of the tests in the place of the standard ones."""
+    # Products of matrices in bfloat16 take minutes on a CPU that doesn't know it.
+    monkeypatch.setitem(roofline._SIDE, 'cpu', 256)
     monkeypatch.setattr(performance_docs, 'BACKBONES', {'xt': 'SpaRTAN-XT'})
     monkeypatch.setattr(performance_docs, 'DETECTORS',
                         {str(user_project / 'user_detector.py'): 'small detector'})

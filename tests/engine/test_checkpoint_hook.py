@@ -29,7 +29,7 @@ from spartan_mm.engine.signals import (
     Interrupted,
     LeaveOnSignalHook,
     SignalConsensus,
-    _IgnoreSignals,
+    _ignore_signals,
 )
 
 DATA = Path(__file__).parents[1] / 'data' / 'resumable'
@@ -298,7 +298,7 @@ def test_processes_that_load_data_hear_no_signal_before_the_end():
     over, ready = multiprocessing.Event(), multiprocessing.Event()
 
     def load():
-        _IgnoreSignals([signal.SIGTERM], over, lambda worker: ready.set())(4)
+        _ignore_signals([signal.SIGTERM], over, lambda worker: ready.set(), 4)
         while True:
             time.sleep(60)
 

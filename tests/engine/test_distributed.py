@@ -22,14 +22,14 @@ from spartan_mm.engine.signals import SignalConsensus
 pytestmark = pytest.mark.slow
 
 
-def run_ranks(tmp_path, count, function):
-    """Call a function in so many processes; return what each returned.
+def run_ranks(folder, count, functions):
+    """Call functions in so many processes; return what each returned there, by their names.
 
-    They are new ones: after a compiled model autograd refuses to work in a fork.
+    They are new processes: after a compiled model autograd refuses to work in a fork.
     """
     for module in (sys.modules[__name__], soak):
         cloudpickle.register_pickle_by_value(module)
-    (tmp_path / 'function.pkl').write_bytes(cloudpickle.dumps(function))
+    (folder / 'functions.pkl').write_bytes(cloudpickle.dumps(functions))
     code = '''
 import pickle, sys
 import torch
@@ -38,15 +38,17 @@ import spartan_mm.classification, spartan_mm.detection
 folder, rank, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.distributed.init_process_group(
     'gloo', f'file://{folder}/meeting_{count}', rank=rank, world_size=count)
-function = pickle.loads((folder / 'function.pkl').read_bytes())
-torch.save(function(rank), folder / f'rank{rank}.pth')
+functions = pickle.loads((folder / 'functions.pkl').read_bytes())
+torch.save({name: function(rank) for name, function in functions.items()},
+           folder / f'rank{rank}.pth')
 torch.distributed.destroy_process_group()
 '''
-    arguments = [sys.executable, '-c', code, str(tmp_path)]
+    arguments = [sys.executable, '-c', code, str(folder)]
     processes = [subprocess.Popen([*arguments, str(rank), str(count)])
                  for rank in range(count)]
     assert [process.wait() for process in processes] == [0] * count
-    return [torch.load(tmp_path / f'rank{rank}.pth') for rank in range(count)]
+    ranks = [torch.load(folder / f'rank{rank}.pth') for rank in range(count)]
+    return {name: [returned[name] for returned in ranks] for name in functions}
 
 
 def build(task, **changes):
@@ -101,21 +103,64 @@ def compute_gradients(model, images, samples):
             if parameter.requires_grad}
 
 
-# NOTE: Shares have two images at least: from a single one, torch (2.13, on CPUs) computes wrong
-# gradients of a batch norm whose output is turned into tokens.
-def check_equal(tmp_path, capsys, name, make_model, batch, shares):
-    """Compare the gradient of a batch with those of its shares in as many processes."""
-    alone = compute_gradients(make_model(), *batch)
-
-    def in_rank(rank):
+def in_shares(make_model, batch, shares):
+    """A function of the rank: the gradient of its share of a batch."""
+    def compute(rank):
         first = sum(shares[:rank])
         part = slice(first, first + shares[rank])
         model = MMDistributedDataParallel(make_model(), broadcast_buffers=False)
         return compute_gradients(model, batch[0][part], batch[1][part])
+    return compute
 
+
+def exchange(rank):
+    consensus = SignalConsensus(torch.device('cpu'))
+    return [consensus.exchange(15 if rank == 1 and turn == 2 else 0) for turn in range(5)]
+
+
+def make_detector():
+    return build('detection', dn_cfg=dict(num_queries=0))
+
+
+def make_denoiser():
+    """Without noise, and with as many objects in every image: else each process pads its own."""
+    return build('detection', dn_cfg=dict(num_queries=6, label_noise=0., box_noise=0.))
+
+
+def make_classifier():
+    return build('classification', train_cfg=None)
+
+
+# NOTE: Shares have two images at least: from a single one, torch (2.13, on CPUs) computes wrong
+# gradients of a batch norm whose output is turned into tokens.
+CASES = {
+    'detector': (make_detector, make_detection_batch((2, 0, 3, 1)), (2, 2)),
+    'detector with a process without objects, and with fewer images':
+        (make_detector, make_detection_batch((3, 1, 2, 0, 0)), (3, 2)),
+    'detector in three': (make_detector, make_detection_batch((1, 0, 0, 4, 1, 2, 3)), (2, 2, 3)),
+    'denoising': (make_denoiser, make_detection_batch((2, 2, 2, 2, 2)), (3, 2)),
+    'classifier': (make_classifier, make_classification_batch(6), (2, 2, 2)),
+}
+
+
+@pytest.fixture(scope='module')
+def returned(tmp_path_factory):
+    """What two processes returned, and three, by name."""
+    found = {}
+    for count in (2, 3):
+        functions = {name: in_shares(*case) for name, case in CASES.items()
+                     if len(case[-1]) == count} | dict(exchange=exchange)
+        found |= run_ranks(tmp_path_factory.mktemp('ranks'), count, functions)
+    return found
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_gradient_is_the_joint_batch_s(returned, capsys, name):
+    make_model, batch, shares = CASES[name]
+    alone = compute_gradients(make_model(), *batch)
     largest = max(value.abs().max() for value in alone.values())
     assert largest > 5e-3
-    ranks = run_ranks(tmp_path, len(shares), in_rank)
+    ranks = returned[name]
     assert all(gradients.keys() == alone.keys() for gradients in ranks)
     difference = max((gradients[key] - value).abs().max()
                      for gradients in ranks for key, value in alone.items())
@@ -125,32 +170,5 @@ def check_equal(tmp_path, capsys, name, make_model, batch, shares):
     assert difference < 1e-5 * max(largest, 1)
 
 
-@pytest.mark.parametrize('counts, shares', [
-    ((2, 0, 3, 1), (2, 2)),
-    ((3, 1, 2, 0, 0), (3, 2)),  # the second process has no object, and fewer images
-    ((1, 0, 0, 4, 1, 2, 3), (2, 2, 3)),
-])
-def test_the_detector_s_gradient_is_the_joint_batch_s(tmp_path, capsys, counts, shares):
-    no_denoising = dict(num_queries=0)
-    check_equal(tmp_path, capsys, 'detector', lambda: build('detection', dn_cfg=no_denoising),
-                make_detection_batch(counts), shares)
-
-
-def test_the_denoising_s_gradient_is_the_joint_batch_s(tmp_path, capsys):
-    """Without noise, and as many objects in every image: else each process pads its own."""
-    denoising = dict(num_queries=6, label_noise=0., box_noise=0.)
-    check_equal(tmp_path, capsys, 'denoising', lambda: build('detection', dn_cfg=denoising),
-                make_detection_batch((2, 2, 2, 2, 2)), (3, 2))
-
-
-def test_the_classifier_s_gradient_is_the_joint_batch_s(tmp_path, capsys):
-    check_equal(tmp_path, capsys, 'classifier', lambda: build('classification', train_cfg=None),
-                make_classification_batch(6), (2, 2, 2))
-
-
-def test_a_signal_is_known_to_all_one_exchange_later(tmp_path):
-    def exchange(rank):
-        consensus = SignalConsensus(torch.device('cpu'))
-        return [consensus.exchange(15 if rank == 1 and turn == 2 else 0) for turn in range(5)]
-
-    assert run_ranks(tmp_path, 2, exchange) == [[0, 0, 0, 15, 0]] * 2
+def test_a_signal_is_known_to_all_one_exchange_later(returned):
+    assert returned['exchange'] == [[0, 0, 0, 15, 0]] * 3

@@ -9,6 +9,8 @@ from torch import nn
 
 from spartan_mm.engine.hooks import ClassCountCheckHook, OneWriterLoggerHook
 
+CLASSES = ('cat', 'dog', 'bird')
+
 
 class Part(nn.Module):
     def __init__(self, num_classes=None, **children):
@@ -19,32 +21,24 @@ class Part(nn.Module):
             self.add_module(name, child)
 
 
-def make_dataset(classes=('cat', 'dog', 'bird'), name='train.json'):
+def make_dataset(classes=CLASSES, name='train.json'):
     return SimpleNamespace(metainfo=dict(classes=classes), ann_file=name)
 
 
 def make_runner(model, train=None, val=None):
     loaders = [None if item is None else SimpleNamespace(dataset=item) for item in (train, val)]
     return SimpleNamespace(
-        model=model,
-        train_dataloader=loaders[0],
-        val_dataloader=loaders[1],
-        test_dataloader=loaders[1],
-        val_loop=None if val is None else object(),
-    )
+        model=model, train_dataloader=loaders[0], val_dataloader=loaders[1],
+        test_dataloader=loaders[1], val_loop=None if val is None else object())
 
 
 def make_model(num_classes):
-    return Part(
-        bbox_head=Part(num_classes),
-        rpn_head=Part(1),
-        backbone=Part(1000),
-    )
+    return Part(bbox_head=Part(num_classes), rpn_head=Part(1), backbone=Part(1000))
 
 
 def test_matching_classes_pass():
     hook = HOOKS.build(dict(type='ClassCountCheckHook'))
-    dataset = make_dataset(['cat', 'dog', 'bird'], 'val.json')
+    dataset = make_dataset([*CLASSES], 'val.json')
     runner = make_runner(make_model(3), make_dataset(), dataset)
     hook.before_train(runner)
     hook.before_val(runner)
@@ -58,47 +52,30 @@ def test_message_names_everything(method):
     with pytest.raises(ValueError) as error:
         getattr(ClassCountCheckHook(), method)(runner)
     loader = method.replace('before_', '') + '_dataloader'
-    for part in (
-        'model.bbox_head',
-        'num_classes=80',
-        '3 classes (cat, dog, bird)',
-        'train.json',
-        loader,
-        '--cfg-options model.bbox_head.num_classes=3',
-    ):
+    for part in ('model.bbox_head', 'num_classes=80', '3 classes (cat, dog, bird)', 'train.json',
+                 loader, '--cfg-options model.bbox_head.num_classes=3'):
         assert part in str(error.value)
 
 
-def test_validation_set_is_checked_before_training():
-    val = make_dataset(('cat', 'dog'), 'val.json')
-    with pytest.raises(ValueError, match='val_dataloader.*val.json.*2 classes'):
-        ClassCountCheckHook().before_train(make_runner(make_model(3), make_dataset(), val))
+@pytest.mark.parametrize('model, classes, words', [
+    (make_model(3), CLASSES[:2], 'val_dataloader.*val.json.*2 classes'),
+    (make_model(3), ('cat', 'bird', 'dog'), "train.json.*val.json.*label 1 is 'dog' .* 'bird'"),
+    (Part(), (*CLASSES, 'emu'), "label 3 is none in the one and 'emu' in the other"),
+], ids=['fewer', 'another order', 'more, and no head'])
+def test_validation_set_is_checked_before_training(model, classes, words):
+    val = make_dataset(classes, 'val.json')
+    with pytest.raises(ValueError, match=words):
+        ClassCountCheckHook().before_train(make_runner(model, make_dataset(), val))
 
 
-def test_train_and_val_in_another_order():
-    val = make_dataset(('cat', 'bird', 'dog'), 'val.json')
-    with pytest.raises(ValueError, match="train.json.*val.json.*label 1 is 'dog' .* 'bird'"):
-        ClassCountCheckHook().before_train(make_runner(make_model(3), make_dataset(), val))
-
-
-@pytest.mark.parametrize(
-    'wrapper',
-    [
-        SimpleNamespace(dataset=make_dataset()),
-        SimpleNamespace(dataset=make_dataset(), metainfo=make_dataset().metainfo),
-        SimpleNamespace(datasets=[make_dataset()] * 2, metainfo=make_dataset().metainfo),
-    ],
-)
+@pytest.mark.parametrize('wrapper', [
+    SimpleNamespace(dataset=make_dataset()),
+    SimpleNamespace(dataset=make_dataset(), metainfo=make_dataset().metainfo),
+    SimpleNamespace(datasets=[make_dataset()] * 2, metainfo=make_dataset().metainfo)])
 def test_wrapped_dataset(wrapper):
     ClassCountCheckHook().before_val(make_runner(make_model(3), val=wrapper))
     with pytest.raises(ValueError, match='train.json.*3 classes'):
         ClassCountCheckHook().before_val(make_runner(make_model(4), val=wrapper))
-
-
-def test_more_classes_in_validation_and_no_head():
-    val = make_dataset(('cat', 'dog', 'bird', 'emu'), 'val.json')
-    with pytest.raises(ValueError, match="label 3 is none in the one and 'emu' in the other"):
-        ClassCountCheckHook().before_train(make_runner(Part(), make_dataset(), val))
 
 
 def test_a_dataset_of_folders():

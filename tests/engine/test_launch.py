@@ -1,6 +1,5 @@
 """What the flags of the commands do to a config."""
 
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -17,14 +16,12 @@ def config_file(tmp_path):
     return str(path)
 
 
-@pytest.fixture
-def with_gpu(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+@pytest.fixture(params=['cuda'])
+def device(request, monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: request.param)
 
 
-@pytest.fixture
-def without_gpu(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+WITHOUT_GPU = pytest.mark.parametrize('device', ['cpu'], indirect=True)
 
 
 class TestLoadConfig:
@@ -57,18 +54,19 @@ class TestLoadConfig:
 class TestAmp:
 
     @pytest.mark.parametrize('dtype, loss_scale', [('float16', 'dynamic'), ('bfloat16', 1.0)])
-    def test_wrapper(self, config_file, with_gpu, dtype, loss_scale):
+    def test_wrapper(self, config_file, device, dtype, loss_scale):
         cfg = launch.load_config(config_file)
         launch.use_amp(cfg, dtype)
         assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', optimizer=dict(lr=0.1),
                                          dtype=dtype, loss_scale=loss_scale)
 
-    def test_other_wrapper(self, config_file, with_gpu):
+    def test_other_wrapper(self, config_file, device):
         cfg = launch.load_config(config_file, options={'optim_wrapper.type': 'ApexOptimWrapper'})
         with pytest.raises(launch.UsageError, match='but the config has ApexOptimWrapper'):
             launch.use_amp(cfg)
 
-    def test_without_gpu(self, config_file, without_gpu):
+    @WITHOUT_GPU
+    def test_without_gpu(self, config_file, device):
         with pytest.raises(launch.UsageError, match='^--amp needs a GPU, and torch finds none'):
             launch.use_amp(launch.load_config(config_file))
 
@@ -160,22 +158,15 @@ class TestResume:
             launch.resume_from(launch.load_config(config_file), checkpoint)
 
 
-class TestReporting:
-
-    def test_an_error_that_explains_itself(self):
-        with pytest.raises(SystemExit) as leaving, launch.reporting():
-            raise launch.UsageError('no such thing')
-        assert leaving.value.code == 'error: no such thing'  # the status is 1
-
-    def test_a_signal(self, capsys):
-        with pytest.raises(SystemExit) as leaving, launch.reporting():
-            raise Interrupted('SIGTERM received', 15)
-        assert leaving.value.code == 143
-        assert capsys.readouterr().err == 'SIGTERM received\n'
-
-    def test_another_error_keeps_its_traceback(self):
-        with pytest.raises(KeyError), launch.reporting():
-            raise KeyError('slip')
+@pytest.mark.parametrize('error, leaving, code, printed', [
+    (launch.UsageError('no such thing'), SystemExit, 'error: no such thing', ''),  # the status is 1
+    (Interrupted('SIGTERM received', 15), SystemExit, 143, 'SIGTERM received\n'),
+    (KeyError('slip'), KeyError, None, ''),
+], ids=['one that explains itself', 'a signal', 'another'])
+def test_reporting(capsys, error, leaving, code, printed):
+    with pytest.raises(leaving) as left, launch.reporting():
+        raise error
+    assert getattr(left.value, 'code', None) == code and capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize('function', [launch.resume_from, launch.load_weights])
@@ -223,12 +214,13 @@ class TestVisualize:
 
 class TestDistributed:
 
-    def test_more_processes_than_gpus(self, config_file, with_gpu, monkeypatch):
+    def test_more_processes_than_gpus(self, config_file, device, monkeypatch):
         monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
         monkeypatch.setenv('LOCAL_RANK', '2')
         with pytest.raises(launch.UsageError, match=r'process 2 .* has no GPU: torch sees 2\.'):
             launch.build_runner(launch.load_config(config_file, launcher='pytorch'))
 
-    def test_slurm_launcher_needs_gpus(self, config_file, without_gpu):
+    @WITHOUT_GPU
+    def test_slurm_launcher_needs_gpus(self, config_file, device):
         with pytest.raises(launch.UsageError, match='--launcher slurm needs GPUs'):
             launch.build_runner(launch.load_config(config_file, launcher='slurm'))

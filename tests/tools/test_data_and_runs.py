@@ -13,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spartan_mm.cli import main
-
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def project(user_project, tmp_path, monkeypatch):
     """Go to a copy of the user's folder."""
     shutil.copytree(user_project, tmp_path / 'project', ignore=shutil.ignore_patterns('work_dirs'))
@@ -26,29 +24,7 @@ def project(user_project, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_here(project, capfd):
-    """Run a command in this process, which has to succeed; return what it printed."""
-    def run_command(*arguments):
-        assert main([str(word) for word in arguments]) == 0
-        return ''.join(capfd.readouterr())
-    return run_command
-
-
-@pytest.fixture
-def fail_here(project, capfd):
-    """Run a command in this process, which has to fail; return its last line and the status."""
-    def run_command(*arguments):
-        try:
-            status, message = main([str(word) for word in arguments]), ''
-        except SystemExit as stopped:
-            status, message = (1, stopped.code) if isinstance(stopped.code, str) else (
-                stopped.code, '')
-        return (capfd.readouterr().err + message).splitlines()[-1], status
-    return run_command
-
-
-@pytest.fixture
-def run_packaged(project, monkeypatch):
+def run_packaged(monkeypatch):
     """Run a command that comes with a package, in this process."""
     def run_tool(package, name, *arguments):
         path = Path(__import__(package).__file__).parent / '.mim' / 'tools' / name
@@ -60,7 +36,7 @@ def run_packaged(project, monkeypatch):
 
 
 @pytest.fixture
-def detections(project):
+def detections():
     """Predictions for the user's pictures: a false alarm, two found objects and one missed."""
     found = [[(0, (50, 10, 80, 40), 0.9)], [(0, (10, 10, 40, 40), 0.8)],
              [(1, (10, 10, 40, 40), 0.7)], []]
@@ -74,7 +50,7 @@ def detections(project):
 
 
 @pytest.fixture
-def classifications(project):
+def classifications():
     """Predictions for the user's pictures: the last one is taken for a square."""
     truths = {'disc/2': 0, 'disc/3': 0, 'square/0': 1, 'square/1': 1}
     scores = [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]]
@@ -198,11 +174,10 @@ class TestCheckData:
             with Image.open(Path('out', name)) as image:
                 assert image.width > 400
 
-    def test_faults(self, project, capfd):
+    def test_faults(self, run_here):
         Path('pictures/2.png').write_text('no picture')
-        assert main(['check-data', 'user_detector.py', '--decode', '--workers', '1', '--split',
-                     'train', '--out-dir', 'out']) == 1
-        output = capfd.readouterr().out
+        output = run_here('check-data', 'user_detector.py', '--decode', '--workers', 1, '--split',
+                          'train', '--out-dir', 'out', status=1)
         assert '  error: ' in output and '2.png' in output and '1 errors, ' in output
         assert Path('out/suspects_train_0.png').is_file()
 
@@ -217,7 +192,7 @@ class TestCheckData:
 class TestPlotCurves:
 
     @pytest.fixture
-    def runs(self, project):
+    def runs(self):
         for name, factor in (('first', 1), ('second', 2)):
             path = Path(name, '20200101_000000', 'vis_data', 'scalars.json')
             path.parent.mkdir(parents=True)

@@ -24,25 +24,19 @@ def run(command, cwd):
     return done.stdout
 
 
-@pytest.fixture
-def run_here(user_project, monkeypatch, capfd):
-    """Run a command in this process, which spares the imports; return what it printed."""
+@pytest.fixture(autouse=True)
+def in_project(user_project, monkeypatch):
     monkeypatch.chdir(user_project)
-
-    def run_command(*words, status=0):
-        assert main([str(word) for word in words]) == status
-        return ''.join(capfd.readouterr())
-
-    return run_command
 
 
 @pytest.fixture(scope='module')
 def trained(user_project):
     """Two epochs of the user's detector."""
-    output = run([sys.executable, TOOLS / 'train.py', 'user_detector.py', '--seed', 1,
-                  '--auto-scale-lr', '--cfg-options', 'optim_wrapper.optimizer.lr=0.05'],
-                 cwd=user_project)
-    return user_project / 'work_dirs' / 'user_detector', output
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(user_project)
+        assert main(['train', 'user_detector.py', '--seed', '1', '--auto-scale-lr',
+                     '--cfg-options', 'optim_wrapper.optimizer.lr=0.05']) == 0
+    return user_project / 'work_dirs' / 'user_detector'
 
 
 def best_scores(path):
@@ -55,75 +49,66 @@ def best_scores(path):
 def averaged_scores(trained, user_project):
     """The best score of each picture by the moving average; the trained weights give others."""
     from spartan_mm.inference import Detector
-    work_dir, _ = trained
-    checkpoint = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
+    checkpoint = torch.load(trained / 'epoch_2.pth', weights_only=False)
     checkpoint['state_dict'] = {name.removeprefix('module.'): value
                                 for name, value in checkpoint.pop('ema_state_dict').items()
                                 if name != 'steps'}
     torch.save(checkpoint, user_project / 'trained.pth')
     pictures = sorted((user_project / 'pictures').glob('*.png'))
-    averaged, trained = (
+    averaged, last = (
         [float(found.scores[0]) for found in detector.detect([detector.read(p) for p in pictures])]
         for detector in (Detector(user_project / 'user_detector.py', file)
-                         for file in (work_dir / 'epoch_2.pth', user_project / 'trained.pth')))
-    assert averaged != pytest.approx(trained, abs=1e-5)
+                         for file in (trained / 'epoch_2.pth', user_project / 'trained.pth')))
+    assert averaged != pytest.approx(last, abs=1e-5)
     return averaged
 
 
 class TestTrainAndTest:
 
     def test_training_leaves_checkpoints_in_the_default_folder(self, trained):
-        work_dir, output = trained
-        assert {'epoch_1.pth', 'epoch_2.pth', 'user_detector.py'} <= set(os.listdir(work_dir))
+        assert {'epoch_1.pth', 'epoch_2.pth', 'user_detector.py'} <= set(os.listdir(trained))
+        log, = trained.glob('*/*.log')
+        output = log.read_text()
         assert 'LR is set based on batch size of 4 and the current batch size is 2' in output
         assert 'seed: 1' in output
 
     def test_resume(self, trained, run_here):
-        work_dir, _ = trained
         output = run_here('train', 'user_detector.py', '--resume', '--cfg-options',
                           'train_cfg.max_epochs=3')
         assert 'resumed epoch: 2, iter: 4' in output
-        assert (work_dir / 'epoch_3.pth').exists()
+        assert (trained / 'epoch_3.pth').exists()
 
     def test_evaluation_of_averaged_weights(self, trained, averaged_scores, user_project,
                                             run_here):
         """What is tested is the moving average."""
-        work_dir, _ = trained
-        output = run_here('test', 'user_detector.py', work_dir / 'epoch_2.pth', '--out',
+        output = run_here('test', 'user_detector.py', trained / 'epoch_2.pth', '--out',
                           'predictions.pkl', '--show-dir', 'shown')
         assert 'bbox_mAP_copypaste' in output
         assert best_scores(user_project / 'predictions.pkl') == pytest.approx(averaged_scores,
                                                                               abs=1e-6)
         predictions = pickle.loads((user_project / 'predictions.pkl').read_bytes())
         assert len(predictions) == 4
-        assert len(list(work_dir.glob('*/shown/*.png'))) == 4
+        assert len(list(trained.glob('*/shown/*.png'))) == 4
 
     @pytest.mark.parametrize('form', ['prefixed', 'bare'])
     def test_other_forms_of_a_checkpoint(self, trained, averaged_scores, user_project, run_here,
                                          form):
         """A name's prefix, or a file without meta data, must not leave random weights."""
-        work_dir, _ = trained
-        weights = torch.load(work_dir / 'epoch_2.pth', weights_only=False)['state_dict']
+        weights = torch.load(trained / 'epoch_2.pth', weights_only=False)['state_dict']
         torch.save(weights if form == 'bare' else
                    dict(state_dict={f'module.{name}': value for name, value in weights.items()}),
                    user_project / f'{form}.pth')
         run_here('test', 'user_detector.py', f'{form}.pth', '--out', f'{form}.pkl')
         assert best_scores(user_project / f'{form}.pkl') == pytest.approx(averaged_scores, abs=1e-6)
 
-    def test_resuming_another_architecture(self, trained, run_here):
-        work_dir, _ = trained
-        with pytest.raises(SystemExit, match='epoch_2.pth does not fit'):
-            run_here('train', 'user_detector.py', '--resume', work_dir / 'epoch_2.pth',
-                     '--cfg-options', 'model.decoder.num_layers=1', 'train_cfg.max_epochs=3')
-
-    def test_checkpoint_of_another_architecture(self, trained, run_here):
-        work_dir, _ = trained
-        with pytest.raises(SystemExit) as stopped:
-            run_here('test', 'user_detector.py', work_dir / 'epoch_2.pth', '--cfg-options',
-                     'model.decoder.num_layers=1')
-        message = str(stopped.value.code)
-        assert message.startswith(f'error: checkpoint {work_dir / "epoch_2.pth"} does not fit')
-        assert 'keys are unknown to the model (' in message
+    @pytest.mark.parametrize('words', [['test'], ['train', '--resume']], ids=' '.join)
+    def test_checkpoint_of_another_architecture(self, trained, fail_here, words):
+        command, *flags = words
+        said, status = fail_here(
+            command, 'user_detector.py', *flags, trained / 'epoch_2.pth', '--cfg-options',
+            'model.decoder.num_layers=1', 'train_cfg.max_epochs=3')
+        assert f'error: checkpoint {trained / "epoch_2.pth"} does not fit' in said and status == 1
+        assert 'keys are unknown to the model (' in said
 
     def test_classifier(self, user_project, run_here):
         output = run_here('train', 'user_classifier.py', '--work-dir', 'classified')
@@ -140,56 +125,43 @@ class TestTrainAndTest:
         ('infer', ['none.jpg', 'user_detector.py', 'none.pth'],
          'error: input none.jpg does not exist'),
     ])
-    def test_mistakes(self, run_here, word, arguments, message):
-        with pytest.raises(SystemExit) as stopped:
-            run_here(word, *arguments)
-        assert stopped.value.code == message
+    def test_mistakes(self, fail_here, word, arguments, message):
+        assert fail_here(word, *arguments) == (message, 1)
 
-    def test_flags_that_do_not_fit(self, run_here):
-        output = run_here('train', 'user_detector.py', '--save-every', 0, status=2)
-        assert 'error: --save-every 0: must be at least 1' in output
-
-    def test_predictions_are_pickled(self, run_here, capfd):
-        with pytest.raises(SystemExit) as stopped:
-            run_here('test', 'user_detector.py', 'none.pth', '--out', 'predictions.json')
-        assert stopped.value.code == 2
-        assert 'predictions.json: the name must end in .pkl or .pickle' in capfd.readouterr().err
+    @pytest.mark.parametrize('words, message', [
+        (['train', 'user_detector.py', '--save-every', '0'],
+         'error: --save-every 0: must be at least 1'),
+        (['test', 'user_detector.py', 'none.pth', '--out', 'predictions.json'],
+         'predictions.json: the name must end in .pkl or .pickle'),
+        (['infer', 'pictures', 'user_detector.py', 'none.pth', '--score-thr', '1.5'],
+         '1.5 must be a number from 0 to 1'),
+        (['infer', 'pictures', 'user_detector.py', 'none.pth', '--batch-size', '0'],
+         '--batch-size: 0 must be a whole number, at least 1'),
+        (['infer', 'pictures', 'user_detector.py', 'none.pth', '--device', 'cuda:99'],
+         "error: device 'cuda:99': torch finds"),
+    ])
+    def test_wrong_flags(self, fail_here, words, message):
+        said, status = fail_here(*words)
+        assert message in said and status == 2
 
 
 class TestInfer:
 
-    @pytest.mark.parametrize('flags, message', [
-        (['--score-thr', '1.5'], '1.5 must be a number from 0 to 1'),
-        (['--batch-size', '0'], '--batch-size: 0 must be a whole number, at least 1'),
-    ])
-    def test_numbers_out_of_range(self, run_here, capfd, flags, message):
-        with pytest.raises(SystemExit) as stopped:
-            run_here('infer', 'pictures', 'user_detector.py', 'none.pth', *flags)
-        assert stopped.value.code == 2
-        assert message in capfd.readouterr().err
-
-    def test_no_place(self, run_here):
-        with pytest.raises(SystemExit, match='results.json cannot be written: .* is a file'):
-            run_here('infer', 'pictures', 'user_detector.py', 'none.pth', '--out-dir',
-                     'user_detector.py')
-
-    def test_no_such_device(self, run_here):
-        output = run_here('infer', 'pictures', 'user_detector.py', 'none.pth', '--device',
-                          'cuda:99', status=2)
-        assert "error: device 'cuda:99': torch finds" in output
+    def test_no_place(self, fail_here):
+        said, status = fail_here('infer', 'pictures', 'user_detector.py', 'none.pth', '--out-dir',
+                                 'user_detector.py')
+        assert 'results.json cannot be written: ' in said and 'is a file' in said and status == 1
 
     def test_folder(self, trained, user_project, run_here, tmp_path):
-        work_dir, _ = trained
-        output = run_here('infer', 'pictures', 'user_detector.py', work_dir / 'epoch_2.pth',
+        output = run_here('infer', 'pictures', 'user_detector.py', trained / 'epoch_2.pth',
                           '--out-dir', tmp_path, '--score-thr', 0, '--batch-size', 3)
         assert '80 detections in 4 pictures' in output
         assert {path.name for path in tmp_path.iterdir()} == {
             '0.png', '1.png', '2.png', '3.png', 'results.json'}
 
     def test_broken_picture(self, trained, run_here, tmp_path):
-        work_dir, _ = trained
         (tmp_path / 'broken.jpg').write_text('no picture')
-        output = run_here('infer', tmp_path, 'user_detector.py', work_dir / 'epoch_2.pth',
+        output = run_here('infer', tmp_path, 'user_detector.py', trained / 'epoch_2.pth',
                           '--out-dir', tmp_path / 'out', status=1)
         assert (f'error: {tmp_path}/broken.jpg cannot be decoded as an image: it is of no known '
                 'image format, or damaged\n') in output
@@ -199,8 +171,7 @@ class TestDistributed:
 
     @pytest.mark.slow
     def test_two_processes_without_gpu(self, trained, averaged_scores, user_project):
-        work_dir, _ = trained
-        output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', work_dir / 'epoch_2.pth',
+        output = run(['bash', TOOLS / 'dist_test.sh', 'user_detector.py', trained / 'epoch_2.pth',
                       2, '--out', 'two.pkl'], cwd=user_project)
         assert 'GPU number: 2' in output
         assert 'sync_bn is ignored' in output

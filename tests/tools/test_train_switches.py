@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from torch.testing import assert_close
 
 from spartan_mm.backbones.fused import FusedBlock
@@ -21,7 +22,6 @@ class Recorder(Hook):
     """Notes what the iterations of a training do."""
 
     def before_train(self, runner):
-        self.runner = runner
         self.losses, self.weights, self.maps = [], [self.weight()], []
         convolution = runner.model.backbone.stem[0].conv
         convolution.register_forward_hook(lambda *call: self.maps.append(call[-1]))
@@ -46,9 +46,9 @@ def train(user_project, monkeypatch, tmp_path):
         def build(cfg):
             # Runners have names of their own in a process.
             cfg.experiment_name = f'{tmp_path.name}_{next(numbers)}'
-            runner = build_runner(cfg)
-            runner.register_hook(recorder)
-            return runner
+            recorder.runner = build_runner(cfg)
+            recorder.runner.register_hook(recorder)
+            return recorder.runner
 
         monkeypatch.setattr(launch, 'build_runner', build)
         assert main(['train', 'user_classifier.py', '--seed', '1', *flags,
@@ -56,6 +56,13 @@ def train(user_project, monkeypatch, tmp_path):
                      'train_dataloader.batch_size=2', *options]) == 0
         return recorder
 
+    return train
+
+
+@pytest.fixture
+def begin(train, monkeypatch):
+    """Run the command, whose training ends before its first iteration."""
+    monkeypatch.setattr(Runner, 'train', lambda runner: runner.call_hook('before_run'))
     return train
 
 
@@ -70,8 +77,8 @@ def steps_taken(checkpoint):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of a machine without a GPU')
 @pytest.mark.parametrize('flags, fused', [([], True), (['--no-fuse'], False)])
-def test_blocks_are_fused_on_a_cpu(train, flags, fused):
-    blocks = [module for module in train(*flags).runner.model.modules()
+def test_blocks_are_fused_on_a_cpu(begin, flags, fused):
+    blocks = [module for module in begin(*flags).runner.model.modules()
               if isinstance(module, Block)]
     assert blocks and {isinstance(block, FusedBlock) for block in blocks} == {fused}
 
@@ -79,11 +86,11 @@ def test_blocks_are_fused_on_a_cpu(train, flags, fused):
 @pytest.mark.parametrize('flags, options', [
     (['--compile'], []), (['--compile', 'default'], []), ([], ['compile=True']),
     ([], ['compile=default']), ([], ["compile.backend=aot_eager"])], ids=str)
-def test_the_backbone_is_compiled(train, monkeypatch, flags, options):
+def test_the_backbone_is_compiled(begin, monkeypatch, flags, options):
     asked = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **kwargs: asked.append(
         (type(self).__name__, kwargs)))
-    train(*flags, options=options)
+    begin(*flags, options=options)
     assert [name for name, _ in asked] == ['SpaRTAN', 'GlobalAveragePooling']
     backend = 'aot_eager' if 'backend' in str(options) else None
     assert {kwargs.get('backend') for _, kwargs in asked} == {backend}

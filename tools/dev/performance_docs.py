@@ -475,7 +475,9 @@ def parse_args() -> argparse.Namespace:
 
 def measure_groups(request: Path, target: Path) -> None:
     """Measure the groups of a job; this is a process of its own."""
-    groups = [Group.from_dict(group) for group in json.loads(request.read_text())]
+    groups = [Group(**{**group, 'workload': Workload(**group['workload']),
+                       'forms': tuple(Form(**form) for form in group['forms'])})
+              for group in json.loads(request.read_text())]
     results = []
     for index, group in enumerate(groups):
         def report(text: str, index: int = index) -> None:

@@ -1,0 +1,36 @@
+"""What other packages say of a fault in a config, in a line."""
+
+import re
+import traceback
+
+from mmengine.dataset import BaseDataset
+from mmengine.registry import build_from_cfg
+
+from ..text import first_line
+
+
+def explain(error: BaseException) -> str | None:
+    """Say in a line what is wrong with a config or its data; None if the error is none of these.
+
+    - A registry has no such name, or there is no ``type``.
+    - A class does not take an argument that the config gives, or lacks one.
+    - A dataset of mmengine's kind has no items, which it packs into an array.
+    """
+    said = first_line(Exception(*error.args[:1])).partition('. Please check')[0]
+    while error.__context__ is not None:
+        error = error.__context__  # mmengine may raise a new error for that of a class
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    building = [frame for frame in frames if frame.f_code is build_from_cfg.__code__]
+    if building and isinstance(error, KeyError | TypeError):
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        # In the class itself, it is one of the config only if that has it.
+        if building[-1] is frames[-1] or (
+                unknown is not None and unknown[1] in building[-1].f_locals['args']):
+            return f'what the config says cannot be built: {said}'
+    packing = [frame for frame in frames if frame.f_code is BaseDataset._serialize_data.__code__]
+    if packing and isinstance(error, ValueError):
+        dataset = packing[-1].f_locals['self']
+        source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
+        return (f'{type(dataset).__name__} of {source} has no images: its annotation file or '
+                'folder has none, or `filter_cfg` or `indices` leave none')
+    return None
