@@ -101,9 +101,19 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
 
 def follow_config(model: nn.Module, config: Config, checkpoint: Any, name: str, match: Match = None
                   ) -> Any:
-    """Do what :func:`put_in_order` does, with the classes that a config names for its test data."""
+    """Do what :func:`put_in_order` does, with the classes that a config names for its test data.
+
+    A config whose classes have no name in common with the checkpoint's, or the same places, gives
+    the architecture alone: the outputs have the checkpoint's names.
+    """
     ours = (find_test_dataset(config).get('metainfo') or {}).get('classes')
     ours = (ours, ) if isinstance(ours, str) else ours
+    theirs = find_classes(checkpoint)
+    if match is None and None not in (theirs, ours):
+        places = [{_simplify(one): label for label, one in enumerate(names)}
+                  for names in (theirs, ours)]
+        if all(places[1].get(one, label) == label for one, label in places[0].items()):
+            return checkpoint
     return put_in_order(model, config.model, checkpoint, name, ours, "the config's test dataset",
                         match)
 
