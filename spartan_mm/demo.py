@@ -5,26 +5,26 @@ import contextlib
 import inspect
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from mmengine.fileio import load
 
 from . import zoo
+from .analysis.mistakes.predictions import spread
 from .datasets.check import SPLITS
 from .errors import ExplainedError
-from .text import Console
+from .text import Console, count
 
 FAILED, BELOW_BAR, INTERRUPTED = 1, 3, 130
 NUM_SHOWN = 8  # pictures to infer on
@@ -35,27 +35,24 @@ class StepError(ExplainedError):
     """A step of a demo failed."""
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """A metric, and what a demo is to reach in it.
 
     Args:
         name: What to call it.
         key: Its name in mmengine's log.
         least: The bar.
-        form: How to write it, as for ``format``.
-        unit: Written after it.
+        form: How to write a value, as for ``str.format``.
     """
 
     name: str
     key: str
     least: float
-    form: str = '.3f'
-    unit: str = ''
+    form: str = '{:.3f}'
 
     def write(self, value: float) -> str:
         """Write the metric with a value."""
-        return f'{self.name} {value:{self.form}}{self.unit}'
+        return f'{self.name} {self.form.format(value)}'
 
 
 class Commands:
@@ -85,13 +82,12 @@ class Commands:
         self.console.line(f'$ {shlex.join([self.shown(Path(sys.executable)), self.shown(tool)])} '
                           f'{shlex.join(arguments)}')
         self.console.line(f'  (its whole output: {self.shown(log)})')
-        code = run_process([sys.executable, str(tool), *arguments], log, show, self.console)
+        code = run_process([sys.executable, str(tool), *arguments], log, show)
         if code:
             with open(log, encoding='utf-8', errors='replace') as file:
                 tail = deque((line.rstrip() for line in file if line.strip()), maxlen=12)
-            raise StepError('\n'.join([
-                f'tools/{name} failed with exit code {code}. Its last lines, all in {log}:',
-                *(f'    {line}' for line in tail)]))
+            raise StepError(
+                f'tools/{name} failed with exit code {code}. Its last lines, all in {log}:', *tail)
 
     def train(self, config: Path, work_dir: Path, arguments: Sequence[str] = (),
               metrics: Mapping[str, str] | None = None) -> str:
@@ -106,134 +102,63 @@ class Commands:
         latest = work_dir / 'last_checkpoint'
         latest.unlink(missing_ok=True)
         self.run('train.py', [self.shown(config), '--work-dir', self.shown(work_dir), *arguments],
-                 TrainingProgress(self.console, work_dir / config.name, metrics or {}))
+                 Progress(self.console, metrics or {}))
         if not latest.is_file():
             raise StepError(f'the training left no checkpoint in {work_dir}')
         # NOTE: The last one, not the best one on the validation pictures, which would be chosen
         # by what is measured.
         return self.shown(Path(latest.read_text().strip()))
 
-    def evaluate(self, config: Path, checkpoint: str, folder: Path,
-                 arguments: Sequence[str] = (),
-                 keep: Callable[[str], bool] = lambda line: False) -> dict[str, float]:
-        """Evaluate a checkpoint; return the metrics by their name in the log.
-
-        Args:
-            config: The config file.
-            checkpoint: The weights.
-            folder: Where the logs go.
-            arguments: Further ones of ``tools/test.py``.
-            keep: Says which lines of the output to print.
-        """
-        def show(line: str) -> None:
-            if keep(line):
-                self.console.line(line.strip())
-            elif progress := parse_progress(line):
-                self.console.status(f'batch {progress["done"]} of {progress["total"]}')
-
-        self.run('test.py', [self.shown(config), checkpoint, '--work-dir', self.shown(folder),
-                             *arguments], show)
-        # Folders and files are named by the time of the run.
-        report = max(folder.glob('*/*.json'), default=None)
-        if report is None:
-            raise StepError(f'the evaluation left no report in {folder}')
-        return json.loads(report.read_text())
-
     def shown(self, path: Path) -> str:
         """Write a path as the commands take it, from the home folder where it lies in there."""
         return str(path.relative_to(self.home) if path.is_relative_to(self.home) else path)
 
 
-class TrainingProgress:
-    """Shows how far a training is, from what mmengine prints.
+class Progress:
+    """Shows how far a training or a test is, from what mmengine prints.
 
     Args:
         console: Where to show it.
-        config: The config file that the training writes when it starts.
         metrics: Those to show after each epoch: what to call them, by their name in the log.
     """
 
-    def __init__(self, console: Console, config: Path, metrics: Mapping[str, str]) -> None:
+    def __init__(self, console: Console, metrics: Mapping[str, str]) -> None:
         self._console = console
-        self._config = config
         self._metrics = metrics
-        self._epochs: int | None = None
         self._loss = ''
 
     def __call__(self, line: str) -> None:
         """Look at a line of output."""
-        progress = parse_progress(line)
-        if not progress:
+        match = re.search(r'(?:Epoch|Iter)\((train|val|test)\)\s+(?:\[\s*(\d+)\])?'
+                          r'\[\s*(\d+)/\s*(\d+)\](.*)', line)
+        if match is None:
             return
-        epoch = f'epoch {progress["epoch"]} of {self._find_epochs()}, ' if progress['epoch'] else ''
-        values = progress['values']
-        measured = [f'{name} {values[key]}' for key, name in self._metrics.items() if key in values]
-        if progress['mode'] == 'train':
+        mode, epoch, done, total, rest = match.groups()
+        values = dict(re.findall(r'([\w./]+): ((?:\d+ days?, )?\S+)', rest))
+        if mode == 'train':
             self._loss = f'loss {values.get("loss", "-")}'
-            eta = f', {progress["eta"]} of training left' if progress['eta'] else ''
-            self._console.status(f'{epoch}iteration {progress["done"]} of {progress["total"]}, '
-                                 f'{self._loss}{eta}')
-        elif measured:
-            self._console.line(f'{epoch}{self._loss}: {", ".join(measured)}')
-        else:
-            self._console.status(f'{epoch}validation, batch {progress["done"]} of '
-                                 f'{progress["total"]}')
-
-    def _find_epochs(self) -> int | str:
-        if self._epochs is None:
-            from mmengine.config import Config
-            config = Config.fromfile(self._config, import_custom_modules=False)
-            self._epochs = config.train_cfg.get('max_epochs', '?')
-        return self._epochs
+        measured = [f'{name} {values[key]}' for key, name in self._metrics.items() if key in values]
+        parts = [f'epoch {epoch}'] if epoch else []
+        if mode != 'train' and measured:
+            self._console.line(f'{", ".join([*parts, self._loss])}: {", ".join(measured)}')
+            return
+        parts.append(f'{"iteration" if mode == "train" else mode} {done} of {total}')
+        if mode == 'train':
+            parts += [self._loss, *([f'{values["eta"]} left'] if 'eta' in values else [])]
+        self._console.status(', '.join(parts))
 
 
-def parse_progress(line: str) -> dict[str, Any] | None:
-    """Read a line in which mmengine reports progress.
-
-    Returns:
-        mode ('train', 'val', 'test'), epoch (None if not given), done and total (iterations), eta
-        (None if not given) and values by name; None for another line.
-    """
-    match = re.search(r'(?:Epoch|Iter)\((train|val|test)\)\s+(?:\[\s*(\d+)\])?'
-                      r'\[\s*(\d+)/\s*(\d+)\](.*)', line)
-    if match is None:
-        return None
-    mode, epoch, done, total, rest = match.groups()
-    eta = re.search(r'\beta: ((?:\d+ days?, )?[\d:]+)', rest)
-    return dict(mode=mode, epoch=epoch and int(epoch), done=int(done), total=int(total),
-                eta=eta and eta[1], values=dict(re.findall(r'([\w./]+): (\S+)', rest)))
-
-
-def run_process(command: list[str], log: Path, show: Callable[[str], None],
-                console: Console) -> int:
+def run_process(command: list[str], log: Path, show: Callable[[str], None]) -> int:
     """Run a process to its end, its output to a file and line by line to ``show``."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
         encoding='utf-8', env=dict(os.environ, PYTHONUNBUFFERED='1', PYTHONIOENCODING='utf-8'))
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    start, reported = time.monotonic(), False
     try:
-        with open(log, 'w', encoding='utf-8') as file:
-            while True:
-                try:
-                    line = lines.get(timeout=1)
-                except queue.Empty:
-                    if not reported:
-                        console.status(f'running for {time.monotonic() - start:.0f} s')
-                    continue
-                if line is None:
-                    return process.wait()
+        with open(log, 'w', encoding='utf-8', buffering=1) as file:
+            for line in process.stdout:
                 file.write(line)
-                file.flush()
-                reported = reported or parse_progress(line) is not None
                 show(line)
+        return process.wait()
     finally:
         # Interrupted: nothing is left running.
         if process.poll() is None:
@@ -252,35 +177,28 @@ class Demo(ABC):
         data_root: Where the data goes; None for one in ``data/``.
         options: Settings of the config to override, ``KEY=VALUE``.
         quick: Whether to take a look at every step only, in which nothing is learnt.
-
-    Attributes:
-        name: Names the work dir.
-        data_name: Where the config expects the data to be, in ``data/``.
-        config_name: The config file, in ``configs/``.
-        goals: What is to be reached.
-        environment: Variables that are set where they are not.
-        train_flags: Flags of ``tools/train.py``.
-        score_flags: Flags of ``tools/infer.py`` and ``tools/report.py``.
-        quick_options: Settings of the config with which nothing is learnt.
-        results: What there is to look at, in words, and where it lies in the work dir; the last is
-            what ``tools/infer.py`` writes.
-        evaluated_on: What the metrics are measured on, in words, and how many of it.
     """
 
+    #: Names the work dir.
     name: str
+    #: Where the config expects the data to be, in ``data/``.
     data_name: str
+    #: The config file, in ``configs/``.
     config_name: str
+    #: What is to be reached, and on what it is measured.
     goals: tuple[Goal, ...]
+    evaluated_on: str
+    num_evaluated = 0
+    #: Variables that are set where they are not.
     environment: Mapping[str, str] = {}
+    #: Flags of ``tools/train.py``, and of ``tools/infer.py`` and ``tools/report.py``.
     train_flags: tuple[str, ...] = ()
     score_flags: tuple[str, ...] = ()
+    #: Settings of the config with which nothing is learnt.
     quick_options: tuple[str, ...] = (
         'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
         *(f'{split}_dataloader.{setting}' for split in SPLITS
           for setting in ('num_workers=0', 'persistent_workers=False')))
-    results: Mapping[str, str]
-    evaluated_on: str
-    num_evaluated = 0
 
     def __init__(self, work_dir: Path | None = None, data_root: Path | None = None,
                  options: Sequence[str] = (), quick: bool = False) -> None:
@@ -293,7 +211,7 @@ class Demo(ABC):
         # The whole config, as the training writes it.
         self.config = self.work_dir / self.source_config.name
         self.predictions = self.work_dir / 'evaluation' / 'predictions.pkl'
-        self.inferred = self.work_dir / list(self.results.values())[-1]
+        self.samples, self.inferred = self.work_dir / 'samples', self.work_dir / 'inferred'
         self.commands = Commands(root, self.work_dir / 'logs')
         self.console, self.shown = self.commands.console, self.commands.shown
         self.seconds: dict[str, float] = {}
@@ -310,14 +228,6 @@ class Demo(ABC):
     def make_data(self) -> str:
         """Make the data and say what there is; ``OSError`` or ``ImportError`` if that fails."""
 
-    @abstractmethod
-    def draw_sheets(self) -> list[str]:
-        """Draw all but the curves, count what was evaluated; return pictures to infer on."""
-
-    def keeps(self, line: str) -> bool:
-        """Say whether a line of the evaluation's output is to be printed."""
-        return False
-
     def run(self) -> tuple[float, ...]:
         """Run all steps.
 
@@ -327,66 +237,54 @@ class Demo(ABC):
         Raises:
             StepError: A step failed.
         """
-        commands, shown = self.commands, self.shown
-        self.console.line(f'Running in {commands.home} on {describe_device()}')
-        with self._step('data', 'the data cannot be made'):
-            self.console.line(self.make_data())
+        run, shown, folder = self.commands.run, self.shown, self.predictions.parent
+        self.console.line(f'Running in {self.commands.home} on {describe_device()}')
+        with self._step('data'):
+            try:
+                self.console.line(self.make_data())
+            except (OSError, ValueError, ImportError) as error:
+                raise StepError(f'the data cannot be made: {error}') from error
         with self._step('training'):
             options = ['--cfg-options', *self.options] if self.options else []
-            checkpoint = commands.train(self.source_config, self.work_dir,
-                                        [*self.train_flags, *options],
-                                        {goal.key: goal.name for goal in self.goals})
+            checkpoint = self.commands.train(self.source_config, self.work_dir,
+                                             [*self.train_flags, *options],
+                                             {goal.key: goal.name for goal in self.goals})
         with self._step('evaluation'):
-            metrics = commands.evaluate(
-                self.config, checkpoint, self.predictions.parent,
-                ['--out', shown(self.predictions)], self.keeps)
-        with self._step('pictures', 'the sheets cannot be drawn'):
-            samples = self._copy(self._draw())
-            commands.run('infer.py', [shown(samples), shown(self.config), checkpoint, '--out-dir',
-                                      shown(self.inferred), *self.score_flags])
+            progress = Progress(self.console, {})
+            run('test.py', [shown(self.config), checkpoint, '--work-dir', shown(folder), '--out',
+                            shown(self.predictions)],
+                lambda line: self.console.line(line.strip())
+                if line.lstrip().startswith('Average ') else progress(line))
+            # Folders and files are named by the time of the run.
+            record = max(folder.glob('*/*.json'), default=None)
+            if record is None:
+                raise StepError(f'the evaluation left no report in {folder}')
+        with self._step('pictures'):
+            self._choose_pictures()
+            run('infer.py', [shown(self.samples), shown(self.config), checkpoint, '--out-dir',
+                             shown(self.inferred), *self.score_flags])
         with self._step('report'):
-            commands.run('report.py', [shown(self.work_dir), *self.score_flags])
+            run('report.py', [shown(self.work_dir), *self.score_flags])
+        self.num_evaluated = len(load(self.predictions))
+        metrics = json.loads(record.read_text())
         return tuple(metrics[goal.key] for goal in self.goals)
 
     @contextlib.contextmanager
-    def _step(self, name: str, failure: str = '') -> Iterator[None]:
-        """Time a step; if it has a `failure`, that is what ends the demo."""
+    def _step(self, name: str) -> Iterator[None]:
+        """Name and time a step."""
         self.console.line(f'\n--- {name} ---')
         start = time.monotonic()
-        try:
-            yield
-        except (OSError, ValueError, ImportError) as error:
-            if not failure:
-                raise
-            raise StepError(f'{failure}: {error}') from error
+        yield
         self.seconds[name] = time.monotonic() - start
 
-    def _draw(self) -> list[str]:
-        from .analysis.report.curves import draw_curves, read_log
-        self.console.status('drawing')
-        self.commands.logs.mkdir(parents=True, exist_ok=True)
-        # What the toolboxes print on the way is of no interest here.
-        with (open(self.commands.logs / 'pictures.log', 'w', encoding='utf-8') as log,
-              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
-            draw_curves(read_log(self.work_dir)).savefig(self.work_dir / 'curves.png')
-            return self.draw_sheets()
-
-    def _copy(self, pictures: Sequence[str]) -> Path:
-        """Copy pictures to a folder of their own, and make place for what is found in them."""
-        samples = self.work_dir / 'samples'
-        for folder in (samples, self.inferred):
+    def _choose_pictures(self) -> None:
+        """Copy a few pictures to a folder of their own, and make place for what is found."""
+        for folder in (self.samples, self.inferred):
             shutil.rmtree(folder, ignore_errors=True)
-        samples.mkdir(parents=True)
-        for path in pictures:
-            shutil.copy(path, samples)
-        return samples
-
-    def _build_test_dataset(self) -> Any:
-        from mmengine.config import Config
-        from mmengine.registry import DATASETS, init_default_scope
-        config = Config.fromfile(self.config)
-        init_default_scope(config.default_scope)
-        return DATASETS.build(config.test_dataloader.dataset)
+        self.samples.mkdir()
+        pictures = sorted((self.data_root / 'val').rglob('*.*'))
+        for index in spread(len(pictures), NUM_SHOWN):
+            shutil.copy(pictures[index], self.samples)
 
 
 class DetectorDemo(Demo):
@@ -403,9 +301,6 @@ class DetectorDemo(Demo):
     goals = (Goal('AP', 'coco/bbox_mAP', 0.30), Goal('AP50', 'coco/bbox_mAP_50', 0.55))
     score_flags = ('--score-thr', str(SCORE_THRESHOLD))
     quick_options = (*Demo.quick_options, 'train_dataloader.batch_size=4')
-    results = {'loss, AP and learning rate': 'curves.png',
-               'predictions beside ground truth': 'gallery.png',
-               'detections by tools/infer.py': 'detections'}
     evaluated_on = 'validation pictures'
 
     @property
@@ -424,19 +319,6 @@ class DetectorDemo(Demo):
         paths = make_digits(self.data_root, train, val)
         return f'{train} training and {val} validation pictures in {self.shown(paths.root)}'
 
-    def keeps(self, line: str) -> bool:
-        return 'Average Precision' in line or 'Average Recall' in line
-
-    def draw_sheets(self) -> list[str]:
-        from .analysis.mistakes.pictures import draw_gallery
-        from .analysis.mistakes.predictions import read_predictions, spread
-        dataset = self._build_test_dataset()
-        self.num_evaluated = len(dataset)
-        indices = spread(len(dataset), NUM_SHOWN)
-        draw_gallery(dataset, read_predictions(self.predictions), indices,
-                     SCORE_THRESHOLD).save(self.work_dir / 'gallery.png')
-        return [dataset.get_data_info(index)['img_path'] for index in indices]
-
 
 class ClassifierDemo(Demo):
     """From nothing to a trained classifier: make data, train, evaluate, draw, report.
@@ -449,7 +331,7 @@ class ClassifierDemo(Demo):
     name = 'demo_classification'
     data_name = 'digit_folder'
     config_name = 'classification/spartan_xt_digits.py'
-    goals = (Goal('top-1', 'accuracy/top1', 97., '.2f', ' %'), )
+    goals = (Goal('top-1', 'accuracy/top1', 97., '{:.2f} %'), )
     # On a CPU: with maps this small, threads wait for each other longer than they work.
     environment = dict(OMP_NUM_THREADS='1')
     train_flags = ('--channels-last', )
@@ -458,10 +340,6 @@ class ClassifierDemo(Demo):
         f'{split}_dataloader.{setting}' for split in SPLITS
         for setting in ('batch_size=8', f'dataset.indices={[*range(0, 352, 22)]}'.replace(' ', ''))
     ))
-    results = {'loss, accuracy and learning rate': 'curves.png',
-               'what is taken for what': 'confusion.png',
-               'the misclassified pictures': 'mistakes.png',
-               'classified by tools/infer.py': 'classified'}
     evaluated_on = 'digits that were held out'
 
     def make_data(self) -> str:
@@ -469,18 +347,6 @@ class ClassifierDemo(Demo):
         root = make_digit_folder(self.data_root)
         train, val = (len([*(root / split).glob('*/*.png')]) for split in ('train', 'val'))
         return f'{train} digits to learn from and {val} held out, in {self.shown(root)}'
-
-    def draw_sheets(self) -> list[str]:
-        from .analysis.mistakes.confusion import count_confusions, draw_confusion
-        from .analysis.mistakes.pictures import draw_mistakes
-        from .analysis.mistakes.predictions import read_outcomes, spread
-        classes = self._build_test_dataset().metainfo['classes']
-        outcomes = read_outcomes(self.predictions)
-        self.num_evaluated = len(outcomes)
-        draw_confusion(count_confusions(outcomes), classes).savefig(
-            self.work_dir / 'confusion.png')
-        draw_mistakes(outcomes, classes).save(self.work_dir / 'mistakes.png')
-        return [outcomes.paths[index] for index in spread(len(outcomes), NUM_SHOWN)]
 
 
 def main(kind: type[Demo], argv: Sequence[str] | None = None) -> int:
@@ -541,9 +407,12 @@ def parse_args(kind: type[Demo], argv: Sequence[str] | None) -> Demo:
 def conclude(demo: Demo, values: Sequence[float]) -> int:
     """Say what came of a demo, and return the exit code."""
     line = demo.console.line
-    measured = [goal.write(value) for goal, value in zip(demo.goals, values, strict=True)]
-    line(f'\n{", ".join(measured)} on {demo.num_evaluated} {demo.evaluated_on}')
-    missing = judge(demo.goals, values)
+    goals = [*zip(demo.goals, values, strict=True)]
+    measured = ', '.join(goal.write(value) for goal, value in goals)
+    line(f'\n{measured} on {demo.num_evaluated} {demo.evaluated_on}')
+    # A value that is not a number is below every bar, too.
+    missing = '; '.join(f'{goal.write(value)}, to be at least {goal.form.format(goal.least)}'
+                        for goal, value in goals if not value >= goal.least)
     if missing:
         line(f'BELOW THE BAR: {missing}'
              + (' (no error with --quick, which learns nothing)' if demo.quick else ''))
@@ -552,17 +421,10 @@ def conclude(demo: Demo, values: Sequence[float]) -> int:
         line(f'The bar, {bars}, is reached')
     times = ', '.join(f'{name} {_clock(seconds)}' for name, seconds in demo.seconds.items())
     line(f'minutes: {times}; {_clock(sum(demo.seconds.values()))} in all')
-    for what, name in {**demo.results, 'all on one page': 'report.html'}.items():
-        line(f'{what}: {demo.shown(demo.work_dir / name)}')
+    line(f'curves, metrics, pictures, errors: {demo.shown(demo.work_dir / "report.html")}')
+    line(f'pictures by tools/infer.py: {demo.shown(demo.inferred)}')
     line(f'Everything lies in {demo.work_dir}')
     return BELOW_BAR if missing and not demo.quick else 0
-
-
-def judge(goals: Sequence[Goal], values: Sequence[float]) -> str | None:
-    """Compare metrics with what is to be reached; say what is missing, if anything is."""
-    short = [f'{goal.write(value)}, to be at least {goal.least:{goal.form}}{goal.unit}'
-             for goal, value in zip(goals, values, strict=True) if not value >= goal.least]
-    return '; '.join(short) or None
 
 
 def find_home(root: Path) -> Path:
@@ -579,8 +441,7 @@ def describe_device() -> str:
     import torch
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f'the CPU, {threads} thread{"" if threads == 1 else "s"}'
+    return f'the CPU, {count(torch.get_num_threads(), "thread")}'
 
 
 def _clock(seconds: float) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from .datasets.data_errors import UndecodableError
+from .datasets.images import decode_image
 
 Colour = tuple[int, int, int]
 
@@ -57,18 +58,15 @@ def class_colour(label: int) -> Colour:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image, turned as a camera says, which is how mmcv reads it.
+    """Read an image as the trainings do, see :func:`decode_image`.
 
     Raises:
         FileNotFoundError: There is no such file.
         UndecodableError: No image can be made of it.
     """
     try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert('RGB')
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow has many
+        return Image.fromarray(decode_image(Path(path).read_bytes())[..., ::-1])
+    except UndecodableError as error:
         raise UndecodableError(f'{path} cannot be decoded as an image: {error}') from error
 
 

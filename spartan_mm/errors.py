@@ -1,8 +1,15 @@
 """Errors that explain themselves: commands end with their message alone, without a traceback."""
+from .text import printable
 
 
 class ExplainedError(Exception):
-    """What is wrong with what was given, and what to do; the base of such errors."""
+    """What is wrong with what was given, and what to do; the base of such errors.
+
+    Its message is one line, whatever the names in it are; further arguments are lines below.
+    """
+
+    def __str__(self) -> str:
+        return '\n  '.join(map(printable, self.args))
 
 
 class UsageError(ExplainedError, ValueError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import ExplainedError
+from .text import printable
 
 #: What the names of files end in that are not whole yet.
 UNFINISHED = '.unfinished'
@@ -20,7 +21,7 @@ class UnwritableError(ExplainedError, OSError):
 
     def __str__(self) -> str:
         remedy = 'make room' if self.errno in (errno.ENOSPC, errno.EDQUOT) else 'name another place'
-        return f'{self.filename} cannot be written: {self.strerror}; {remedy}'
+        return printable(f'{self.filename} cannot be written: {self.strerror}; {remedy}')
 
 
 def check_writable(path: str | Path) -> None:

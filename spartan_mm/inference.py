@@ -24,7 +24,7 @@ from .datasets.images import decode_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .engine.class_order import Match, load_in_order
 from .errors import ExplainedError
-from .files import write_json
+from .files import write_json, write_whole
 from .weights.loading import find_meta
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
@@ -35,13 +35,34 @@ VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.web
 # What a model makes of an image: a picture to look at, and a record fit for JSON.
 Processed = tuple[np.ndarray, dict[str, Any]]
 
+# What says in the results which image or frame it is, and the image.
+Named = tuple[dict[str, Any], np.ndarray]
+
 
 class InputError(ExplainedError, ValueError):
     """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
+class _Found:
+    """Labels with scores, and perhaps boxes."""
+
+    def select(self, index: Any) -> '_Found':
+        """Keep some, as numpy indexes an array."""
+        return type(self)(*(values[index] for values in vars(self).values()))
+
+    def best_first(self) -> '_Found':
+        """Sort by score; equals stay in their order."""
+        return self.select(np.argsort(-self.scores, kind='stable'))
+
+    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Describe each by a dict fit for JSON."""
+        return [dict(label=int(label), class_name=class_name(classes, label),
+                     score=round(float(score), 4))
+                for label, score in zip(self.labels, self.scores, strict=True)]
+
+
 @dataclass
-class Detections:
+class Detections(_Found):
     """What was found in one image.
 
     Args:
@@ -56,20 +77,15 @@ class Detections:
 
     def above(self, threshold: float) -> 'Detections':
         """Keep the detections with at least this score."""
-        keep = self.scores >= threshold
-        return Detections(self.boxes[keep], self.labels[keep], self.scores[keep])
+        return self.select(self.scores >= threshold)
 
     def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe each detection by a dict fit for JSON."""
-        return [
-            dict(bbox=[round(float(corner), 2) for corner in box], label=int(label),
-                 class_name=class_name(classes, label), score=round(float(score), 4))
-            for box, label, score in zip(self.boxes, self.labels, self.scores, strict=True)
-        ]
+        return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
+                for box, record in zip(self.boxes, super().as_records(classes), strict=True)]
 
 
 @dataclass
-class Classification:
+class Classification(_Found):
     """What an image is taken for.
 
     Args:
@@ -79,16 +95,6 @@ class Classification:
 
     labels: np.ndarray
     scores: np.ndarray
-
-    def top(self, count: int) -> 'Classification':
-        """Keep the classes with the highest scores."""
-        return Classification(self.labels[:count], self.scores[:count])
-
-    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe each class by a dict fit for JSON."""
-        return [dict(label=int(label), class_name=class_name(classes, label),
-                     score=round(float(score), 4))
-                for label, score in zip(self.labels, self.scores, strict=True)]
 
 
 @dataclass
@@ -112,8 +118,8 @@ class InferenceReport:
 
     Args:
         results: One dict for each image or frame, fit for JSON.
-        failures: For each image that could not be read or written, and for a video that breaks
-            off, what is wrong with it.
+        failures: What is wrong with each image that could not be read or written, and with a video
+            that breaks off.
     """
 
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -146,31 +152,27 @@ class Model:
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
                  device: str | None = None, match_classes: Match = None) -> None:
-        cfg, name = _read_config(config), _name_of(config)
-        if checkpoint is None and not is_checkpoint(name):
-            raise InputError(f'{name} is a config without weights; name a checkpoint, too')
-        scope = cfg.get('default_scope')
-        if scope != self.scope:
-            raise InputError(f'{name} describes no {self.kind} (its default_scope is {scope!r}, '
-                             f'not {self.scope!r})')
-        with DefaultScope.overwrite_default_scope(scope):
-            # A checkpoint's own config is no second opinion.
-            self._build(cfg, checkpoint or name, device, match_classes if checkpoint else 'number')
-
-    def _build(self, cfg: Config, checkpoint: str, device: str | None, match: Match) -> None:
-        # A pretrained backbone that the config names is not loaded: nothing calls init_weights().
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        meta = find_meta(load_in_order(model, cfg, checkpoint, match))
-        self.model = model.to(device or get_device()).eval()
-
+        cfg, name = _read_config(config)
+        if checkpoint is None:
+            if not is_checkpoint(name):
+                raise InputError(f'{name} is a config without weights; name a checkpoint, too')
+            match_classes = 'number'  # A checkpoint's own config is no second opinion.
+        if cfg.get('default_scope') != self.scope:
+            raise InputError(f'{name} describes no {self.kind} (its default_scope is '
+                             f'{cfg.get("default_scope")!r}, not {self.scope!r})')
         dataset = find_test_dataset(cfg)
-        self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
         loader, *steps = dataset.pipeline
         self._decoding = dict(flag=loader.get('color_type', 'color'),
                               backend=loader.get('imdecode_backend'))
         self._float = loader.get('to_float32', False)
-        self._pipeline = Compose(
-            [step for step in steps if step['type'] != 'LoadAnnotations'])
+        with DefaultScope.overwrite_default_scope(self.scope):
+            self._pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
+            # A pretrained backbone that the config names is not loaded: nothing calls
+            # init_weights().
+            model = revert_sync_batchnorm(MODELS.build(cfg.model))
+            meta = find_meta(load_in_order(model, cfg, checkpoint or name, match_classes))
+            self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
+        self.model = model.to(device or get_device()).eval()
 
     def read(self, path: Path) -> np.ndarray:
         """Read an image the way the config's pipeline does.
@@ -213,21 +215,9 @@ class Detector(Model):
     scope, kind, doing = 'mmdet', 'detector', 'detecting'
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Find objects in a batch of images.
-
-        Args:
-            images: In BGR order, each of shape (H, W, 3); sizes may differ.
-
-        Returns:
-            Detections in pixels of the images as they came.
-        """
-        found = []
-        for sample in self._predict(images):
-            objects = sample.pred_instances.cpu().numpy()
-            best_first = np.argsort(-objects.scores, kind='stable')
-            found.append(Detections(objects.bboxes[best_first], objects.labels[best_first],
-                                    objects.scores[best_first]))
-        return found
+        """Find objects in images in BGR order, each of shape (H, W, 3); sizes may differ."""
+        objects = [sample.pred_instances.cpu().numpy() for sample in self._predict(images)]
+        return [Detections(each.bboxes, each.labels, each.scores).best_first() for each in objects]
 
     def process(self, images: Sequence[np.ndarray], score_threshold: float = 0.3
                 ) -> list[Processed]:
@@ -244,25 +234,16 @@ class Classifier(Model):
     scope, kind, doing = 'mmpretrain', 'classifier', 'classifying'
 
     def classify(self, images: Sequence[np.ndarray]) -> list[Classification]:
-        """Score the classes of a batch of images.
+        """Score all classes of images in BGR order, each of shape (H, W, 3).
 
-        Args:
-            images: In BGR order, each of shape (H, W, 3); sizes may differ, as far as the config's
-                pipeline makes them equal.
-
-        Returns:
-            All classes of each image.
+        Sizes may differ as far as the config's pipeline makes them equal.
         """
-        found = []
-        for sample in self._predict(images):
-            scores = sample.pred_score.float().cpu().numpy()
-            best_first = np.argsort(-scores, kind='stable')
-            found.append(Classification(best_first, scores[best_first]))
-        return found
+        scores = [sample.pred_score.float().cpu().numpy() for sample in self._predict(images)]
+        return [Classification(np.arange(len(each)), each).best_first() for each in scores]
 
     def process(self, images: Sequence[np.ndarray], top: int = 5) -> list[Processed]:
         """Draw and describe the classes with the highest scores."""
-        found = [classes.top(top) for classes in self.classify(images)]
+        found = [classes.select(slice(top)) for classes in self.classify(images)]
         return [(draw_classification(image, classes, self.classes),
                  dict(predictions=classes.as_records(self.classes)))
                 for image, classes in zip(images, found, strict=True)]
@@ -272,12 +253,13 @@ def load_model(config: str | Config, checkpoint: str | None = None,
                device: str | None = None, match_classes: Match = None
                ) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
-    scope = _read_config(config).get('default_scope')
+    cfg, name = _read_config(config)
     tasks = {task.scope: task for task in (Detector, Classifier)}
-    if scope not in tasks:
-        raise InputError(f'{_name_of(config)} describes neither a detector nor a classifier (its '
-                         f'default_scope is {scope!r}, not one of {", ".join(map(repr, tasks))})')
-    return tasks[scope](config, checkpoint, device, match_classes)
+    if cfg.get('default_scope') not in tasks:
+        raise InputError(
+            f'{name} describes neither a detector nor a classifier (its default_scope is '
+            f'{cfg.get("default_scope")!r}, not one of {", ".join(map(repr, tasks))})')
+    return tasks[cfg.default_scope](config, checkpoint, device, match_classes)
 
 
 def find_source(path: str | Path, out_dir: str | Path) -> Source:
@@ -298,19 +280,17 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     if root.resolve() == own_results:
         raise InputError(f'the results would overwrite the input in {root}: choose another folder '
                          'to write to')
-    if path.is_dir():
-        skip = own_results if path.resolve() in own_results.parents else None
-        images = sorted(file for file in path.rglob('*')
-                        if file.suffix.lower() in IMAGE_SUFFIXES
-                        # A link that leads nowhere is an image that is missing.
-                        and (file.is_file() or file.is_symlink() and not file.exists())
-                        and skip not in file.resolve().parents)
-        if not images:
-            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        return Source(root, images)
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return Source(root, video=path)
-    return Source(root, [path])
+    if root is not path:
+        return (Source(root, video=path) if path.suffix.lower() in VIDEO_SUFFIXES
+                else Source(root, [path]))
+    skip = own_results if root.resolve() in own_results.parents else None
+    images = sorted(file for file in root.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+                    # A link that leads nowhere is an image that is missing.
+                    and (file.is_file() or file.is_symlink() and not file.exists())
+                    and skip not in file.resolve().parents)
+    if not images:
+        raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    return Source(root, images)
 
 
 def find_images(path: str | Path, out_dir: str | Path) -> Source:
@@ -341,9 +321,9 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             ``score_threshold``.
 
     Raises:
-        InputError: If a video cannot be opened or has no frames. An image that cannot be decoded,
-            and a video that breaks off, is noted in the report and in the file, and the others
-            are processed.
+        InputError: If a video cannot be opened or has no frames. An image that cannot be read, one
+            that cannot be written, and a video that breaks off, is noted in the report and in the
+            file, and the others are processed.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -355,20 +335,23 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
     try:
         while batch := list(islice(images, batch_size)):
             processed = model.process([image for _, image in batch], **options)
-            for (place, image), (picture, record) in zip(batch, processed, strict=True):
+            for (name, image), (picture, record) in zip(batch, processed, strict=True):
                 height, width = image.shape[:2]
-                report.results.append(dict(place, width=width, height=height, **record))
+                report.results.append(dict(name, width=width, height=height, **record))
                 if source.video is not None:
                     film = film or _open_film(source.video, out_dir, picture)
                     film.write(picture)
-                elif failure := _write_image(out_dir / place['file'], picture):
-                    report.failures[place['file']] = failure
+                    continue
+                try:
+                    _write_image(out_dir / name['file'], picture)
+                except InputError as error:
+                    report.failures[name['file']] = str(error)
     finally:
         if film is not None:
             film.release()
-    content = dict(source=str(source.video or source.root), classes=list(model.classes), **options,
-                   results=report.results, failures=report.failures)
-    write_json(out_dir / 'results.json', content)
+    write_json(out_dir / 'results.json',
+               dict(source=str(source.video or source.root), classes=list(model.classes), **options,
+                    results=report.results, failures=report.failures))
     return report
 
 
@@ -376,10 +359,7 @@ def draw_detections(image: np.ndarray, detections: Detections,
                     classes: Sequence[str]) -> np.ndarray:
     """Draw boxes, class names and scores on a copy of an image, the highest score on top.
 
-    Args:
-        image: In BGR order, shape (H, W, 3).
-        detections: What to draw.
-        classes: Names by class index.
+    The image is in BGR order, shape (H, W, 3).
     """
     canvas, labels, scores = np.array(image, order='C'), detections.labels, detections.scores
     order = np.argsort(scores, kind='stable')
@@ -391,24 +371,13 @@ def draw_detections(image: np.ndarray, detections: Detections,
 
 def draw_classification(image: np.ndarray, found: Classification,
                         classes: Sequence[str]) -> np.ndarray:
-    """Draw a bar for each class beside an image, as long as its score is high.
-
-    Args:
-        image: In BGR order, shape (H, W, 3); a small one is enlarged.
-        found: The classes to draw, in this order.
-        classes: Names by class index.
-
-    Returns:
-        The picture in BGR order.
-    """
+    """Draw a bar for each class beside an image, see :func:`draw_bars`; images are in BGR order."""
     names = [class_name(classes, label) for label in found.labels]
     colours = [class_colour(label) for label in found.labels]
     return draw_bars(image[..., ::-1], names, found.scores, colours)[..., ::-1].copy()
 
 
-def _read_images(model: Model, source: Source, report: InferenceReport
-                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Read images, each with what says in the results which one it is."""
+def _read_images(model: Model, source: Source, report: InferenceReport) -> Iterator[Named]:
     for path in track(source.images, description=model.doing):
         name = path.relative_to(source.root).as_posix()
         try:
@@ -419,9 +388,7 @@ def _read_images(model: Model, source: Source, report: InferenceReport
             yield dict(file=name), image
 
 
-def _read_frames(path: Path, doing: str, report: InferenceReport
-                 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Read the frames of a video, and note how it ends."""
+def _read_frames(path: Path, doing: str, report: InferenceReport) -> Iterator[Named]:
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
         raise InputError(f'{path} cannot be opened as a video')
@@ -451,29 +418,25 @@ def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWrit
     return film
 
 
-def _write_image(path: Path, image: np.ndarray) -> str:
-    """Write a picture; return what went wrong, if anything."""
+def _write_image(path: Path, image: np.ndarray) -> None:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         path = path.with_name(f'{path.name}.png')
-    path.parent.mkdir(parents=True, exist_ok=True)
     # cv2.imwrite cannot write to names beyond ASCII on Windows.
     encoded, content = cv2.imencode(path.suffix, image)
     if not encoded:
         height, width = image.shape[:2]
-        return (f'{path} cannot be written: {path.suffix} holds no picture of {width}x{height} '
-                'pixels; its results are in results.json')
-    path.write_bytes(content.tobytes())
-    return ''
+        raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
+                         f'{width}x{height} pixels; its results are in results.json')
+    with write_whole(path) as file:
+        file.write(content)
 
 
-def _read_config(config: str | Config) -> Config:
+def _read_config(config: str | Config) -> tuple[Config, str]:
+    """Read a config, and say what it is called."""
     if isinstance(config, Config):
-        return config
-    return config_from(config) if is_checkpoint(config) else Config.fromfile(find_config(config))
-
-
-def _name_of(config: str | Config) -> str:
-    return str(config.filename) if isinstance(config, Config) else config
+        return config, str(config.filename)
+    return (config_from(config) if is_checkpoint(config)
+            else Config.fromfile(find_config(config))), str(config)
 
 
 def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],

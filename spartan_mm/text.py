@@ -1,10 +1,28 @@
-"""Words for people: names cut to length, tables, the gist of an error; and lines on a screen."""
+"""Words for people: names cut to length, tables, the gist of an error; and lines on a screen.
 
+Names of files, classes and configs come from anywhere. What is written here has them `printable`.
+"""
+
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+# Control characters, line ends, what turns the direction of writing, and bytes that are no UTF-8.
+_UNPRINTABLE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+
+
+def printable(text: Any) -> str:
+    r"""Write what would steer a terminal, forge a line or break an encoding as an escape sequence.
+
+    Example:
+        >>> print(printable('cat\nerror: \x1b[2J.png'))
+        cat\nerror: \x1b[2J.png
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode('unicode_escape').decode(), str(text))
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -14,17 +32,18 @@ def shorten(name: str, length: int = 24) -> str:
         >>> shorten('backbone.stages.3', 9)
         'backbone…'
     """
+    name = printable(name)
     return name if len(name) <= length else f'{name[:length - 1]}…'
 
 
 def first_line(error: Exception) -> str:
     """Say what an error says first, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Write a table in Markdown, its first row the head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(printable, row))} |" for row in rows]
     lines.insert(1, '|' + '---|' * len(rows[0]))
     return '\n'.join(lines) + '\n'
 
@@ -45,7 +64,7 @@ def join(items: Iterable[Any], limit: int = 8, none: str = 'none',
     """
     items = list(items)
     more = f', ... ({len(items)} in all)' if len(items) > limit else ''
-    return (', '.join(map(write, items[:limit])) or none) + more
+    return (printable(', '.join(map(write, items[:limit]))) or none) + more
 
 
 def count(number: int, noun: str) -> str:

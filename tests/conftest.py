@@ -1,11 +1,12 @@
 """What every test starts from."""
 
 import gc
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from filelock import FileLock
 from mmengine.registry import DefaultScope
 from yapf.yapflib import yapf_api
 
-import spartan_mm  # noqa: F401 - before any test imports mmdet or mmcv
+from spartan_mm import cli, demo  # before any test imports mmdet or mmcv
 
 DATA = Path(__file__).parent / 'data'
 
@@ -70,25 +71,36 @@ def user_project(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def quick_demo(tmp_path_factory):
-    """Gives a demo of ``tools/`` that ran with ``--quick``, once for the workers of all tests."""
+    """Gives a demo that ran with ``--quick``, its steps in this process, once for all workers."""
     base = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         base = base.parent
 
-    def run(name):
-        root = base / f'quick_{name}'
+    def run_here(command, log, show):
+        with open(log, 'w') as file, redirect_stdout(file), redirect_stderr(file):
+            status = cli.main([Path(command[1]).stem, *command[2:]])
+        for line in log.read_text().splitlines():
+            show(line)
+        return status
+
+    def run(kind):
+        root = base / f'quick_{kind.name}'
         places = dict(work_dir=root / 'out', data_root=root / 'data' / 'digits')
         output = root / 'output.json'
-        with FileLock(f'{root}.lock'):
+        handler = signal.getsignal(signal.SIGTERM)
+        with FileLock(f'{root}.lock'), pytest.MonkeyPatch.context() as patch:
             if not output.exists():
                 root.mkdir(exist_ok=True)
-                tool = DATA.parents[1] / 'tools' / f'{name}.py'
-                done = subprocess.run(
-                    [sys.executable, str(tool), '--quick', '--work-dir', str(places['work_dir']),
-                     '--data-root', str(places['data_root'])], cwd=root, text=True,
-                    capture_output=True, timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+                patch.chdir(root)
+                patch.setattr(demo, 'run_process', run_here)
+                with (redirect_stdout(io.StringIO()) as stdout,
+                      redirect_stderr(io.StringIO()) as stderr):
+                    status = demo.main(kind, [
+                        '--quick', '--work-dir', str(places['work_dir']), '--data-root',
+                        str(places['data_root'])])
+                signal.signal(signal.SIGTERM, handler)
                 output.write_text(json.dumps(dict(
-                    returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)))
+                    status=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())))
         return SimpleNamespace(**places, **json.loads(output.read_text()))
 
     return run

@@ -102,16 +102,19 @@ class TestDetector:
         bare = Detector(str(user_project / 'user_detector.py'), str(tmp_path / 'bare.pth'), 'cpu')
         assert bare.classes == ('square', 'disc')
 
-    def test_classifier(self, user_project, checkpoint):
-        with pytest.raises(InputError, match="describes no detector .*'mmpretrain'"):
-            Detector(str(user_project / 'user_classifier.py'), checkpoint)
-
     def test_other_architecture(self, user_project, checkpoint, tmp_path):
         config = Config.fromfile(user_project / 'user_detector.py')
         config.model.bbox_head.num_classes = 3
         config.dump(tmp_path / 'three.py')
         with pytest.raises(CheckpointError, match=r'does not fit .* RTDETR: .* of another shape'):
             Detector(str(tmp_path / 'three.py'), checkpoint)
+
+    @pytest.mark.parametrize('kind, config, message', [
+        (Detector, 'user_classifier.py', "describes no detector .*'mmpretrain'"),
+        (Classifier, 'user_detector.py', "describes no classifier .*'mmdet'")])
+    def test_other_task(self, user_project, checkpoint, kind, config, message):
+        with pytest.raises(InputError, match=message):
+            kind(str(user_project / config), checkpoint)
 
     def test_load_model(self, user_project, checkpoint, tmp_path):
         assert isinstance(load_model(str(user_project / 'user_detector.py'), checkpoint, 'cpu'),
@@ -144,25 +147,6 @@ class TestClassifier:
                                    torch.from_numpy(expected['pred_scores'][found.labels]))
         assert len(found.scores) == 7 and (np.diff(found.scores) <= 0).all()
 
-    @pytest.mark.parametrize('batch_size', [1, 3])
-    def test_folder(self, classifier, pictures, tmp_path, batch_size):
-        out = tmp_path / 'out'
-        (pictures / 'broken.jpg').write_text('no picture')
-        infer(classifier, find_source(pictures, out), out, batch_size=batch_size)
-
-        results = read_results(out)
-        assert list(results['failures']) == ['broken.jpg']
-        assert results['top'] == 5 and 'score_threshold' not in results
-        assert [result['file'] for result in results['results']] == [
-            '0.png', '1.png', '2.png', 'süb folder/drei 3.png']
-        for result in results['results']:
-            scores = [entry['score'] for entry in result['predictions']]
-            assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-            assert all(results['classes'][entry['label']] == entry['class_name']
-                       for entry in result['predictions'])
-            picture = read_picture(out / result['file'])
-            assert picture.shape[0] >= result['height'] and picture.shape[1] > result['width']
-
     def test_fewer_classes(self, classifier, pictures, tmp_path):
         report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
         assert len(report.results[0]['predictions']) == 2
@@ -170,27 +154,11 @@ class TestClassifier:
         assert sum(entry['score'] for entry in report.results[0]['predictions']) == pytest.approx(
             1, abs=1e-3)
 
-    def test_detector(self, user_project, checkpoint):
-        with pytest.raises(InputError, match="describes no classifier .*'mmdet'"):
-            Classifier(str(user_project / 'user_detector.py'), checkpoint)
-
     def test_other_architecture(self, user_project, classifier):
         with pytest.raises(CheckpointError, match=r"does not fit the config's ImageClassifier: .*"
                                                   r'head\.fc\.weight: \(7, 32\) instead of'):
             Classifier(str(user_project / 'user_classifier.py'),
                        str(user_project / 'untrained_classifier.pth'))
-
-    def test_video(self, classifier, tmp_path):
-        writer = cv2.VideoWriter(str(tmp_path / 'film.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 10,
-                                 (96, 64))
-        for grey in (0, 100, 200):
-            writer.write(np.full((64, 96, 3), grey, np.uint8))
-        writer.release()
-        out = tmp_path / 'out'
-        report = infer(classifier, find_source(tmp_path / 'film.avi', out), out, batch_size=2)
-        assert [result['frame'] for result in report.results] == [0, 1, 2]
-        assert all(len(result['predictions']) == 5 for result in report.results)
-        assert cv2.VideoCapture(str(out / 'film.mp4')).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
 class TestBars:
@@ -219,23 +187,36 @@ class TestBars:
 class TestImages:
 
     @pytest.mark.parametrize('batch_size', [1, 3])
-    def test_folder(self, detector, pictures, tmp_path, batch_size):
-        out = tmp_path / 'out'
+    @pytest.mark.parametrize('kind', ['detector', 'classifier'])
+    def test_folder(self, request, pictures, tmp_path, kind, batch_size):
+        model, out = request.getfixturevalue(kind), tmp_path / 'out'
         (pictures / 'broken.jpg').write_text('no picture')
-        report = infer(detector, find_source(pictures, out), out, 0., batch_size)
+        report = infer(model, find_source(pictures, out), out, 0., batch_size)
 
-        names = ['0.png', '1.png', '2.png', 'süb folder/drei 3.png']
         results = read_results(out)
-        assert [result['file'] for result in results['results']] == names
+        assert [result['file'] for result in results['results']] == [
+            '0.png', '1.png', '2.png', 'süb folder/drei 3.png']
         assert list(results['failures']) == list(report.failures) == ['broken.jpg']
         assert 'broken.jpg cannot be decoded' in results['failures']['broken.jpg']
-        assert results['classes'] == ['box', 'ball']
+        assert results['classes'] == list(model.classes)
+        option, other = dict(score_threshold=0.), dict(top=5)
+        key, count = 'detections', 20
+        if kind == 'classifier':
+            option, other, key, count = other, option, 'predictions', 5
+        assert option.items() <= results.items() and not other.keys() & results.keys()
         for result in results['results']:
             picture = read_picture(out / result['file'])
             original = read_picture(pictures / result['file'])
-            assert picture.shape == original.shape == (result['height'], result['width'], 3)
-            assert (picture != original).any()
-            assert len(result['detections']) == 20
+            height, width = original.shape[:2]
+            assert (height, width) == (result['height'], result['width'])
+            if kind == 'detector':
+                assert picture.shape == original.shape and (picture != original).any()
+            else:
+                assert picture.shape[0] >= height and picture.shape[1] > width
+            scores = [entry['score'] for entry in result[key]]
+            assert len(scores) == count and scores == sorted(scores, reverse=True)
+            assert all(results['classes'][entry['label']] == entry['class_name']
+                       for entry in result[key])
 
     def test_results_are_those_of_the_detector(self, detector, pictures, tmp_path):
         found, = detector.detect([detector.read(pictures / '1.png')])
@@ -389,20 +370,24 @@ class TestStrangeInputs:
 
 class TestVideo:
 
-    @pytest.fixture
-    def video(self, tmp_path):
-        path = tmp_path / 'a film.avi'
+    @staticmethod
+    def write(path, frames):
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (96, 64))
-        for grey in range(0, 250, 50):
-            writer.write(np.full((64, 96, 3), grey, np.uint8))
+        for frame in frames:
+            writer.write(frame)
         writer.release()
         return path
 
-    def test_video(self, detector, video, tmp_path):
+    @pytest.mark.parametrize('kind, key', [('detector', 'detections'),
+                                           ('classifier', 'predictions')])
+    def test_video(self, request, tmp_path, kind, key):
         out = tmp_path / 'out'
-        infer(detector, find_source(video, out), out, 0., batch_size=2)
+        video = self.write(tmp_path / 'a film.avi', [np.full((64, 96, 3), grey, np.uint8)
+                                                     for grey in range(0, 250, 50)])
+        infer(request.getfixturevalue(kind), find_source(video, out), out, 0., batch_size=2)
         results = read_results(out)['results']
         assert [result['frame'] for result in results] == [0, 1, 2, 3, 4]
+        assert all(result[key] for result in results)
         assert {(result['file'], result['width'], result['height']) for result in results} == {
             ('a film.avi', 96, 64)}
         written = cv2.VideoCapture(str(out / 'a film.mp4'))
@@ -410,11 +395,8 @@ class TestVideo:
         assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
 
     def test_video_that_breaks_off(self, detector, tmp_path):
-        path = tmp_path / 'long.avi'
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, (96, 64))
-        for frame in np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), np.uint8):
-            writer.write(frame)
-        writer.release()
+        path = self.write(tmp_path / 'long.avi', np.random.default_rng(0).integers(
+            0, 255, (20, 64, 96, 3), np.uint8))
         content = path.read_bytes()
         path.write_bytes(content[:len(content) // 2])
         out = tmp_path / 'out'

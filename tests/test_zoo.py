@@ -4,6 +4,7 @@ import copy
 import shutil
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -113,25 +114,20 @@ class TestModels:
         zoo.get_model('spartan_xt_digits')
         assert 'backbone.stem' not in ''.join(capfd.readouterr())
 
-    @pytest.mark.parametrize('name', ['rtdetr_spartan_xt_digits', 'spartan_xt_digits'])
-    def test_checkpoint(self, name, tmp_path):
-        trained = zoo.get_model(name)
-        torch.save(dict(state_dict=trained.state_dict(),
-                        meta=dict(dataset_meta=dict(classes=('a', 'b')))), tmp_path / 'it.pth')
-        model = zoo.get_model(name, pretrained=tmp_path / 'it.pth')
-        assert_close(model.state_dict(), trained.state_dict())
-        meta = model.dataset_meta if 'rtdetr' in name else model._dataset_meta
-        assert tuple(meta['classes']) == ('a', 'b')
-
-    @pytest.mark.parametrize('meta', [None, dict(dataset_meta=None)])
-    def test_checkpoint_that_says_nothing_of_its_classes(self, meta, tmp_path):
-        weights = zoo.get_model('spartan_xt_digits').state_dict()
+    @pytest.mark.parametrize('name, meta, classes', [
+        ('rtdetr_spartan_xt_digits', dict(dataset_meta=dict(classes=('a', 'b'))), ('a', 'b')),
+        ('spartan_xt_digits', dict(dataset_meta=dict(classes=('a', 'b'))), ('a', 'b')),
+        ('spartan_xt_digits', None, None), ('spartan_xt_digits', dict(dataset_meta=None), None)])
+    def test_checkpoint(self, name, meta, classes, tmp_path):
+        weights = weights_of(name)
         torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'it.pth')
-        model = zoo.get_model('spartan_xt_digits', pretrained=tmp_path / 'it.pth')
-        assert model._dataset_meta == {}
+        model = zoo.get_model(name, pretrained=tmp_path / 'it.pth')
+        assert_close(model.state_dict(), weights)
+        meta = model.dataset_meta if 'rtdetr' in name else model._dataset_meta
+        assert meta == (dict(classes=classes) if classes else {})
 
     def test_checkpoint_of_another_model(self, tmp_path):
-        torch.save(zoo.get_model('spartan_xt_digits').state_dict(), tmp_path / 'digits.pth')
+        torch.save(weights_of('spartan_xt_digits'), tmp_path / 'digits.pth')
         with pytest.raises(CheckpointError, match='of another shape'):
             zoo.get_model('spartan_xt', pretrained=tmp_path / 'digits.pth')
 
@@ -160,6 +156,12 @@ class TestModels:
             backbone=dict(depth=18), parts=[dict(init_cfg=kept)], sizes=(1, 2))
 
 
+@cache
+def weights_of(name):
+    """Random weights of a model."""
+    return zoo.get_model(name).state_dict()
+
+
 @pytest.fixture
 def picture(tmp_path):
     """A picture as an array and as a file."""
@@ -180,21 +182,21 @@ class TestInferencers:
         assert from_array == from_file
         assert len(from_array['scores']) == 60 * 5
 
-    def test_weights_that_do_not_fit(self, tmp_path):
+    def test_weights_that_do_not_fit(self, user_project, tmp_path):
         """Which mmdet's own takes, and predicts with random weights."""
         from spartan_mm.detection import DetInferencer
         torch.save({'a.b': torch.zeros(1)}, tmp_path / 'wrong.pth')
         with pytest.raises(CheckpointError, match=r'wrong\.pth does not fit the config.s RTDETR: '):
-            DetInferencer('rtdetr_spartan_xt_digits', weights=str(tmp_path / 'wrong.pth'),
-                          device='cpu')
+            DetInferencer(str(user_project / 'user_detector.py'), str(tmp_path / 'wrong.pth'),
+                          'cpu')
 
     @pytest.mark.parametrize('meta', [None, dict(dataset_meta=None)])
-    def test_weights_without_class_names(self, meta, tmp_path):
+    def test_weights_without_class_names(self, meta, user_project, tmp_path):
         from spartan_mm.detection import DetInferencer
-        weights = zoo.get_model('rtdetr_spartan_xt_digits').state_dict()
+        config = Config.fromfile(user_project / 'user_detector.py')
+        weights = zoo.get_model(config).state_dict()
         torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'it.pth')
-        inferencer = DetInferencer('rtdetr_spartan_xt_digits', weights=str(tmp_path / 'it.pth'),
-                                   device='cpu')
+        inferencer = DetInferencer(config, str(tmp_path / 'it.pth'), 'cpu')
         assert_close(inferencer.model.state_dict(), weights)
 
     def test_detector_of_mmdet(self, monkeypatch):
@@ -257,6 +259,7 @@ class TestMMDetsTools:
             return ''.join(capfd.readouterr())
         return run
 
+    @pytest.mark.slow
     def test_train_test_and_count(self, run_here):
         run_here('train.py', 'user_detector.py', '--cfg-options', 'train_cfg.max_epochs=1')
         output = run_here('test.py', 'user_detector.py', 'work_dirs/user_detector/epoch_1.pth')

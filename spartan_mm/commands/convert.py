@@ -41,4 +41,5 @@ def run(args: Namespace) -> None:
             importlib.import_module('spartan_mm.detection')
         print(convert(source, args.dst, args.to))
     except CheckpointError as error:
-        raise CheckpointError(f'{args.src} was not converted: {error}') from error
+        first, *others = error.args
+        raise CheckpointError(f'{args.src} was not converted: {first}', *others) from error

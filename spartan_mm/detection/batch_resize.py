@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import BaseBoxes
+from mmdet.structures.bbox import scale_boxes
 from mmengine.dist import get_rank
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
@@ -46,12 +46,12 @@ class BatchRandomResize(nn.Module):
                  seed: int | None = None) -> None:
         super().__init__()
         if not sizes:
-            raise ValueError(
-                'BatchRandomResize: `sizes` is empty; leave the batch augment out instead.')
+            raise ValueError('BatchRandomResize: `sizes` is empty; leave the batch augment out '
+                             'instead.')
         allowed = ('nearest', 'bilinear', 'bicubic', 'area')
         if interpolation not in allowed:
-            raise ValueError(
-                f'BatchRandomResize: interpolation={interpolation!r} is none of {allowed}.')
+            raise ValueError(f'BatchRandomResize: interpolation={interpolation!r} is none of '
+                             f'{allowed}.')
         self.sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
         self.interpolation = interpolation
         self.stop_epoch = stop_epoch
@@ -80,44 +80,32 @@ class BatchRandomResize(nn.Module):
         """
         size = self._draw_size()
         height, width = inputs.shape[-2:]
-        if size == (height, width) or self._stopped():
+        epoch = MessageHub.get_current_instance().get_info('epoch', 0)
+        stopped = self.stop_epoch is not None and epoch >= self.stop_epoch
+        if stopped or size == (height, width):
             return inputs, data_samples
 
-        align_corners = False if self.interpolation in ('bilinear', 'bicubic') else None
-        inputs = F.interpolate(inputs, size=size, mode=self.interpolation,
-                               align_corners=align_corners)
+        inputs = F.interpolate(inputs, size=size, mode=self.interpolation)
         for sample in data_samples:
             _rescale_sample(sample, size, size[0] / height, size[1] / width)
         return inputs, data_samples
 
-    def _stopped(self) -> bool:
-        if self.stop_epoch is None:
-            return False
-        return MessageHub.get_current_instance().get_info('epoch', 0) >= self.stop_epoch
-
     def extra_repr(self) -> str:
-        return (
-            f'sizes={self.sizes}, interpolation={self.interpolation!r}, '
-            f'stop_epoch={self.stop_epoch}')
+        return (f'sizes={self.sizes}, interpolation={self.interpolation!r}, '
+                f'stop_epoch={self.stop_epoch}')
 
 
 def _rescale_sample(sample: DetDataSample, size: tuple[int, int], scale_height: float,
                     scale_width: float) -> None:
     """Rescale boxes and sizes of a sample whose batch was resized to ``size``."""
-    for instances in (sample.get('gt_instances'), sample.get('ignored_instances')):
-        if instances is None:
-            continue
+    for instances in (sample.get('gt_instances', {}), sample.get('ignored_instances', {})):
         if 'masks' in instances:
             raise NotImplementedError(
                 'BatchRandomResize does not resize instance masks: leave `with_mask` out of '
                 'LoadAnnotations.')
         if 'bboxes' not in instances:
             continue
-        if isinstance(instances.bboxes, BaseBoxes):
-            instances.bboxes.rescale_((scale_width, scale_height))
-        else:
-            factors = instances.bboxes.new_tensor([scale_width, scale_height] * 2)
-            instances.bboxes = instances.bboxes * factors
+        instances.bboxes = scale_boxes(instances.bboxes, (scale_width, scale_height))
 
     meta = dict(batch_input_shape=size)
     for key in ('img_shape', 'pad_shape'):

@@ -83,11 +83,7 @@ class CheckedCocoMetric(CocoMetric):
 
     @dataset_meta.setter
     def dataset_meta(self, meta: dict) -> None:
-        """Take the dataset's meta information; check that its classes are those of the file.
-
-        Raises:
-            DataError: They are not.
-        """
+        """Take the dataset's meta information; a DataError if its classes aren't the file's."""
         if self.ann_file is not None and self._coco_api is not None:
             wanted = tuple(meta.get('classes', ()))
             names = [category['name'] for category in self._coco_api.dataset['categories']]
@@ -99,10 +95,7 @@ class CheckedCocoMetric(CocoMetric):
         self._dataset_meta = meta
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Compute the metrics of all predictions.
-
-        Args:
-            results: Of each image, ground truth and predictions.
+        """Compute the metrics of the ground truth and predictions of all images.
 
         Raises:
             DataError: Predictions are missing, of unknown images, there twice, or not finite.

@@ -1,47 +1,28 @@
 """Multi-scale deformable attention in plain PyTorch.
 
 mmcv's module of the same name needs mmcv's compiled extension on a GPU. This one needs nothing but
-PyTorch, keeps mmcv's parameter names and argument meanings, and computes the same values.
+PyTorch, keeps mmcv's parameter names, and computes the same values for references that are boxes.
 """
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .forms import join_query_projections
 from .shape_cache import cached_by_shape
 
 
-class LevelGrid(NamedTuple):
-    """Where the levels' cells stand in the rows of (N, L, M), as numbers that broadcast to samples.
-
-    Attributes:
-        size: (levels, 1, 2), width and height.
-        last: (levels, 1, 2), column and row of the last cell, int32.
-        step: (levels, 1, 2), rows from a cell to the ones right of it and below it.
-        start: (N, 1, M, levels, 1), row of each image's, head's and level's first cell, int32.
-    """
-
-    size: Tensor
-    last: Tensor
-    step: Tensor
-    start: Tensor
-
-
 @cached_by_shape
 def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ...],
-               device: torch.device | None = None) -> LevelGrid:
-    """See :class:`LevelGrid`.
+               device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the cells of N images' levels stand in the rows of (N, L, M), for M heads.
 
-    Args:
-        batch: N.
-        heads: M.
-        spatial_shapes: (H, W) of each level.
-        device: Where the result lies.
+    Returns:
+        Of each level, (levels, 1, 2): width and height; column and row of the last cell, int32;
+        rows from a cell to the ones right of it and below it, int32. And (N, 1, M, levels, 1), row
+        of each image's, head's and level's first cell, int32.
     """
     sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=torch.int32,
                          device=device)[:, None]
@@ -52,7 +33,7 @@ def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ..
     head = torch.arange(heads, dtype=torch.int32, device=device)[:, None, None]
     start = ((image * sum(areas) + starts[:, None]) * heads + head)[:, :, :, None]
     step = torch.cat([torch.full_like(sizes[..., :1], heads), sizes[..., :1] * heads], -1)
-    return LevelGrid(sizes.float(), sizes - 1, step, start)
+    return sizes.float(), sizes - 1, step, start
 
 
 def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
@@ -78,23 +59,23 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     """
     batch, _, heads, dims = value.shape
     queries = locations.shape[1]
-    grid = level_grid(batch, heads, tuple(map(tuple, spatial_shapes)), device=value.device)
+    size, last, step, start = level_grid(batch, heads, tuple(spatial_shapes), device=value.device)
 
     # In cells from the first one's centre. One cell outside all is zero: no need to go further, and
     # integers hold what is left.
-    place = (locations.float() * grid.size - 0.5).clamp(min=-1.).minimum(grid.size)
+    place = (locations.float() * size - 0.5).clamp(min=-1.).minimum(size)
     low = place.detach().floor()
     share = place - low  # of the cell to the right (below)
     low = low.int()
 
     # Number and weight of the cells on either side, (N, Q, M, 2 sides, levels, points, 2 axes).
     cells = torch.stack([low, low + 1], 3)
-    inside = (cells >= 0) & (cells <= grid.last)
+    inside = (cells >= 0) & (cells <= last)
     shares = torch.stack([1 - share, share], 3) * inside
-    column, line = (cells.clamp(min=0).minimum(grid.last) * grid.step).unbind(-1)
+    column, line = (cells.clamp(min=0).minimum(last) * step).unbind(-1)
     horizontal, vertical = shares.unbind(-1)
     # Each line with each column, (N, Q, M, 2, 2, levels, points).
-    rows = (line + grid.start)[:, :, :, :, None] + column[:, :, :, None]
+    rows = (line + start)[:, :, :, :, None] + column[:, :, :, None]
     vertical = vertical * weights.float()[:, :, :, None]
     shares = vertical[:, :, :, :, None] * horizontal[:, :, :, None]
 
@@ -106,22 +87,17 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     return mixed.view(batch, queries, heads * dims).to(value.dtype)
 
 
-class MultiScaleDeformableAttention(BaseModule):
+class MultiScaleDeformableAttention(nn.Module):
     """Attention of each query to a few points around its reference, on several maps.
 
     Source: `Deformable DETR <https://arxiv.org/abs/2010.04159>`_, section 4.1, equation 3.
 
-    NOTE: The interface is that of mmcv's module (names, layouts, the residual added inside); there
-    is no `im2col_step`, which only steers mmcv's CUDA kernel.
-
     Args:
-        embed_dims: Channels of queries and values; a multiple of `num_heads`.
+        embed_dims: Channels of queries and memory; a multiple of `num_heads`.
         num_heads: Attention heads.
         num_levels: Feature maps.
         num_points: Sampling points per head and level.
         dropout: Drop probability of the output, before the residual.
-        batch_first: Tokens come as (N, L, C) instead of (L, N, C).
-        init_cfg: See mmengine's BaseModule.
 
     Raises:
         ValueError: `embed_dims` is no multiple of `num_heads`.
@@ -130,27 +106,25 @@ class MultiScaleDeformableAttention(BaseModule):
     deploy = False
     switch_to_deploy = join_query_projections
 
-    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 4,
-                 num_points: int = 4, dropout: float = 0.1, batch_first: bool = False,
-                 init_cfg: dict | None = None):
-        super().__init__(init_cfg)
+    def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
+                 num_points: int = 4, dropout: float = 0.):
+        super().__init__()
         if embed_dims % num_heads:
             raise ValueError(f'MultiScaleDeformableAttention: embed_dims={embed_dims} is no '
                              f'multiple of num_heads={num_heads}')
-        self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_levels = num_levels
         self.num_points = num_points
-        self.batch_first = batch_first
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(embed_dims, samples * 2)
         self.attention_weights = nn.Linear(embed_dims, samples)
         self.value_proj = nn.Linear(embed_dims, embed_dims)
         self.output_proj = nn.Linear(embed_dims, embed_dims)
         self.dropout = nn.Dropout(dropout)
-        self.init_weights()
+        self._init_parameters()
 
-    def init_weights(self) -> None:
+    @torch.no_grad()
+    def _init_parameters(self) -> None:
         """Point p of each head starts p cells away from the reference, one direction a head."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
@@ -164,78 +138,33 @@ class MultiScaleDeformableAttention(BaseModule):
         directions /= directions.abs().amax(-1, keepdim=True)  # onto the unit square's border
         steps = torch.arange(1, self.num_points + 1)
         bias = directions[:, None, None] * steps[:, None]  # (M, 1, P, 2)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
-        self._is_init = True
+        self.sampling_offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
-                identity: Tensor | None = None, query_pos: Tensor | None = None,
-                key_padding_mask: Tensor | None = None, reference_points: Tensor | None = None,
-                spatial_shapes: Sequence[tuple[int, int]] | Tensor | None = None,
-                level_start_index: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, query: Tensor, query_pos: Tensor, memory: Tensor, reference: Tensor,
+                spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Attend and add the residual.
 
         Args:
-            query: (N, Q, C), or (Q, N, C) unless `batch_first`.
-            key: Not used; stands here for mmcv's signature.
-            value: (N, L, C), or (L, N, C) unless `batch_first`; `query` if None.
-            identity: The residual, shaped as `query`; `query` if None.
-            query_pos: Added to `query` before the projections, not to the residual.
-            key_padding_mask: (N, L), True where `value` is padding and counts as zero.
-            reference_points: (N, Q, levels, 2), points (x, y), or (N, Q, levels, 4), boxes
-                (cx, cy, w, h), as fractions of the image; an axis `levels` of size 1 serves all.
-            spatial_shapes: (H, W) of each level; a list is cheaper than a tensor on a GPU.
-            level_start_index: Not used; follows from `spatial_shapes`.
+            query: (N, Q, C).
+            query_pos: (N, Q, C), added to `query` before the projections, not to the residual.
+            memory: (N, L, C), one map after the other.
+            reference: (N, Q, 4), boxes (cx, cy, w, h) as fractions of the image.
+            spatial_shapes: (H, W) of each map.
 
         Returns:
-            As `query`.
-
-        Raises:
-            ValueError: The values' length is not what `spatial_shapes` says, their number is not
-                `num_levels`, or `reference_points` are neither points nor boxes.
+            (N, Q, C).
         """
-        value = query if value is None else value
-        identity = query if identity is None else identity
-        query = query if query_pos is None else query + query_pos
-        if not self.batch_first:
-            query, value = query.transpose(0, 1), value.transpose(0, 1)
-        if isinstance(spatial_shapes, Tensor):
-            spatial_shapes = spatial_shapes.tolist()
-        spatial_shapes = tuple(map(tuple, spatial_shapes))
-        batch, queries, _ = query.shape
-        length = value.shape[1]
-        if len(spatial_shapes) != self.num_levels:
-            raise ValueError(f'MultiScaleDeformableAttention has num_levels={self.num_levels}, but '
-                             f'{len(spatial_shapes)} spatial_shapes were given')
-        if sum(height * width for height, width in spatial_shapes) != length:
-            raise ValueError(f'spatial_shapes {list(spatial_shapes)} do not add up to '
-                             f'the {length} tokens of value')
-
-        value = self.value_proj(value)
-        if key_padding_mask is not None:
-            value = value.masked_fill(key_padding_mask[..., None], 0.)
-        value = value.view(batch, length, self.num_heads, -1)
-
+        placed = query + query_pos
         if self.deploy:
-            offsets, weights = self.sampling(query).float().split(self.sampling_split, -1)
+            offsets, weights = self.sampling(placed).split(self.sampling_split, -1)
         else:
-            offsets, weights = self.sampling_offsets(query).float(), self.attention_weights(query)
-        samples = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+            offsets, weights = self.sampling_offsets(placed), self.attention_weights(placed)
+        samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1).view(samples)
-        offsets = offsets.reshape(*samples, 2)
-        # (N, Q, 1, levels, 1, 2 or 4)
-        reference = reference_points.float()[:, :, None, :, None]
-        if reference.shape[-1] == 2:
-            cells = level_grid(batch, self.num_heads, spatial_shapes, device=value.device).size
-            locations = reference + offsets / cells
-        elif reference.shape[-1] == 4:
-            locations = (reference[..., :2]
-                         + offsets * (0.5 / self.num_points) * reference[..., 2:])
-        else:
-            raise ValueError('reference_points must end in 2 (x, y) or 4 (cx, cy, w, h), '
-                             f'not {reference.shape[-1]}')
+        offsets = offsets.float().reshape(*samples, 2)
+        reference = reference.float()[:, :, None, None, None]  # (N, Q, 1, 1, 1, 4)
+        locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
 
-        output = self.output_proj(sample_multi_scale(value, spatial_shapes, locations, weights))
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        return self.dropout(output) + identity
+        value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))  # (N, L, M, D)
+        mixed = sample_multi_scale(value, spatial_shapes, locations, weights)
+        return self.dropout(self.output_proj(mixed)) + query

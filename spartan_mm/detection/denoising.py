@@ -67,11 +67,7 @@ class DenoisingGenerator(BaseModule):
         self.label_embedding.requires_grad_(num_queries > 0)
 
     def forward(self, targets: Targets, num_matching: int) -> DenoisingQueries | None:
-        """Draw the batch's denoising queries.
-
-        Args:
-            targets: The batch's ground truth.
-            num_matching: Queries Q that follow the denoising ones.
+        """Draw the batch's denoising queries, which Q = `num_matching` others follow.
 
         Returns:
             The queries, or None where denoising is off or an empty batch has none.
@@ -120,12 +116,6 @@ class DenoisingGenerator(BaseModule):
     def attention_mask(num_groups: int, group_size: int, num_matching: int,
                        device: torch.device | str | None = None) -> Tensor:
         """Hide the ground truth from the matching queries, and the groups from each other.
-
-        Args:
-            num_groups: Groups.
-            group_size: Denoising queries in a group.
-            num_matching: Matching queries Q.
-            device: Where the result lies.
 
         Returns:
             (D + Q, D + Q), True where the row's query must not see the column's.

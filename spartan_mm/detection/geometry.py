@@ -60,9 +60,8 @@ class RandomZoomOut(Expand):
     def __init__(self, fill: int = 0, ratio_range: Sequence[float] = (1.0, 4.0),
                  prob: float = 0.5) -> None:
         if not 1 <= ratio_range[0] <= ratio_range[1]:
-            raise ValueError(
-                f'RandomZoomOut: ratio_range={tuple(ratio_range)} must be (low, high) with '
-                '1 <= low <= high.')
+            raise ValueError(f'RandomZoomOut: ratio_range={tuple(ratio_range)} must be (low, high) '
+                             'with 1 <= low <= high.')
         super().__init__(mean=[fill] * 3, to_rgb=False, ratio_range=ratio_range, prob=prob)
         # an array makes the comparison elementwise that chooses the fast way
         self.mean = np.array(self.mean)
@@ -116,10 +115,9 @@ class RandomIoUCrop(BaseTransform):
 
     @cache_randomness
     def _draw_crop(self, height: int, width: int, boxes: np.ndarray) -> np.ndarray | None:
-        """Draw a crop for the boxes (N, 4) that decide.
+        """Draw a crop (left, top, right, bottom) for the boxes (N, 4) that decide.
 
-        Returns:
-            Corners (left, top, right, bottom) as integers, None to keep the image as it is.
+        None keeps the image as it is.
         """
         if np.random.rand() >= self.prob or len(boxes) == 0:
             return None
@@ -149,9 +147,8 @@ class RandomIoUCrop(BaseTransform):
         valid &= crop_widths <= self.max_aspect_ratio * crop_heights
 
         inside = _centres_inside(boxes, crops)
-        overlap = np.minimum(crops[:, None, 2:], boxes[:, 2:]) - np.maximum(
-            crops[:, None, :2], boxes[:, :2]
-        )
+        overlap = (np.minimum(crops[:, None, 2:], boxes[:, 2:])
+                   - np.maximum(crops[:, None, :2], boxes[:, :2]))
         intersection = overlap.clip(min=0).prod(-1)
         box_areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
         union = sizes.prod(-1)[:, None] + box_areas - intersection
@@ -183,10 +180,10 @@ class RandomIoUCrop(BaseTransform):
         return results
 
     def __repr__(self) -> str:
-        return (
-            f'{type(self).__name__}(min_ious={self.min_ious}, min_scale={self.min_scale}, '
-            f'max_scale={self.max_scale}, min_aspect_ratio={self.min_aspect_ratio}, '
-            f'max_aspect_ratio={self.max_aspect_ratio}, trials={self.trials}, prob={self.prob})')
+        return (f'{type(self).__name__}(min_ious={self.min_ious}, min_scale={self.min_scale}, '
+                f'max_scale={self.max_scale}, min_aspect_ratio={self.min_aspect_ratio}, '
+                f'max_aspect_ratio={self.max_aspect_ratio}, trials={self.trials}, '
+                f'prob={self.prob})')
 
 
 def _centres_inside(boxes: np.ndarray, crops: np.ndarray) -> np.ndarray:
@@ -252,11 +249,9 @@ class AntialiasedResize(Resize):
         """
         image = image_of_bytes(results, type(self).__name__)
         height, width = image.shape[:2]
-        new_width, new_height = (
-            mmcv.rescale_size((width, height), results['scale'])
-            if self.keep_ratio
-            else results['scale']
-        )
+        new_width, new_height = results['scale']
+        if self.keep_ratio:
+            new_width, new_height = mmcv.rescale_size((width, height), results['scale'])
         pixels = torch.from_numpy(_contiguous(image)).permute(2, 0, 1)[None]  # (1, C, H, W)
         resized = functional.interpolate(pixels, size=(new_height, new_width), mode='bilinear',
                                          antialias=True)
@@ -267,9 +262,8 @@ class AntialiasedResize(Resize):
         results['keep_ratio'] = self.keep_ratio
 
     def __repr__(self) -> str:
-        return (
-            f'{type(self).__name__}(scale={self.scale}, keep_ratio={self.keep_ratio}, '
-            f'clip_object_border={self.clip_object_border})')
+        return (f'{type(self).__name__}(scale={self.scale}, keep_ratio={self.keep_ratio}, '
+                f'clip_object_border={self.clip_object_border})')
 
 
 def _contiguous(image: np.ndarray) -> np.ndarray:

@@ -17,15 +17,7 @@ from .shape_cache import cached_by_shape
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, BatchNorm, and SiLU if `act`.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd; padding keeps the size at stride 1.
-        stride: Stride.
-        act: Whether SiLU follows.
-    """
+    """Convolution without bias, padded by half its odd kernel, BatchNorm, and SiLU if `act`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
                  act: bool = False):
@@ -53,8 +45,8 @@ def to_tokens(x: Tensor) -> Tensor:
     Returns:
         (N, H * W, C).
     """
-    if (x.requires_grad and len(x) == 1 and x.device.type == 'cpu'
-            and not torch.compiler.is_compiling()):
+    if (not torch.compiler.is_compiling() and x.requires_grad and len(x) == 1
+            and x.device.type == 'cpu'):
         x.register_hook(Tensor.contiguous)
     return x.flatten(2).transpose(1, 2)
 
@@ -63,9 +55,6 @@ class RepVGGBlock(nn.Module):
     """A 3x3 and a 1x1 convolution in parallel, one 3x3 convolution once fused.
 
     NOTE: Unlike `RepVGG <https://arxiv.org/abs/2101.03697>`_'s block there is no identity branch.
-
-    Args:
-        channels: Channels of input and output.
     """
 
     deploy = False
@@ -90,24 +79,21 @@ class CSPRepLayer(nn.Module):
     NOTE: The paths are added; mmdet's own CSPLayer concatenates them.
 
     Args:
-        in_channels: Channels of either map.
-        out_channels: Channels of the output.
-        hidden_channels: Channels within; a last 1x1 convolution follows where they differ from
-            `out_channels`.
+        channels: Channels of either map and of the output.
+        hidden_channels: Channels within; a last 1x1 convolution follows where they differ.
         num_blocks: RepVGG blocks.
     """
 
     deploy = False
     switch_to_deploy = fuse_paths
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int,
-                 num_blocks: int = 3):
+    def __init__(self, channels: int, hidden_channels: int, num_blocks: int = 3):
         super().__init__()
-        self.conv1 = ConvNorm(2 * in_channels, hidden_channels, act=True)
-        self.conv2 = ConvNorm(2 * in_channels, hidden_channels, act=True)
+        self.conv1 = ConvNorm(2 * channels, hidden_channels, act=True)
+        self.conv2 = ConvNorm(2 * channels, hidden_channels, act=True)
         self.blocks = nn.Sequential(*(RepVGGBlock(hidden_channels) for _ in range(num_blocks)))
-        self.conv3 = (nn.Identity() if hidden_channels == out_channels
-                      else ConvNorm(hidden_channels, out_channels, act=True))
+        self.conv3 = (nn.Identity() if hidden_channels == channels
+                      else ConvNorm(hidden_channels, channels, act=True))
 
     def forward(self, other: Tensor, own: Tensor) -> Tensor:
         """Fuse two maps.
@@ -117,7 +103,7 @@ class CSPRepLayer(nn.Module):
             own: (N, C, H, W); in deploy form what comes before the projection that was folded in.
 
         Returns:
-            (N, C', H, W).
+            (N, C, H, W).
         """
         if self.deploy:
             # A 1x1 convolution and taking the nearest cell commute: less to convolve, nothing to
@@ -165,15 +151,16 @@ def position_embedding(height: int, width: int, dims: int, temperature: float = 
     Returns:
         (H * W, C).
     """
-    tokens = torch.arange(height * width, device=device)
-    # On a square map both lines give the token's row and column.
-    side = height if legacy else width
-    rows, columns = tokens // side, tokens % side
     exponents = torch.arange(dims // 4, dtype=torch.float32, device=device) / (-dims / 4)
     frequencies = temperature ** exponents
-    angles = torch.cat([torch.outer(axis.float(), frequencies) for axis in (rows, columns)])
-    by_row, by_column = angles.chunk(2)
-    return torch.cat([by_row.sin(), by_row.cos(), by_column.sin(), by_column.cos()], 1).to(dtype)
+
+    def waves(length: int) -> Tensor:
+        angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
+        return torch.cat([angles.sin(), angles.cos()], 1).to(dtype)  # (length, C / 2)
+
+    outer, inner = (width, height) if legacy else (height, width)
+    return torch.cat([waves(outer)[:, None].expand(-1, inner, -1),
+                      waves(inner).expand(outer, -1, -1)], -1).flatten(0, 1)
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -181,26 +168,15 @@ class SelfAttention(nn.MultiheadAttention):
 
     NOTE: Parameters and values are those of PyTorch's module, whose forward pass makes three
     projections of the two that it takes here, and copies to and fro between layouts.
-
-    Args:
-        embed_dims: Channels, a multiple of `num_heads`.
-        num_heads: Attention heads.
-        dropout: Drop probability of the attention weights.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.):
-        super().__init__(embed_dims, num_heads, dropout, batch_first=True)
-
     def forward(self, placed: Tensor, tokens: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Attend; (N, L, C) to the same shape.
 
         Args:
             placed: (N, L, C), tokens with positions: queries and keys.
             tokens: (N, L, C), the values.
             attn_mask: (L, L), added to the products of queries (rows) and keys.
-
-        Returns:
-            (N, L, C).
         """
         sizes = 2 * self.embed_dim, self.embed_dim
         (weight, value_weight), (bias, value_bias) = (
@@ -218,19 +194,14 @@ class SelfAttention(nn.MultiheadAttention):
 class AIFI(nn.Module):
     """Attention-based intra-scale feature interaction: one post-norm transformer layer on a map.
 
-    Args:
-        embed_dims: Channels, a multiple of 4 and of `num_heads`.
-        num_heads: Attention heads.
-        ffn_dims: Width of the feed-forward network.
-        dropout: Drop probability in the attention and after either step.
-        legacy_position: See :func:`position_embedding`.
+    Args are those of :class:`HybridEncoder`.
     """
 
-    def __init__(self, embed_dims: int = 256, num_heads: int = 8, ffn_dims: int = 1024,
-                 dropout: float = 0., legacy_position: bool = False):
+    def __init__(self, embed_dims: int, num_heads: int, ffn_dims: int, dropout: float,
+                 legacy_position: bool):
         super().__init__()
         self.legacy_position = legacy_position
-        self.self_attn = SelfAttention(embed_dims, num_heads, dropout)
+        self.self_attn = SelfAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.linear1 = nn.Linear(embed_dims, ffn_dims)
         self.linear2 = nn.Linear(ffn_dims, embed_dims)
         self.norm1 = nn.LayerNorm(embed_dims)
@@ -260,7 +231,7 @@ class HybridEncoder(BaseModule):
         embed_dims: Channels of the output maps.
         ffn_dims: Width of AIFI's feed-forward network.
         num_heads: Heads of AIFI.
-        dropout: Drop probability in AIFI.
+        dropout: Drop probability in AIFI, in the attention and after either step.
         expansion: Width of the fusion blocks relative to `embed_dims`.
         num_blocks: RepVGG blocks in each fusion block.
         legacy_position: Reproduce the official numbering of tokens on maps that are not square, see
@@ -291,23 +262,20 @@ class HybridEncoder(BaseModule):
                              f'of num_heads={num_heads}')
         self.in_channels = tuple(in_channels)
         self.embed_dims = embed_dims
-        steps = len(in_channels) - 1
+        steps = range(len(in_channels) - 1)
         hidden = int(embed_dims * expansion)
-
-        def fusion_blocks() -> nn.ModuleList:
-            return nn.ModuleList(CSPRepLayer(embed_dims, embed_dims, hidden, num_blocks)
-                                 for _ in range(steps))
-
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
         self.aifi = AIFI(embed_dims, num_heads, ffn_dims, dropout, legacy_position)
         # Down from the coarsest map (index 0 = the coarsest step) ...
         self.lateral_convs = nn.ModuleList(
-            ConvNorm(embed_dims, embed_dims, act=True) for _ in range(steps))
-        self.top_down_blocks = fusion_blocks()
+            ConvNorm(embed_dims, embed_dims, act=True) for _ in steps)
+        self.top_down_blocks = nn.ModuleList(
+            CSPRepLayer(embed_dims, hidden, num_blocks) for _ in steps)
         # ... and up again (index 0 = the finest step).
         self.downsample_convs = nn.ModuleList(
-            ConvNorm(embed_dims, embed_dims, 3, stride=2, act=True) for _ in range(steps))
-        self.bottom_up_blocks = fusion_blocks()
+            ConvNorm(embed_dims, embed_dims, 3, stride=2, act=True) for _ in steps)
+        self.bottom_up_blocks = nn.ModuleList(
+            CSPRepLayer(embed_dims, hidden, num_blocks) for _ in steps)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the maps.

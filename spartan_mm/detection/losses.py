@@ -22,38 +22,27 @@ class IoUAwareVarifocalLoss(nn.Module):
         loss_weight: Factor of the whole loss.
     """
 
-    use_sigmoid = True  # asked for by mmdet's heads
-
     def __init__(self, alpha: float = 0.75, gamma: float = 2.0, loss_weight: float = 1.0):
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
         self.loss_weight = loss_weight
 
-    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor,
-                avg_factor: Tensor | float = 1., reduction_override: str | None = None) -> Tensor:
-        """Sum over queries and classes, divided by `avg_factor`.
+    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
+        """The term of every query and class, (..., C), in float32.
 
         Args:
             logits: (..., C), class logits.
             labels: (...,), matched class, C where there is none.
             quality: (...,), IoU with the matched ground truth, no gradient.
-            avg_factor: Number of objects.
-            reduction_override: 'none' for every term instead of the sum, as by mmdet's losses.
-
-        Returns:
-            Scalar, or (..., C) without the division if `reduction_override` is 'none'.
         """
         logits = logits.float()
         # NOTE: F.one_hot would make the host wait for the largest label.
         matched = labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)
         target = matched * quality[..., None]
         negative = self.alpha * logits.detach().sigmoid() ** self.gamma
-        terms = F.binary_cross_entropy_with_logits(
+        return self.loss_weight * F.binary_cross_entropy_with_logits(
             logits, target, torch.where(matched, target, negative), reduction='none')
-        if reduction_override == 'none':
-            return self.loss_weight * terms
-        return self.loss_weight * terms.sum() / avg_factor
 
 
 def paired_overlaps(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

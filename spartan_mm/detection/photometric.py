@@ -40,27 +40,19 @@ class RandomPhotometricDistort(BaseTransform):
                  contrast: Sequence[float] = (0.5, 1.5), saturation: Sequence[float] = (0.5, 1.5),
                  hue: Sequence[float] = (-0.05, 0.05), prob: float = 0.5) -> None:
         if not -0.5 <= hue[0] <= hue[1] <= 0.5:
-            raise ValueError(
-                f'RandomPhotometricDistort: hue={tuple(hue)} must be (low, high) with '
-                '-0.5 <= low <= high <= 0.5.')
+            raise ValueError(f'RandomPhotometricDistort: hue={tuple(hue)} must be (low, high) with '
+                             '-0.5 <= low <= high <= 0.5.')
         self.ranges = dict(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         self.prob = prob
 
     @cache_randomness
     def _draw(self) -> tuple[list[tuple[str, float]], np.ndarray | None]:
         """Draw the steps in their order, as (name, factor), and the permutation of channels."""
-        factors = {
-            name: np.random.uniform(*limits)
-            for name, limits in self.ranges.items()
-            if np.random.rand() < self.prob
-        }
-        contrast_first = np.random.rand() < 0.5
-        order = (
-            ('contrast', 'saturation', 'hue')
-            if contrast_first
-            else ('saturation', 'hue', 'contrast')
-        )
-        steps = [(name, factors[name]) for name in ('brightness', *order) if name in factors]
+        factors = {name: np.random.uniform(*limits) for name, limits in self.ranges.items()
+                   if np.random.rand() < self.prob}
+        order = ['brightness', 'saturation', 'hue']
+        order.insert(1 if np.random.rand() < 0.5 else 3, 'contrast')
+        steps = [(name, factors[name]) for name in order if name in factors]
 
         permutation = np.random.permutation(3) if np.random.rand() < self.prob else None
         return steps, permutation
@@ -117,11 +109,9 @@ def _adjust_hue(rgb: np.ndarray, factor: float) -> np.ndarray:
     hue, chroma, value = _to_hue(rgb)
     # NOTE: a turn has 255 hues but is counted as 256, in Pillow's arithmetic as in torchvision's.
     losses = np.roll(_tabulate_losses(), -int(factor * 255), axis=1)
-    planes = [
+    return cv2.merge([
         cv2.subtract(value, cv2.convertScaleAbs(cv2.multiply(cv2.LUT(hue, loss), chroma)))
-        for loss in losses
-    ]
-    return cv2.merge(planes)
+        for loss in losses])
 
 
 def _to_hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

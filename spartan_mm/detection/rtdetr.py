@@ -2,7 +2,6 @@
 
 Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2304.08069>`_.
 """
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 from torch import Tensor, nn
 
-from .denoising import DenoisingGenerator, DenoisingQueries
+from .denoising import DenoisingGenerator
 from .forms import done_once, fold_batch_norms
 from .rtdetr_decoder import RTDETRDecoder
 from .shape_cache import cached_by_shape
@@ -47,14 +46,11 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float =
 
 
 def with_in_channels(neck: dict, backbone: nn.Module) -> dict:
-    """Complete a neck's config by what the backbone says of its maps.
+    """Complete a neck's config, of which `in_channels` may be left out or None.
 
     Args:
-        neck: Config of the neck; `in_channels` may be left out or None.
+        neck: Config of the neck.
         backbone: Publishes the channels of its maps as a sequence `out_channels`, or doesn't.
-
-    Returns:
-        The config with `in_channels`.
 
     Raises:
         ValueError: `in_channels` is given and differs from what the backbone publishes, or it is
@@ -111,9 +107,7 @@ class RTDETR(DetectionTransformer):
                  train_cfg: dict | None = None, test_cfg: dict | None = None,
                  data_preprocessor: dict | None = None, init_cfg: dict | None = None):
         self.dn_cfg = dict(dn_cfg or {})
-        # The config is the caller's: what is filled in goes into a copy.
-        bbox_head = copy.deepcopy(bbox_head)
-        bbox_head['num_pred_layer'] = decoder.get('num_layers', 6) + 1
+        bbox_head = dict(bbox_head, num_pred_layer=decoder.get('num_layers', 6) + 1)
         super().__init__(
             backbone=backbone,
             # Built by the parent in its turn, when the backbone can be asked for its channels.
@@ -164,8 +158,7 @@ class RTDETR(DetectionTransformer):
         head_inputs.update(self.forward_decoder(**decoder_inputs, **selected))
         return head_inputs
 
-    def pre_transformer(self, img_feats: tuple[Tensor, ...],
-                        batch_data_samples: OptSampleList = None) -> tuple[dict, dict]:
+    def pre_transformer(self, img_feats: tuple[Tensor, ...]) -> tuple[dict, dict]:
         """Project the maps and lay them out as the tokens that the decoder attends to."""
         memory, spatial_shapes = self.decoder.embed(img_feats)
         tokens = dict(memory=memory, spatial_shapes=spatial_shapes)
@@ -202,8 +195,8 @@ class RTDETR(DetectionTransformer):
         and in training they are made and scored once more, which is all that the gradient sees.
 
         Args:
-            memory: (N, L, C).
-            anchors: (L, 4), logits of (cx, cy, w, h).
+            memory: (N, L, C), and what :meth:`forward_encoder` made of it.
+            anchors: (L, 4).
             valid: (L, 1).
             tokens: (N, L, C).
             logits: (N, L, classes).
@@ -228,7 +221,7 @@ class RTDETR(DetectionTransformer):
             query = select(tokens)
         reference = self.bbox_head.reg_branches[-1](query).float() + anchors[index]
         # The decoder doesn't train the encoder through its queries, only through the memory.
-        decoder_inputs = dict(query=query.detach(), reference=reference.detach(), attn_mask=None)
+        decoder_inputs = dict(query=query.detach(), reference=reference.detach())
         if not self.training:
             return decoder_inputs, {}
 
@@ -238,17 +231,12 @@ class RTDETR(DetectionTransformer):
         targets = gather_targets(batch_data_samples)
         denoising = self.dn_query_generator(targets, num_queries)
         if denoising is not None:
-            decoder_inputs = self.prepend(denoising, **decoder_inputs)
+            decoder_inputs = dict(
+                query=torch.cat([denoising.content.to(query.dtype), decoder_inputs['query']], 1),
+                reference=torch.cat([denoising.reference, decoder_inputs['reference']], 1),
+                attn_mask=denoising.attn_mask)
         return decoder_inputs, dict(enc_logits=logits, enc_boxes=reference.sigmoid(),
                                     denoising=denoising, targets=targets)
-
-    @staticmethod
-    def prepend(denoising: DenoisingQueries, query: Tensor, reference: Tensor,
-                attn_mask: None) -> dict:
-        """The decoder's inputs with the denoising queries before the matching ones."""
-        return dict(query=torch.cat([denoising.content.to(query.dtype), query], 1),
-                    reference=torch.cat([denoising.reference, reference], 1),
-                    attn_mask=denoising.attn_mask)
 
     def forward_decoder(self, query: Tensor, memory: Tensor, reference: Tensor,
                         spatial_shapes: tuple[tuple[int, int], ...],
@@ -259,14 +247,7 @@ class RTDETR(DetectionTransformer):
         return dict(hidden_states=hidden_states, boxes=boxes)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """Losses of a batch.
-
-        Args:
-            batch_inputs: (N, 3, H, W).
-            batch_data_samples: The images' `gt_instances`.
-
-        Returns:
-            See :meth:`RTDETRHead.loss_by_feat`.
+        """Losses of images (N, 3, H, W), see :meth:`RTDETRHead.loss_by_feat`.
 
         Raises:
             RuntimeError: The model is in eval mode, where queries and layers are left out, or in

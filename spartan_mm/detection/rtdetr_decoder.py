@@ -30,22 +30,16 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 class RTDETRDecoderLayer(nn.Module):
     """Self-attention, deformable cross-attention and feed-forward network, each with a post-norm.
 
-    Args:
-        embed_dims: Channels.
-        num_heads: Heads of both attentions.
-        num_levels: Maps in the memory.
-        num_points: Sampling points per head and level.
-        ffn_dims: Width of the feed-forward network.
-        dropout: Drop probability.
+    Args are those of :class:`RTDETRDecoder`, and `num_levels`, the number of maps in the memory.
     """
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
                  num_points: int = 4, ffn_dims: int = 1024, dropout: float = 0.):
         super().__init__()
-        self.self_attn = SelfAttention(embed_dims, num_heads, dropout)
+        self.self_attn = SelfAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(embed_dims)
         self.cross_attn = MultiScaleDeformableAttention(
-            embed_dims, num_heads, num_levels, num_points, dropout, batch_first=True)
+            embed_dims, num_heads, num_levels, num_points, dropout)
         self.norm2 = nn.LayerNorm(embed_dims)
         self.linear1 = nn.Linear(embed_dims, ffn_dims)
         self.linear2 = nn.Linear(ffn_dims, embed_dims)
@@ -55,7 +49,7 @@ class RTDETRDecoderLayer(nn.Module):
     def forward(self, query: Tensor, query_pos: Tensor, memory: Tensor, reference: Tensor,
                 spatial_shapes: Sequence[tuple[int, int]],
                 attn_mask: Tensor | None = None) -> Tensor:
-        """Refine the queries.
+        """Refine the queries (N, Q, C).
 
         Args:
             query: (N, Q, C).
@@ -64,15 +58,10 @@ class RTDETRDecoderLayer(nn.Module):
             reference: (N, Q, 4), boxes (cx, cy, w, h) as fractions of the image.
             spatial_shapes: (H, W) of the memory's maps.
             attn_mask: (Q, Q), -inf where a row's query must not see a column's, 0 elsewhere.
-
-        Returns:
-            (N, Q, C).
         """
         mixed = self.self_attn(query + query_pos, query, attn_mask)
         query = self.norm1(query + self.dropout(mixed))
-        query = self.norm2(self.cross_attn(
-            query, value=memory, query_pos=query_pos, reference_points=reference[:, :, None],
-            spatial_shapes=spatial_shapes))
+        query = self.norm2(self.cross_attn(query, query_pos, memory, reference, spatial_shapes))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(query))))
         query = query + self.dropout(mixed)
         # Long trainings have overflowed float16 here; no normal value reaches the bound.
@@ -130,13 +119,10 @@ class RTDETRDecoder(BaseModule):
         super().init_weights()
 
     def embed(self, feats: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        """Project the neck's maps and lay them out as tokens, finest map first, row by row.
-
-        Args:
-            feats: (N, C_i, H_i, W_i).
+        """Project the neck's maps (N, C_i, H_i, W_i), and lay them out as tokens, row by row.
 
         Returns:
-            The memory (N, L, C) and the maps' (H, W).
+            The memory (N, L, C), finest map first, and the maps' (H, W).
         """
         maps = [project(feat) for project, feat in zip(self.input_projs, feats, strict=True)]
         spatial_shapes = tuple(tuple(x.shape[-2:]) for x in maps)

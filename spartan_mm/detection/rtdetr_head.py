@@ -104,19 +104,9 @@ class RTDETRHead(BaseModule):
     def loss(self, hidden_states: list[Tensor], boxes: list[Tensor], enc_logits: Tensor,
              enc_boxes: Tensor, denoising: DenoisingQueries | None, targets: Targets,
              batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """All terms of a batch, see :meth:`loss_by_feat`.
+        """All terms of a batch: :meth:`forward`, then :meth:`loss_by_feat`.
 
-        Args:
-            hidden_states: (N, D + Q, C) of each decoder layer, denoising queries first.
-            boxes: (N, D + Q, 4) of each decoder layer.
-            enc_logits: (N, Q, classes), of the selected tokens.
-            enc_boxes: (N, Q, 4), of the selected tokens.
-            denoising: The denoising part.
-            targets: The ground truth.
-            batch_data_samples: Not used; `targets` has all that is read of them.
-
-        Returns:
-            Named losses, see :meth:`loss_by_feat`.
+        NOTE: Nothing is read of `batch_data_samples`; `targets` has all of it.
         """
         return self.loss_by_feat(*self(hidden_states, boxes), enc_logits, enc_boxes, denoising,
                                  targets)
@@ -129,10 +119,10 @@ class RTDETRHead(BaseModule):
         Every set of predictions is matched on its own, and all count the same.
 
         Args:
-            logits: (N, D + Q, classes) of each decoder layer.
+            logits: (N, D + Q, classes) of each decoder layer, denoising queries first.
             boxes: (N, D + Q, 4) of each decoder layer (cx, cy, w, h; 0 to 1).
-            enc_logits: (N, Q, classes).
-            enc_boxes: (N, Q, 4).
+            enc_logits: (N, Q, classes), of the selected tokens.
+            enc_boxes: (N, Q, 4), of the selected tokens.
             denoising: The denoising part, None if D = 0.
             targets: The ground truth.
 
@@ -141,8 +131,7 @@ class RTDETRHead(BaseModule):
             of the layers before it; with `enc_` of the encoder; with `dn_` of the denoising part.
         """
         # The mean over the ranks, at least 1: the same divisor everywhere.
-        num_objects = torch.full((), sum(targets.counts), dtype=torch.float32,
-                                 device=boxes[0].device)
+        num_objects = torch.full((), float(sum(targets.counts)), device=boxes[0].device)
         num_objects = reduce_mean(num_objects).clamp(min=1)
 
         # (layers, N, D + Q, ...)
@@ -150,28 +139,22 @@ class RTDETRHead(BaseModule):
         num_denoising = 0 if denoising is None else denoising.reference.shape[1]
         set_logits = torch.cat([logits[:, :, num_denoising:], enc_logits[None]])
         set_boxes = torch.cat([boxes[:, :, num_denoising:], enc_boxes[None]])
-        terms = self.loss_by_set(set_logits, set_boxes, self.match(set_logits, set_boxes, targets),
-                                 targets, num_objects)
-        terms = {name: term.unbind() for name, term in terms.items()}
         last = len(logits) - 1
-        names = {last: '', **{layer: f'd{layer}.' for layer in range(last)}}
-        losses = {f'{prefix}{name}': term[layer]
-                  for layer, prefix in (names | {last + 1: 'enc_'}).items()
-                  for name, term in terms.items()}
-
+        prefixes = {last: '', **{layer: f'd{layer}.' for layer in range(last)}}
+        losses = self.loss_by_set(
+            set_logits, set_boxes, self.match(set_logits, set_boxes, targets), targets,
+            num_objects, prefixes | {last + 1: 'enc_'})
         if denoising is not None:
-            terms = self.loss_by_set(
+            losses |= self.loss_by_set(
                 logits[:, :, :num_denoising], boxes[:, :, :num_denoising],
                 self.denoising_matches(targets, denoising, len(logits)), targets,
                 # NOTE: Each rank counts its own groups, on top of the ranks' mean of objects.
-                num_objects * denoising.num_groups)
-            terms = {name: term.unbind() for name, term in terms.items()}
-            losses |= {f'{prefix}dn_{name}': term[layer]
-                       for layer, prefix in names.items() for name, term in terms.items()}
+                num_objects * denoising.num_groups,
+                {layer: f'{prefix}dn_' for layer, prefix in prefixes.items()})
         return losses
 
     def loss_by_set(self, logits: Tensor, boxes: Tensor, matches: Matches, targets: Targets,
-                    avg_factor: Tensor) -> dict[str, Tensor]:
+                    avg_factor: Tensor, prefixes: dict[int, str]) -> dict[str, Tensor]:
         """The three terms of S sets of predictions, all at once.
 
         Args:
@@ -180,9 +163,10 @@ class RTDETRHead(BaseModule):
             matches: The P matched pairs of each set.
             targets: The ground truth.
             avg_factor: Divisor of the sums.
+            prefixes: Of each set, what stands before the names of its terms.
 
         Returns:
-            `loss_cls`, `loss_bbox` and `loss_iou`, (S,) each; the latter two are 0 (with a
+            `loss_cls`, `loss_bbox` and `loss_iou` of each set; the latter two are 0 (with a
             gradient) if P = 0.
         """
         image, query, target = matches
@@ -199,19 +183,20 @@ class RTDETRHead(BaseModule):
         quality = torch.zeros(logits.shape[:3], device=logits.device)
         quality[pairs] = paired_overlaps(predicted_corners.detach(), target_corners)[0]
 
-        def by_set(terms: Tensor) -> Tensor:
-            return terms.reshape(len(logits), -1).sum(1) / avg_factor
-
-        loss_cls = by_set(self.loss_cls(logits, labels, quality, reduction_override='none'))
-        if not query.numel():
+        terms = dict(loss_cls=self.loss_cls(logits, labels, quality))
+        if query.numel():
+            terms['loss_bbox'] = self.loss_bbox(matched_boxes, target_boxes,
+                                                reduction_override='none')
+            terms['loss_iou'] = self.loss_iou(predicted_corners.flatten(0, 1),
+                                              target_corners.flatten(0, 1),
+                                              reduction_override='none')
+        else:
             # Keeps the box branches in the graph: distributed training waits for every gradient.
-            zero = boxes.flatten(1).sum(1) * 0
-            return dict(loss_cls=loss_cls, loss_bbox=zero, loss_iou=zero)
-        loss_bbox = by_set(self.loss_bbox(matched_boxes, target_boxes, reduction_override='none'))
-        loss_iou = by_set(self.loss_iou(
-            predicted_corners.flatten(0, 1), target_corners.flatten(0, 1),
-            reduction_override='none'))
-        return dict(loss_cls=loss_cls, loss_bbox=loss_bbox, loss_iou=loss_iou)
+            terms['loss_bbox'] = terms['loss_iou'] = boxes * 0
+        sums = {name: (term.reshape(len(logits), -1).sum(1) / avg_factor).unbind()
+                for name, term in terms.items()}
+        return {f'{prefix}{name}': of_sets[index] for index, prefix in prefixes.items()
+                for name, of_sets in sums.items()}
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
@@ -255,13 +240,8 @@ class RTDETRHead(BaseModule):
         the batch: a cost of boxes compares each object, as a batch of its own, with its image's
         queries; any other cost is asked for every class and must depend on nothing but the scores.
 
-        Args:
-            logits: (S, N, Q, classes).
-            boxes: (S, N, Q, 4) (cx, cy, w, h; 0 to 1).
-            targets: The ground truth.
-
         Returns:
-            (S, G, Q).
+            (S, G, Q), of the arguments of :meth:`match`.
         """
         num_sets, _, num_queries, num_classes = logits.shape
         scores = InstanceData(scores=logits.flatten(0, 2))
@@ -289,13 +269,7 @@ class RTDETRHead(BaseModule):
                           num_sets: int) -> Matches:
         """Pair each positive denoising query with the object that it was made from.
 
-        Args:
-            targets: The ground truth.
-            denoising: The denoising part.
-            num_sets: S, all of which have the same pairs.
-
-        Returns:
-            The pairs: object k of an image is positive k of every group.
+        Object k of an image is positive k of every group, in all of the `num_sets` sets alike.
         """
         device = targets.image.device
         starts = torch.arange(denoising.num_groups, device=device) * 2 * denoising.num_slots

@@ -25,7 +25,7 @@ from mmengine.runner import Runner
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
 from ..model_index import find_config
-from ..text import count
+from ..text import count, printable
 from ..weights.initialize import without_pretrained
 from .claim import claim_work_dir
 from .explain import explain
@@ -336,8 +336,10 @@ def reporting() -> Iterator[None]:
         if dist.get_world_size() == 1:
             raise
         _leave('stopped by Ctrl-C', 128 + signal.SIGINT)
-    except (ExplainedError, *IN_THE_WAY) as error:
+    except ExplainedError as error:
         _leave(f'error: {error}', 1)
+    except IN_THE_WAY as error:
+        _leave(f'error: {printable(error)}', 1)
     except Exception as error:
         if explanation := explain(error):
             _leave(f'error: {explanation}', 1)
@@ -345,7 +347,7 @@ def reporting() -> Iterator[None]:
             raise
         traceback.print_exc()
         _leave(f'error: process {dist.get_rank()} of {dist.get_world_size()} failed: '
-               f'{type(error).__name__}: {error}', 1)
+               f'{type(error).__name__}: {printable(error)}', 1)
     else:
         if dist.is_distributed():
             torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 """What passes as a config inside of a checkpoint: plain data of what is registered.
 
-As text a config is run as Python, and whatever its form, objects are built of what it names.
+mmengine runs a config of text as Python, and whatever its form, objects are built of what it names.
 """
 import ast
 import sys
@@ -21,76 +21,121 @@ _SCOPES = frozenset((
 # Of these, classes may be named by their path.
 _LIBRARIES = ('torch.nn.', 'torch.optim.', 'torchvision.transforms.')
 
-# How a dump shows the numbers that have no literal; no config can be read that has them.
-_NUMBERS = ('inf', 'nan')
+# How a dump shows the numbers that have no literal.
+_NUMBERS = dict(inf=float('inf'), nan=float('nan'))
 
 
-def find_code(text: str) -> str | None:
-    """Look for what a config would run beyond assigning values.
+class CodeError(ValueError):
+    """What a config would run or build, and must not."""
 
-    mmengine takes the config of a checkpoint for Python and runs it, and builds objects from
-    whatever ``type`` names, functions of any installed package included. The configs that it writes
-    are assignments of literals, and this is all that passes. A ``type`` with a dot in it passes if
-    it names a class of ``torch.nn``, ``torch.optim`` or ``torchvision.transforms``, or what is in a
-    registry of OpenMMLab's packages or of one that was imported before.
 
-    NOTE: modules that a config names in ``custom_imports`` are imported, wherever Python finds
-    them; those of Python's own library are refused.
+def read_text(text: str) -> dict[str, Any]:
+    """Read a config of text without running it, and look through it.
+
+    The configs that mmengine writes are assignments of literals, and this is all that passes.
 
     Args:
         text: A config, as ``Config.pretty_text`` gives it.
 
     Returns:
-        The first suspect part; None if there is none, or if the text is no Python at all.
+        What it assigns.
+
+    Raises:
+        CodeError: It does more than that, or :func:`check` refuses a value.
+        SyntaxError: It is no Python at all.
+        ValueError: The same.
 
     Example:
-        >>> find_code("model = dict(type='RTDETR', test_cfg=dict(max_per_img=300))")
-        >>> find_code("model = dict(type='os.system', command='ls')")
-        "line 1: type='os.system'"
-        >>> find_code("import os")
-        'line 1: import os'
+        >>> read_text("model = dict(type='RTDETR', test_cfg=dict(max_per_img=300))")
+        {'model': {'type': 'RTDETR', 'test_cfg': {'max_per_img': 300}}}
+        >>> read_text("model = dict(type='os.system', command='ls')")
+        Traceback (most recent call last):
+        spartan_mm.weights.config_text.CodeError: line 1: type='os.system'
     """
     # mmengine replaces these in the text before it runs it.
     if '{{' in text:
-        return "'{{', a placeholder"
+        raise CodeError("'{{', a placeholder")
+    content = {}
     try:
         for statement in ast.parse(text).body:
-            for node in _suspects(statement):
-                return f'line {node.lineno}: {ast.unparse(node)[:80]}'
-    except (SyntaxError, ValueError):
-        return None
+            try:
+                assigned = _read_assignment(statement)
+                check(assigned)
+            except CodeError as error:
+                raise CodeError(f'line {statement.lineno}: {error}') from None
+            content |= assigned
     except (RecursionError, MemoryError):
-        return 'too deep a nesting to be looked through'
-    return None
+        raise CodeError('too deep a nesting to be looked through') from None
+    return content
 
 
-def find_code_in_data(content: Mapping[str, Any]) -> str | None:
-    """Look for what a config that is no text would run, or build of what is not registered.
+def check(content: Mapping[str, Any]) -> None:
+    """Insist that a config names nothing but what is meant for configs.
 
-    What passes as a ``type``, and what as a module, is said of :func:`find_code`.
+    Objects are built from whatever ``type`` names, functions of any installed package included. A
+    ``type`` with a dot in it passes if it names a class of ``torch.nn``, ``torch.optim`` or
+    ``torchvision.transforms``, or what is in a registry of OpenMMLab's packages or of one that was
+    imported before.
+
+    NOTE: Modules that a config names in ``custom_imports`` are imported, wherever Python finds
+    them; those of Python's own library are refused.
 
     Args:
         content: What the config holds, of Python's plain types.
 
-    Returns:
-        The first suspect part; None if there is none.
-
-    Example:
-        >>> find_code_in_data(dict(model=dict(type='os.system', command='ls')))
-        "type='os.system'"
+    Raises:
+        CodeError: It names something else.
     """
     try:
         for name in ('custom_imports', 'default_scope'):
             if any(map(_is_unwanted_module, _walk(content.get(name)))):
-                return f'{name}={content[name]!r}'[:80]
+                raise CodeError(f'{name}={content[name]!r}'[:80])
         for key, value in _walk_items(content):
-            if key == 'type' and (isinstance(value, (list, tuple, set, Mapping))
-                                  or not _is_harmless_type(value)) \
-                    or key == '_scope_' and _is_unwanted_module(value):
-                return f'{key}={value!r}'[:80]
+            if (key == 'type' and not _is_harmless_type(value)
+                    or key == '_scope_' and _is_unwanted_module(value)):
+                raise CodeError(f'{key}={value!r}'[:80])
     except RecursionError:
-        return 'too deep a nesting to be looked through'
-    return None
+        raise CodeError('too deep a nesting to be looked through') from None
+
+
+def _read_assignment(statement: ast.stmt) -> dict[str, Any]:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 \
+            and isinstance(statement.targets[0], ast.Name):
+        name = statement.targets[0].id
+        if not name.startswith('__') and name not in ('_base_', 'dict', 'set', *_NUMBERS):
+            return {name: _read_value(statement.value)}
+    raise _as_error(statement)
+
+
+def _read_value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name(id=name) if name in _NUMBERS:
+            return _NUMBERS[name]
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=ast.Constant(value=int() | float())
+                         | ast.Name()):
+            value = _read_value(node.operand)
+            return -value if isinstance(node.op, ast.USub) else value
+        case ast.List() | ast.Tuple() | ast.Set():
+            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+            return kind(map(_read_value, node.elts))
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {_read_value(key): _read_value(value)
+                    for key, value in zip(keys, values, strict=True)}
+        case ast.Call(func=ast.Name(id='set'), args=[], keywords=[]):
+            return set()
+        # As dumps have it where a key is no name.
+        case ast.Call(func=ast.Name(id='dict'), args=[ast.Dict() as content], keywords=[]):
+            return _read_value(content)
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(
+                keyword.arg is not None for keyword in keywords):
+            return {keyword.arg: _read_value(keyword.value) for keyword in keywords}
+    raise _as_error(node)
+
+
+def _as_error(node: ast.AST) -> CodeError:
+    return CodeError(ast.unparse(node)[:80])
 
 
 def _walk(value: Any) -> Iterator[Any]:
@@ -108,70 +153,6 @@ def _walk_items(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from part.items()
 
 
-def _suspects(statement: ast.stmt) -> Iterator[ast.AST]:
-    """Go through all that is no assignment of plain data."""
-    if not isinstance(statement, ast.Assign) or len(statement.targets) > 1 \
-            or not isinstance(statement.targets[0], ast.Name):
-        yield statement
-        return
-    name = statement.targets[0].id
-    if name.startswith('__') or name in ('_base_', 'dict', 'set', *_NUMBERS):
-        yield statement
-    yield from _suspect_values(statement.value)
-    # Both name modules that mmengine imports.
-    if name in ('custom_imports', 'default_scope'):
-        for node in ast.walk(statement.value):
-            if isinstance(node, ast.Constant) and _is_unwanted_module(node.value):
-                yield statement
-
-
-def _suspect_values(node: ast.expr) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Constant) or (isinstance(node, ast.Name) and node.id in _NUMBERS):
-        return
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        yield from _suspect_values(node.operand)
-    elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        for item in node.elts:
-            yield from _suspect_values(item)
-    elif isinstance(node, ast.Dict):
-        for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant):
-                yield from _suspect_items(key, key.value, value)
-            # A number below zero.
-            elif isinstance(key, ast.UnaryOp):
-                yield from _suspect_values(key)
-                yield from _suspect_values(value)
-            else:
-                yield node
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
-            and node.func.id in ('dict', 'set') and _is_plain_call(node):
-        for part in node.args:
-            yield from _suspect_values(part)
-        for part in node.keywords:
-            yield from _suspect_items(part, part.arg, part.value)
-    else:
-        yield node
-
-
-def _is_plain_call(node: ast.Call) -> bool:
-    """Whether it is ``set()`` or ``dict(a=1)``, or ``dict({'a b': 1})``, as dumps have it."""
-    if node.func.id == 'set':
-        return not node.args and not node.keywords
-    if node.args:
-        return len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords
-    return all(keyword.arg is not None for keyword in node.keywords)
-
-
-def _suspect_items(shown: ast.AST, key: Any, value: ast.expr) -> Iterator[ast.AST]:
-    yield from _suspect_values(value)
-    if key not in ('type', '_scope_'):
-        return
-    known = isinstance(value, ast.Constant) and (
-        _is_harmless_type(value.value) if key == 'type' else not _is_unwanted_module(value.value))
-    if not known:
-        yield ast.copy_location(ast.keyword(key, value), shown)
-
-
 def _is_unwanted_module(name: Any) -> bool:
     parts = name.split('.') if isinstance(name, str) else []
     return bool(parts) and (parts[0] in sys.stdlib_module_names
@@ -181,7 +162,7 @@ def _is_unwanted_module(name: Any) -> bool:
 def _is_harmless_type(name: Any) -> bool:
     """Whether nothing but what is meant for configs is built from a ``type``."""
     if not isinstance(name, str):
-        return True
+        return not isinstance(name, (list, tuple, set, Mapping, float))
     if any(name in registry.module_dict for registry in _registries()):
         return True
     if _is_unwanted_module(name):

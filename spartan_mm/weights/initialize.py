@@ -13,11 +13,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..text import join
-from .converters.common import load_checkpoint, pick_state_dict
+from .converters.names import strip_prefix
 from .converters.rtdetr import convert_resnet_vd
 from .converters.spartan import convert_spartan_backbone
 from .loading import find_state_dict, load_all_weights
-from .safe_load import local_file, read_checkpoint
+from .safe_load import local_file, read_checkpoint, read_foreign
 
 CONVERTERS = {
     'resnet_vd': convert_resnet_vd,
@@ -63,8 +63,7 @@ class CheckedPretrained:
                       'init_cfg.checkpoint to one', 'current', logging.WARNING)
             return
         weights = find_state_dict(read_checkpoint(init_file(self.checkpoint)), self.checkpoint)
-        chosen = {key[len(self.prefix):]: value for key, value in weights.items()
-                  if key.startswith(self.prefix)}
+        chosen = strip_prefix(weights, self.prefix)
         skipped = [key for key in weights if not key.startswith(self.prefix)]
         if not chosen:
             found = ', '.join(sorted({key.split('.')[0] for key in weights}))
@@ -87,10 +86,9 @@ class CheckedPretrained:
 
 @WEIGHT_INITIALIZERS.register_module()
 class ConvertedPretrained:
-    """Loads a backbone's original checkpoint, renaming its tensors on the way.
+    """Loads a backbone's original checkpoint, all of it, renaming its tensors on the way.
 
-    For `init_cfg`. Everything must fit: names, shapes, nothing missing, nothing left over. No code
-    in the file is executed.
+    For `init_cfg`.
 
     Args:
         checkpoint: Path or URL of a file, safetensors or written by torch.
@@ -114,25 +112,22 @@ class ConvertedPretrained:
         """Load the weights into `module`."""
         path = init_file(self.checkpoint)
         try:
-            weights = pick_state_dict(load_checkpoint(path),
+            weights = find_state_dict(read_foreign(path), path,
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
+            first, *others = error.args
             raise CheckpointError(f'checkpoint {self.checkpoint} does not fit '
-                                  f'{type(module).__name__}: {error}') from error
+                                  f'{type(module).__name__}: {first}', *others) from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
                   'current')
 
 
 def init_file(checkpoint: str) -> Path:
-    """Where the checkpoint lies that an ``init_cfg`` names; one behind a URL is downloaded first.
-
-    Args:
-        checkpoint: Path or URL.
+    """Where the checkpoint lies that an ``init_cfg`` names, see :func:`local_file`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It cannot be downloaded.
     """
     path = local_file(checkpoint).expanduser()
     if not path.is_file():
@@ -144,11 +139,7 @@ def init_file(checkpoint: str) -> Path:
 
 
 def without_pretrained(settings: Any) -> Any:
-    """Copy a config of a model, without the pretrained weights that its parts would load.
-
-    Args:
-        settings: The config, or any part of one.
-    """
+    """Copy a model's config, or a part of it, without pretrained weights that it would load."""
     if isinstance(settings, dict):
         return type(settings)({
             key: without_pretrained(value) for key, value in settings.items()

@@ -1,12 +1,14 @@
 """Checkpoints for testing and inference: every weight finds its place, or an error says why."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..text import count, join
 from .forms import is_deployed, switch_to_deploy
 from .safe_load import local_file, read_checkpoint
 
@@ -40,16 +42,7 @@ def load_for_inference(model: nn.Module, path: str | Path) -> dict[str, Any]:
 
 
 def fill_for_inference(model: nn.Module, checkpoint: Any, name: str) -> None:
-    """Do what :func:`load_for_inference` does, with a checkpoint that was read already.
-
-    Args:
-        model: The model, changed in place.
-        checkpoint: The checkpoint.
-        name: What to call it in an error message.
-
-    Raises:
-        CheckpointError: It is no checkpoint, or of another architecture.
-    """
+    """Do what :func:`load_for_inference` does, with a checkpoint of this name that was read."""
     if find_meta(checkpoint).get('deploy'):
         switch_to_deploy(model)
     elif is_deployed(model):
@@ -89,18 +82,15 @@ def load_all_weights(model: nn.Module, checkpoint: dict[str, Any], name: str,
         raise CheckpointError(f'{does_not_fit}: {error}. {remedy}') from error
     missing = [key for key in result.missing_keys
                if key not in reshaped and not key.endswith('num_batches_tracked')]
-    unexpected = result.unexpected_keys
-
-    problems = []
-    if missing:
-        problems.append(f'{_count(missing)} missing in it ({_first(missing)})')
-    if unexpected:
-        problems.append(f'{_count(unexpected)} unknown to the model ({_first(unexpected)})')
-    if reshaped:
-        shapes = [f'{key}: {theirs} instead of {ours}' for key, (theirs, ours) in reshaped.items()]
-        problems.append(f'{_count(shapes)} of another shape ({_first(shapes)})')
-    if problems:
-        raise CheckpointError(f'{does_not_fit}: {"; ".join(problems)}. {remedy}')
+    problems = {
+        'missing in it': missing, 'unknown to the model': result.unexpected_keys,
+        'of another shape': [f'{key}: {theirs} instead of {ours}'
+                             for key, (theirs, ours) in reshaped.items()]}
+    found = [f'{count(len(keys), "key")} {"is" if len(keys) == 1 else "are"} {problem} '
+             f'({" | ".join(keys[:3])}{" | ..." if len(keys) > 3 else ""})'
+             for problem, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f'{does_not_fit}: {"; ".join(found)}. {remedy}')
 
 
 def find_meta(checkpoint: Any) -> dict[str, Any]:
@@ -119,32 +109,38 @@ def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
     return (classes, ) if isinstance(classes, str) else tuple(classes)
 
 
-def find_state_dict(checkpoint: Any, name: str) -> dict[str, Tensor]:
+def find_state_dict(checkpoint: Any, name: str | Path,
+                    entries: Sequence[str] = ('state_dict', )) -> dict[str, Tensor]:
     """Find the weights in a checkpoint.
 
     Args:
-        checkpoint: The checkpoint, as mmengine writes it, or the bare state dict.
+        checkpoint: The checkpoint, or the bare state dict.
         name: What to call it in an error message.
+        entries: Where the weights may lie, in order of preference; 'ema.module' is the entry
+            'module' of the entry 'ema'.
+
+    Returns:
+        Tensors by name, without the prefix that a model in a distributed wrapper leaves.
 
     Raises:
         CheckpointError: There are none.
     """
-    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
-        # The prefix that a model in a distributed wrapper leaves.
+    state_dict = checkpoint
+    for entry in entries:
+        found = checkpoint
+        for key in entry.split('.'):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            state_dict = found
+            break
+    content = state_dict if isinstance(state_dict, Mapping) else {type(state_dict).__name__: None}
+    others = [str(key) for key, value in content.items()
+              if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if content and not others:
         return {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
-    keys = list(checkpoint) if isinstance(checkpoint, dict) else []
-    found = ', '.join(map(str, keys[:5])) or type(checkpoint).__name__
-    message = f"checkpoint {name} has no 'state_dict' with weights (it has: {found})"
-    if _FOREIGN.intersection(keys):
+    message = (f"checkpoint {name} has no {' or '.join(map(repr, entries))} with weights (it has: "
+               f'{join(others, 5)})')
+    if _FOREIGN.intersection(others):
         message += ('; if it comes from the original authors, convert it with spartan-mm convert '
                     'FILE OUT --to mm')
     raise CheckpointError(message)
-
-
-def _count(items: list[str]) -> str:
-    return f'{len(items)} key{" is" if len(items) == 1 else "s are"}'
-
-
-def _first(items: list[str], limit: int = 3) -> str:
-    return ' | '.join(items[:limit]) + (' | ...' if len(items) > limit else '')

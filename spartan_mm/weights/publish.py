@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import write_whole
 from ..version import __version__
-from .config_text import find_code
+from .config_text import CodeError, read_text
 from .forms import is_deployed
 from .initialize import without_pretrained
 from .loading import fill_for_inference, find_classes, find_meta, find_state_dict
 from .safe_load import local_file, read_checkpoint, with_tuples
+from .saving import write_checkpoint
 from .stored_config import (
     as_text,
     find_test_dataset,
@@ -105,11 +105,9 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     fill_for_inference(model, dict(meta=kept, state_dict=weights), str(source))
     _check_class_count(model, kept['dataset_meta']['classes'])
 
-    files = Published(*(_write(stem, suffix, content)
-                        for suffix, content in _contents(weights, kept)))
-    for path in files:
-        _verify(path, weights, kept)
-    return files
+    # mmdet's own inferencer knows configs of text alone.
+    return Published(_write(stem, '.safetensors', weights, kept),
+                     _write(stem, '.pth', weights, dict(kept, cfg=as_text(from_plain(plain)))))
 
 
 def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
@@ -134,14 +132,16 @@ def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
                                      else [*names, needed])
 
     try:
-        plain = to_plain(content)
+        # The order of keys in the file shows in its hash.
+        plain = json.loads(json.dumps(to_plain(content), sort_keys=True))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'{_NO_TEXT}: {error}') from error
     portable = make_config(from_plain(plain))
-    code = find_code(as_text(content))
-    if code:
+    try:
+        read_text(as_text(content))
+    except CodeError as error:
         raise CheckpointError(f'the config holds what is refused in a file of somebody else '
-                              f'({code}): use registered names and plain values')
+                              f'({error}): use registered names and plain values') from None
     return plain, portable
 
 
@@ -197,44 +197,27 @@ def _check_class_count(model: nn.Module, names: Sequence[str]) -> None:
         raise CheckpointError(f'{len(names)} classes are named, but the model has {count}')
 
 
-def _contents(weights: dict[str, Tensor], meta: dict[str, Any]) -> list[tuple[str, bytes]]:
-    """Make the bytes of both files, by suffix."""
-    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
-    # One entry alone: safetensors does not write several in the same order every time.
-    content = save(weights, dict(meta=text))
-    # Into memory: in a file torch notes down the file's name.
-    buffer = io.BytesIO()
-    torch.save(dict(meta=_pickled_meta(meta), state_dict=weights), buffer)
-    return [('.safetensors', content), ('.pth', buffer.getvalue())]
-
-
-def _pickled_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """Make the ``meta`` of the .pth file: mmdet's own inferencer knows configs of text alone."""
+def _write(stem: str | Path, suffix: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+    """Write a file, read it, and insist on every bit."""
     meta = with_tuples(json.loads(json.dumps(meta, sort_keys=True)))
-    return dict(meta, cfg=as_text(from_plain(meta['config'])))
-
-
-def _write(stem: str | Path, suffix: str, content: bytes) -> Path:
+    # Into memory: in a file torch notes down the file's name.
+    content = io.BytesIO()
+    write_checkpoint(dict(meta=meta, state_dict=weights), content, suffix)
     stem = Path(stem)
-    path = stem.with_name(f'{stem.name}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}')
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()[:8]
+    path = stem.with_name(f'{stem.name}-{digest}{suffix}')
     with write_whole(path) as file:
-        file.write(content)
-    return path
+        file.write(content.getbuffer())
 
-
-def _verify(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Read a file and insist on every bit."""
     found = read_checkpoint(path)
-    expected = _pickled_meta(meta)
-    if path.suffix == '.safetensors':
-        del expected['cfg']
-    same = found['meta'] == expected \
+    same = found['meta'] == meta \
         and found['state_dict'].keys() == weights.keys() \
         and all(_bits(found['state_dict'][name]) == _bits(value)
                 for name, value in weights.items())
     if not same:
         path.unlink()
         raise OSError(f'{path} could not be read back as it was written: is the disk sound?')
+    return path
 
 
 def _bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:

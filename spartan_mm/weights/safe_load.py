@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import re
+import sys
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +35,12 @@ _REFUSALS = {
     r'Trying to call reduce for unrecognized function (.+)': 'the function {}',
     r"Can only build .* but got <class '(.+)'>": 'a change of {}',
 }
+
+
+# Of Python's own modules, those whose classes hold values, as settings in checkpoints do.
+_VALUE_MODULES = frozenset(['argparse', 'collections', 'copyreg', 'datetime', 'decimal', 'enum',
+                            'fractions', 'pathlib', 'types', 'typing', 'uuid'])
+_VALUE_TYPES = (bool, dict, float, frozenset, int, list, range, slice, str, tuple)
 
 
 class _Refused(Exception):
@@ -75,12 +83,71 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
         raise CheckpointError(f'{path} cannot be read as a checkpoint: {error}') from error
 
 
-def list_unknown_names(path: str | Path) -> list[str]:
-    """List the functions and classes that a file names and :func:`read_checkpoint` refuses.
+def read_foreign(path: str | Path) -> Any:
+    """Read a checkpoint of another code base onto the CPU, without running anything that is in it.
+
+    Training checkpoints often hold more than tensors: the authors' SpaRTAN files carry an omegaconf
+    config. Objects of classes from other packages are read as empty placeholders here, so that the
+    packages need not be installed either. A file that names functions of Python or of the operating
+    system is refused.
 
     Args:
-        path: A file written by ``torch.save``; of one from before torch 1.6 they cannot be told.
+        path: See :func:`read_checkpoint`.
+
+    Returns:
+        What was saved, with placeholders for foreign objects.
+
+    Raises:
+        CheckpointError: The file does not exist, is not a checkpoint, or is refused.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f'{path} is a folder, not a checkpoint')
+    # What is left out here is refused when the file is read.
+    refused = sys.stdlib_module_names - _VALUE_MODULES
+    placeholders = {name: _make_placeholder(name) for name in _list_unknown_names(path)
+                    if name.partition('.')[0] not in refused}
+    while True:
+        try:
+            with torch.serialization.safe_globals([*_VALUE_TYPES, *placeholders.values()]):
+                return read_checkpoint(path)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+        except CheckpointError as error:
+            # torch fills nothing but Python's own lists, and newer versions its own dicts alone.
+            found = re.search(r"Can only (SETITEM|append|extend).* but got <class '(.+)'>",
+                              str(error))
+            if not found or found[2] not in placeholders:
+                raise
+            content = OrderedDict if found[1] == 'SETITEM' else list
+            placeholders[found[2]] = _make_placeholder(found[2], content)
+
+
+class _Placeholder:
+    """Takes the place of an object whose class is not allowed to run."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _ignore(self, *args):
+        pass
+
+    __setstate__ = __setitem__ = _ignore
+
+
+def _make_placeholder(name: str, content: Callable[[], Any] | None = None) -> type:
+    """Make a class of a name; calling it gives a placeholder, or what `content` makes."""
+    module, _, qualname = name.rpartition('.')
+    members = dict(__module__=module, __qualname__=qualname)
+    if content:
+        members['__new__'] = lambda cls, *args, **kwargs: content()
+    return type(qualname, (_Placeholder, ), members)
+
+
+def _list_unknown_names(path: str | Path) -> list[str]:
+    """List what a file names and :func:`read_checkpoint` refuses; not if it is before torch 1.6."""
     try:
         with _declared_safe():
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)

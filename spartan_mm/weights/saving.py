@@ -3,7 +3,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import PickleError
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -32,7 +32,8 @@ def deploy_checkpoint(model: nn.Module, checkpoint: str | Path, out: str | Path)
     Raises:
         FileNotFoundError: There is no such checkpoint.
         CheckpointError: It belongs to another architecture or is of the deploy form already, the
-            model has no deploy form, or the file cannot be written.
+            model has no deploy form, or the file cannot hold it.
+        UnwritableError: The file cannot be written.
     """
     meta = find_meta(load_for_inference(model, checkpoint))
     if is_deployed(model):
@@ -53,31 +54,35 @@ def save_checkpoint(checkpoint: Mapping, path: str | Path) -> None:
         path: File to write; its folder is made if need be.
 
     Raises:
-        CheckpointError: The file cannot be written, or cannot hold the checkpoint.
+        UnwritableError: The file cannot be written.
+        CheckpointError: It cannot hold the checkpoint.
     """
     path = Path(path)
     try:
         with write_whole(path) as file:
-            if path.suffix == '.safetensors':
-                file.write(_to_safetensors(checkpoint))
-            else:
-                torch.save(checkpoint, file)
-    except OSError as error:
-        raise CheckpointError(f'{path} cannot be written: {error.strerror or error}') from error
+            write_checkpoint(checkpoint, file, path.suffix)
     # What safetensors, JSON and pickle say of content that they cannot hold.
     except (AttributeError, PickleError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f'{path} cannot be written, it cannot hold this checkpoint: '
                               f'{error}') from error
 
 
-def _to_safetensors(checkpoint: Mapping) -> bytes:
-    # transformers insists on the entry 'format'.
-    metadata = dict(format='pt')
+def write_checkpoint(checkpoint: Mapping, file: IO[bytes], suffix: str) -> None:
+    """Write a checkpoint to an open file, see :func:`save_checkpoint`; the same gives same bytes.
+
+    NOTE: The header of a safetensors file gets one entry alone: safetensors does not write several
+    in the same order every time. transformers insists on 'format'.
+    """
+    if suffix != '.safetensors':
+        torch.save(checkpoint, file)
+        return
+    metadata, tensors = dict(format='pt'), checkpoint
     if 'meta' in checkpoint:
-        metadata['meta'] = json.dumps(checkpoint['meta'], default=_plain)
-        checkpoint = checkpoint['state_dict']
-    return safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in checkpoint.items()}, metadata)
+        metadata = dict(meta=json.dumps(checkpoint['meta'], default=_plain, sort_keys=True,
+                                        ensure_ascii=False))
+        tensors = checkpoint['state_dict']
+    file.write(safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from ..errors import CheckpointError
-from .config_text import find_code, find_code_in_data
+from .config_text import CodeError, check, read_text
+from .loading import find_meta
 from .safe_load import local_file, read_checkpoint
 
 
@@ -34,45 +35,37 @@ def config_from(path: str | Path) -> Config:
 
 
 def read_config(checkpoint: Any, name: str | Path) -> Config | None:
-    """Read the config inside of a checkpoint, and import what it names.
+    """Read the config inside of a checkpoint, if there is one, and import what it names.
 
     Args:
         checkpoint: What :func:`read_checkpoint` gave.
         name: What to call the checkpoint in an error message.
 
-    Returns:
-        The config; None if there is none.
-
     Raises:
         CheckpointError: The config would run code, or is none.
     """
-    stored = _plain_config(checkpoint)
-    if stored is None:
-        stored = next((place[key] for place, key in text_places(checkpoint)), None)
+    plain = _plain_config(checkpoint)
+    text = next((place[key] for place, key in text_places(checkpoint)), None)
+    if plain is None and text is None:
+        return None
     try:
-        if isinstance(stored, Mapping):
-            stored = from_plain(stored)
-        if stored is None:
-            return None
-        problem = find_problem(stored, name)
-        if not problem:
-            return make_config(stored)
+        if plain is None:
+            content = read_text(text)
+        else:
+            content = from_plain(plain)
+            check(content)
+        return make_config(content)
+    except CodeError as error:
+        raise CheckpointError(_refusal(name, error)) from None
     except Exception as error:  # whatever Python says about what is no config
         raise CheckpointError(f'the config inside of {name} cannot be used: {error}') from error
-    raise CheckpointError(problem)
 
 
-def make_config(stored: str | dict[str, Any]) -> Config:
-    """Make a config of its text or its content, and import what it names.
-
-    Args:
-        stored: What was looked through already, or is trusted.
-    """
-    if isinstance(stored, str):
-        return Config.fromstring(stored, '.py')
-    if stored.get('custom_imports'):
-        import_modules_from_strings(**stored['custom_imports'])
-    return Config(stored)
+def make_config(content: dict[str, Any]) -> Config:
+    """Make a config of its content, which was looked through, and import what it names."""
+    if content.get('custom_imports'):
+        import_modules_from_strings(**content['custom_imports'])
+    return Config(content)
 
 
 def find_test_dataset(config: Config) -> Mapping[str, Any]:
@@ -83,26 +76,25 @@ def find_test_dataset(config: Config) -> Mapping[str, Any]:
     return dataset
 
 
-def find_problem(stored: str | dict[str, Any], name: str | Path) -> str | None:
-    """Say why a config must not be used; None if it may.
+def find_problem(text: str, name: str | Path) -> str | None:
+    """Say why a config of text must not be run; None if it may, or is no Python at all."""
+    try:
+        read_text(text)
+    except CodeError as error:
+        return _refusal(name, error)
+    except (SyntaxError, ValueError):
+        pass
+    return None
 
-    Args:
-        stored: Its text or its content.
-        name: What to call the checkpoint that it is from.
-    """
-    code = find_code(stored) if isinstance(stored, str) else find_code_in_data(stored)
-    return code and (
-        f'{name} is refused: the config in it would run code ({code}), or build what is not '
-        'registered, as soon as it is used. Nothing was run. If it is your own, give the config '
-        'file beside the checkpoint; else ask for the weights alone')
+
+def _refusal(name: str | Path, error: CodeError) -> str:
+    return (f'{name} is refused: the config in it would run code ({error}), or build what is not '
+            'registered, as soon as it is used. Nothing was run. If it is your own, give the '
+            'config file beside the checkpoint; else ask for the weights alone')
 
 
 def text_places(checkpoint: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Find the configs of text in a checkpoint, where mmengine looks for them, in its order.
-
-    Yields:
-        A dict and the key in it.
-    """
+    """Find the configs of text where mmengine looks for them, in its order: dict and key."""
     places = (('message_hub', 'runtime_info', 'cfg'), ('meta', 'cfg'), ('meta', 'config'))
     for *outer, last in places:
         found = checkpoint
@@ -133,13 +125,7 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Put plain values into what JSON has; tuples, sets and unusual dicts are marked.
-
-    Args:
-        value: A dict, list, tuple, set, text, number, bool or None of Python.
-
-    Returns:
-        What :func:`from_plain` makes the same value of.
+    """Put plain values of Python into what JSON has; tuples, sets and unusual dicts are marked.
 
     Raises:
         TypeError: It is none of these, or holds what is none.
@@ -169,11 +155,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """Undo :func:`to_plain`.
-
-    Raises:
-        TypeError: It is nothing that could come from there.
-        ValueError: See above.
+    """Undo :func:`to_plain`; a TypeError or ValueError if nothing there could have made it.
 
     Example:
         >>> from_plain({'sizes': {'$tuple': [1, [2]]}})
@@ -197,6 +179,5 @@ def from_plain(value: Any) -> Any:
 
 def _plain_config(checkpoint: Any) -> dict[str, Any] | None:
     """Find the config that publishing wrote."""
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    plain = meta.get('config') if isinstance(meta, dict) else None
+    plain = find_meta(checkpoint).get('config')
     return plain if isinstance(plain, dict) else None

@@ -29,9 +29,15 @@ def test_equals_the_training_form(options):
     for y, expected in zip(deployed(x), model(x), strict=True):
         assert_near(y, expected, 1e-10)
 
-    single = deployed.float()(x.float())
+    single = copy.deepcopy(deployed).float()(x.float())
     for y, expected in zip(single, model(x), strict=True):
         assert_near(y.double(), expected, 1e-5)
+
+    left = {name.rsplit('.', 1)[-1] for name, module in deployed.named_modules()
+            if isinstance(module, _BatchNorm)}
+    # The argmax of a channel mixer looks at what the norm gives.
+    assert left == ({'norm2'} if options == dict(block_norm='BN') else set())
+    assert not any('layer_scale' in name for name in deployed.state_dict())
 
 
 @torch.no_grad()
@@ -59,20 +65,6 @@ def test_modulation_is_folded_where_groups_hold_whole_pairs(ratio, conv_type, fo
     assert_close(mixer.refine(wave if folded else modulate(wave, weight)), expected)
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_no_batch_norm_is_left(options):
-    left = {name.rsplit('.', 1)[-1] for name, module in deploy(make(**options)).named_modules()
-            if isinstance(module, _BatchNorm)}
-    # The argmax of a channel mixer looks at what the norm gives.
-    assert left == ({'norm2'} if options == dict(block_norm='BN') else set())
-
-
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
-def test_layer_scales_are_gone(options):
-    deployed = deploy(make(**options))
-    assert not any('layer_scale' in name for name in deployed.state_dict())
-
-
 def test_has_fewer_tensors_and_parameters():
     model = make()
     deployed = deploy(model)
@@ -88,16 +80,11 @@ def test_switching_twice_changes_nothing():
 
 
 def test_refuses_training():
-    model = make()
-    model.switch_to_deploy()
-    assert not model.training
+    model = deploy(make())
+    assert not model.training and not model(images(1, 3, 32, 32))[0].requires_grad
     with pytest.raises(RuntimeError, match='deploy form.*cannot be trained'):
         model.train()
     model.eval()
-
-
-def test_has_no_gradients():
-    assert not deploy(make())(images(1, 3, 32, 32))[0].requires_grad
 
 
 def test_weights_load_into_a_deployed_model():
@@ -132,16 +119,13 @@ def test_affines_that_an_argmax_looks_at_are_not_made_up():
         deployed.load_state_dict(weights)
 
 
-def test_weights_do_not_load_into_the_training_form():
-    with pytest.raises(RuntimeError, match='in deploy form, the model is in training form: call '
-                                           r'switch_to_deploy\(\) before'):
-        make().load_state_dict(deploy(make()).state_dict())
-
-
-def test_weights_of_the_training_form_do_not_load():
-    with pytest.raises(RuntimeError, match='in training form, the model is in deploy form: load '
-                                           r'it before switch_to_deploy\(\)'):
-        deploy(make()).load_state_dict(make().state_dict())
+def test_weights_of_the_other_form_do_not_load():
+    plain, deployed = make(), deploy(make())
+    for model, other, message in (
+            (plain, deployed, r'in deploy form, .* in training form: call switch_to_deploy'),
+            (deployed, plain, r'in training form, .* load it before switch_to_deploy\(\)')):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize('height, width', [(16, 16), (17, 31), (32, 100), (63, 39)])

@@ -19,7 +19,8 @@ from spartan_mm.analysis.authors_form import to_authors_form
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.backbones.spartan import CMixer
 
-IMAGES = 8  # float64 takes a second for each
+IMAGES = 4  # float64 takes a second for each
+pytestmark = pytest.mark.slow
 
 
 def record_strengths(model):

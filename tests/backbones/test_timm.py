@@ -62,16 +62,10 @@ def test_without_pretrained_initialising_changes_nothing():
     assert_close(dict(backbone.state_dict()), before)
 
 
-def test_unknown_model():
-    with pytest.raises(ValueError, match="no model 'resnet19'; the closest names are .*resnet18"):
-        TIMMFeatures('resnet19')
-
-
-def test_unknown_map():
-    with pytest.raises(ValueError, match=r'test_resnet has no maps out_indices=\(7,\)'):
-        TIMMFeatures('test_resnet', out_indices=(7, ))
-
-
-def test_init_cfg_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match='pretrained_cfg_overlay'):
-        TIMMFeatures('test_resnet', init_cfg=dict(type='Pretrained', checkpoint='x'))
+@pytest.mark.parametrize('settings, message', [
+    (dict(model_name='resnet19'), "no model 'resnet19'; the closest names are .*resnet18"),
+    (dict(out_indices=(7, )), r'test_resnet has no maps out_indices=\(7,\)'),
+    (dict(init_cfg=dict(type='Pretrained', checkpoint='x')), 'pretrained_cfg_overlay')])
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TIMMFeatures(**dict(model_name='test_resnet') | settings)

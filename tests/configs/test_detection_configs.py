@@ -1,6 +1,8 @@
 """Every detection config: sizes, parameter groups, recipe, and one training step."""
+import copy
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,22 +38,27 @@ def load(name):
     return Config.fromfile(CONFIGS / f'{name}.py')
 
 
+@cache
+def build(name):
+    """The model of a config, for tests that only look at it."""
+    return MODELS.build(load(name).model)
+
+
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         *COCO, 'rtdetr_spartan_xt_digits', 'rtdetr_timm', 'retinanet_spartan_t'}
-
-
-def test_leaves_are_short():
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
 
 
 @pytest.mark.parametrize('name', COCO)
 def test_number_of_parameters(name):
-    model = MODELS.build(load(name).model)
+    model = build(name)
     total, backbone = SIZES[name]
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in model.backbone.parameters()) == backbone
+    layers = {'rtdetr_r18vd': 3, 'rtdetr_r34vd': 4}.get(name, 6)
+    assert (model.decoder.num_layers, model.decoder.eval_idx) == (layers, layers - 1)
 
 
 def expected_group(name, kind):
@@ -69,8 +76,7 @@ def expected_group(name, kind):
 
 @pytest.mark.parametrize('name', COCO)
 def test_parameter_groups(name):
-    config = load(name)
-    model = MODELS.build(config.model)
+    config, model = load(name), build(name)
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {names[parameter]: (group['lr'], group['weight_decay'])
@@ -109,8 +115,7 @@ def test_parameter_groups(name):
         'backbone.stages.0.blocks.0.cmixer.complex_weight': (1e-5, 1e-4)}),
 ])
 def test_parameter_groups_by_hand(name, spot_checks):
-    config = load(name)
-    model = MODELS.build(config.model)
+    config, model = load(name), build(name)
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     for parameter_name, expected in spot_checks.items():
         parameter = model.get_parameter(parameter_name)
@@ -136,17 +141,9 @@ def test_recipe(name):
         'LoadImageFromFile', 'LoadAnnotations', 'RandomPhotometricDistort', 'RandomZoomOut',
         'RandomIoUCrop', 'FilterSmallBoxes', 'RandomFlip', 'AntialiasedResize', 'FilterSmallBoxes',
         'PackDetInputs']
-    sizes = MODELS.build(config.model).data_preprocessor.batch_augments[0].sizes
+    sizes = build(name).data_preprocessor.batch_augments[0].sizes
     assert [height for height, _ in sizes] == [480, 512, 544, 576, 608, 640, 640, 640, 672, 704,
                                                736, 768, 800]
-
-
-@pytest.mark.parametrize('name, layers, eval_idx', [
-    ('rtdetr_r18vd', 3, 2), ('rtdetr_r34vd', 4, 3), ('rtdetr_r50vd', 6, 5), ('rtdetr_r101vd', 6, 5),
-    ('rtdetr_spartan_t', 6, 5), ('rtdetr_spartan_xt', 6, 5)])
-def test_decoder(name, layers, eval_idx):
-    decoder = MODELS.build(load(name).model).decoder
-    assert (decoder.num_layers, decoder.eval_idx) == (layers, eval_idx)
 
 
 @pytest.mark.slow
@@ -265,7 +262,7 @@ def test_missing_classifier_is_an_error_with_the_remedy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, fused', [('rtdetr_spartan_t', 21.38), ('rtdetr_spartan_xt', 19.82)])
 def test_number_of_parameters_with_fused_blocks(name, fused):
-    model = MODELS.build(load(name).model)
+    model = copy.deepcopy(build(name))
     for module in model.modules():
         if isinstance(module, RepVGGBlock):
             module.switch_to_deploy()

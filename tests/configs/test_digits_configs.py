@@ -23,10 +23,6 @@ def detector():
     return Config.fromfile(CONFIGS / 'detection' / 'rtdetr_spartan_xt_digits.py')
 
 
-def test_the_leaf_is_short(classifier):
-    assert len(Path(classifier.filename).read_text().splitlines()) <= 25
-
-
 def test_nothing_of_the_recipe_that_needs_long_training_is_left(classifier):
     init_default_scope('mmpretrain')
     model = MODELS.build(classifier.model)

@@ -113,11 +113,9 @@ def test_empty_batch_keeps_the_graph():
     assert not generator.label_embedding.weight.grad.any()
 
 
-def test_empty_batch_can_be_skipped_as_in_the_first_version():
+def test_no_denoising():
+    """Switched off, or for an empty batch as in the first version."""
+    assert DenoisingGenerator(5, 8, num_queries=0)(TARGETS, 4) is None
     generator = DenoisingGenerator(5, 8, skip_empty_batch=True)
     assert generator(EMPTY, 4) is None
     assert generator(TARGETS, 4) is not None
-
-
-def test_switched_off():
-    assert DenoisingGenerator(5, 8, num_queries=0)(TARGETS, 4) is None

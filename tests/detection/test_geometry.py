@@ -76,13 +76,9 @@ class TestRandomZoomOut:
         grown = [RandomZoomOut()(make_results())['img_shape'] != SIZE for _ in range(200)]
         assert 70 < sum(grown) < 130
 
-    def test_shrinking_is_refused(self):
-        with pytest.raises(ValueError, match='1 <= low'):
-            RandomZoomOut(ratio_range=(0.5, 2))
-
 
 class TestRandomIoUCrop:
-    @pytest.mark.parametrize('seed', range(12))
+    @pytest.mark.parametrize('seed', range(8))
     def test_equals_torchvision_for_the_same_draws(self, seed, monkeypatch):
         """Torchvision, fed with the uniform numbers that ours drew, takes the same crop."""
         np.random.seed(seed)
@@ -176,10 +172,6 @@ class TestRandomIoUCrop:
         results = transform(make_results(ignored=[1]))
         assert results['gt_ignore_flags'].tolist() == [False, True, False]
 
-    def test_endless_search_is_refused(self):
-        with pytest.raises(ValueError, match='must contain 1.0'):
-            RandomIoUCrop(min_ious=(0.5, 0.9))
-
     def test_tiny_image(self):
         transform = RandomIoUCrop(prob=1)
         for _ in range(20):
@@ -210,12 +202,10 @@ class TestFilterSmallBoxes:
         assert results['gt_bboxes_labels'].tolist() == [0, 3]
         assert len(results['gt_bboxes']) == len(results['gt_ignore_flags']) == 2
 
-    def test_emptied_image_is_kept(self):
-        results = FilterSmallBoxes(min_size=100)(make_results())
+    @pytest.mark.parametrize('boxes', [BOXES, []])
+    def test_image_without_boxes_is_kept(self, boxes):
+        results = FilterSmallBoxes(min_size=100)(make_results(boxes))
         assert results['gt_bboxes'].numpy().shape == (0, 4)
-
-    def test_image_without_boxes(self):
-        assert len(FilterSmallBoxes()(make_results([]))['gt_bboxes']) == 0
 
 
 VIEWS = dict(whole=lambda image: image, cropped=lambda image: image[5:-7, 11:-2],
@@ -272,6 +262,14 @@ class TestAntialiasedResize:
 def outside(boxes):
     """Boxes that reach beyond the image, as entries of the results."""
     return dict(gt_bboxes=HorizontalBoxes(np.array(boxes, dtype=np.float32)))
+
+
+@pytest.mark.parametrize('build, message', [
+    (lambda: RandomZoomOut(ratio_range=(0.5, 2)), '1 <= low'),
+    (lambda: RandomIoUCrop(min_ious=(0.5, 0.9)), r'must contain 1\.0')])
+def test_bad_settings(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.mark.parametrize('size', [(120, 160), (480, 333)])

@@ -73,18 +73,13 @@ SIZES = [((13, 9), (6, 4), (3, 2)), ((13, 9), (7, 5), (4, 3)), ((1, 1), (1, 1), 
 
 
 @pytest.mark.parametrize('sizes', SIZES)
-def test_any_size(sizes):
-    maps = [torch.rand(2, c, *size) for c, size in zip((8, 16, 24), sizes, strict=True)]
-    assert [tuple(x.shape) for x in encoder()(maps)] == [(2, 16, *size) for size in sizes]
-
-
-@pytest.mark.parametrize('sizes', SIZES)
 @pytest.mark.parametrize('in_channels', [(8, 16, 24), (64, 128, 16)])
 @torch.no_grad()
-def test_deploy_form_of_any_size_and_width(in_channels, sizes):
+def test_any_size_and_width_and_their_deploy_form(in_channels, sizes):
     neck = HybridEncoder(in_channels, embed_dims=16, ffn_dims=32, num_heads=2).eval()
     maps = [torch.rand(2, c, *size) for c, size in zip(in_channels, sizes, strict=True)]
     expected = neck(maps)
+    assert [tuple(x.shape) for x in expected] == [(2, 16, *size) for size in sizes]
     neck.switch_to_deploy()
     assert_close(neck(maps), expected, rtol=1e-5, atol=1e-5)
     # A projection is folded in unless that would be more to compute.
@@ -92,15 +87,12 @@ def test_deploy_form_of_any_size_and_width(in_channels, sizes):
         channels <= 32 for channels in in_channels[:2]] + [False]
 
 
-def test_other_channels_are_named():
+def test_channels_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match='embed_dims=30'):
+        HybridEncoder([8], embed_dims=30)
     maps = [torch.rand(1, c, 4, 4) for c in (8, 16, 32)]
     with pytest.raises(ValueError, match=r'in_channels=\(8, 16, 24\).*\(8, 16, 32\)'):
         encoder()(maps)
-
-
-def test_embed_dims_must_fit():
-    with pytest.raises(ValueError, match='embed_dims=30'):
-        HybridEncoder([8], embed_dims=30)
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -12,9 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import spartan_mm.detection  # noqa: F401 - registers what the settings name
-from spartan_mm.weights.converters.common import load_checkpoint
 from spartan_mm.weights.converters.convert import convert, read_source
 from spartan_mm.weights.converters.huggingface import convert_huggingface, export_huggingface
+from spartan_mm.weights.safe_load import read_foreign
 
 transformers = pytest.importorskip(
     'transformers', reason='transformers is not installed; run make test-parity')
@@ -81,7 +81,7 @@ def make(name, version='RTDetr', **changes):
 def make_ours(path, **neck):
     """A model of ours with the settings and weights in a file."""
     from mmdet.registry import MODELS
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_foreign(path)
     settings = checkpoint['meta']['arch']
     model = MODELS.build(dict(
         settings, type='RTDETR', neck=dict(settings['neck'], type='HybridEncoder', **neck),
@@ -123,7 +123,7 @@ def test_there_and_back(tmp_path, name, changes):
     theirs = make(name, **changes)
     theirs.save_pretrained(tmp_path / 'theirs')
     convert_file(tmp_path / 'theirs', tmp_path / 'ours.pth')
-    assert load_checkpoint(tmp_path / 'ours.pth')['meta']['dataset_meta'] == dict(
+    assert read_foreign(tmp_path / 'ours.pth')['meta']['dataset_meta'] == dict(
         classes=('cat', 'dog', 'remote'))
     assert_same_outputs(theirs, make_ours(tmp_path / 'ours.pth'), 160, 160)
 

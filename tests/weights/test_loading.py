@@ -6,7 +6,7 @@ from torch import nn
 
 from spartan_mm import SpaRTAN
 from spartan_mm.errors import CheckpointError
-from spartan_mm.weights.loading import load_all_weights, load_for_inference
+from spartan_mm.weights.loading import find_state_dict, load_all_weights, load_for_inference
 
 
 def make_model(width=4, extra=False):
@@ -58,22 +58,25 @@ def test_another_spartan():
     (dict(model={}, epoch=3), r'spartan-mm convert'),
     (dict(epoch=3), r'\(it has: epoch\)$'),
     (dict(state_dict={}), r'no .state_dict. with weights'),
+    (dict(state_dict=dict(weight='no')), r'\(it has: weight\)$'),
     ([1, 2], r'\(it has: list\)'),
+    ({}, r'\(it has: none\)'),
 ])
 def test_no_weights(content, message):
     with pytest.raises(CheckpointError, match=message):
         load_all_weights(make_model(), content, 'checkpoint')
 
 
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'none\.pth does not exist'):
-        load_for_inference(make_model(), str(tmp_path / 'none.pth'))
-
-
-def test_damaged_file(tmp_path):
-    (tmp_path / 'damaged.pth').write_bytes(b'PK\x03\x04 and then nothing')
-    with pytest.raises(CheckpointError, match=r'damaged\.pth cannot be read as a checkpoint'):
-        load_for_inference(make_model(), str(tmp_path / 'damaged.pth'))
+@pytest.mark.parametrize('wrap', [
+    lambda weights: weights,
+    lambda weights: dict(epoch=3, model=weights),
+    lambda weights: dict(model={f'module.{name}': value for name, value in weights.items()}),
+    lambda weights: dict(ema=dict(module=weights), model={}),
+], ids=['plain', 'model', 'model with module.', 'ema'])
+def test_weights_are_found_where_others_put_them(wrap):
+    weights = dict(nn.Linear(2, 3).state_dict())
+    found = find_state_dict(wrap(weights), 'a.pth', ('ema.module', 'model'))
+    torch.testing.assert_close(found, weights)
 
 
 class Mergeable(nn.Module):

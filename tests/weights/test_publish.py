@@ -22,6 +22,7 @@ from spartan_mm.weights.forms import is_deployed
 from spartan_mm.weights.publish import publish
 from spartan_mm.weights.safe_load import read_checkpoint
 from spartan_mm.weights.saving import deploy_checkpoint
+from spartan_mm.weights.stored_config import as_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / 'tests' / 'data'
@@ -39,7 +40,7 @@ def make(task, **changes):
 
 def training_checkpoint(config, model, **meta):
     """What mmengine saves in a training with a moving average."""
-    averaged, text = model.state_dict(), config.pretty_text
+    averaged, text = model.state_dict(), as_text(config.to_dict())
     trained = {f'module.{name}': torch.zeros_like(value) for name, value in averaged.items()}
     return dict(
         meta=dict(cfg=text, dataset_meta=dict(classes=('square', 'disc')), epoch=2,

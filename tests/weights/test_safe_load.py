@@ -9,6 +9,7 @@ import pickle
 import runpy
 import sys
 import tarfile
+import types
 import zipfile
 from email.message import Message
 from pathlib import Path
@@ -26,10 +27,10 @@ from torch import nn
 from spartan_mm import SpaRTAN, config_from
 from spartan_mm.errors import CheckpointError
 from spartan_mm.weights import CheckedPretrained, ConvertedPretrained
-from spartan_mm.weights.converters.convert import read_ours, read_source
+from spartan_mm.weights.converters.convert import convert, read_source
 from spartan_mm.weights.loading import load_for_inference
 from spartan_mm.weights.publish import publish
-from spartan_mm.weights.safe_load import local_file, read_checkpoint
+from spartan_mm.weights.safe_load import local_file, read_checkpoint, read_foreign
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 WEIGHTS = dict(weight=torch.ones(3, 2), bias=torch.zeros(3))
@@ -85,6 +86,16 @@ def test_what_runs_is_refused_by_name(tmp_path, name, zipped):
                                               '.*Nothing was run'):
         read_checkpoint(path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize('name, attack', [
+    *list(attacks('trace').items())[:5], ('getattr', Attack(Path.touch, Path('trace')))])
+def test_what_runs_is_refused_in_files_of_others(tmp_path, monkeypatch, name, attack):
+    monkeypatch.chdir(tmp_path)
+    path = saved(tmp_path, dict(a=attack, model=WEIGHTS))
+    with pytest.raises(CheckpointError, match=rf'checkpoint\.pth is refused: .* run ({name})'):
+        read_foreign(path)
+    assert os.listdir() == ['checkpoint.pth']
 
 
 @pytest.mark.parametrize('load', [
@@ -389,7 +400,7 @@ def test_a_config_that_runs_code(tmp_path, place, text):
     with pytest.raises(CheckpointError, match=message):
         config_from(path)
     with pytest.raises(CheckpointError, match=message):
-        read_ours(read_source(path, 'mm'))
+        convert(read_source(path, 'mm'), tmp_path / 'new.pth', 'spartan')
 
 
 class TestConfigs:
@@ -518,3 +529,19 @@ def test_files_of_another_kind(tmp_path, name, write, message):
 def test_no_file(tmp_path, name):
     with pytest.raises(FileNotFoundError, match='does not exist'):
         read_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match='does not exist|is a folder, not a checkpoint'):
+        read_foreign(tmp_path / name)
+
+
+def test_foreign_objects_are_read_without_their_package(tmp_path, monkeypatch):
+    """As the authors' checkpoints, which hold a config object beside the weights."""
+    module = types.ModuleType('foreign_config')
+    exec('class Config(dict):\n    pass\n\nclass Node(list):\n    def __init__(self, value):\n'
+         '        self.value = value\n    def __reduce__(self):\n'
+         '        return type(self), (self.value,), None, iter([1])', module.__dict__)
+    monkeypatch.setitem(sys.modules, 'foreign_config', module)
+    config = module.Config(path=Path('here'))
+    config.content = dict(depth=module.Node(3), kind=dict)
+    path = saved(tmp_path, dict(config=config, model=WEIGHTS))
+    monkeypatch.delitem(sys.modules, 'foreign_config')
+    torch.testing.assert_close(read_foreign(path)['model'], WEIGHTS)

@@ -507,7 +507,7 @@ def measure_all(args: argparse.Namespace, console: Console, kind: str, out_dir: 
                    str(out_dir / f'{job.name}.json')]
         if args.threads:
             command += ['--threads', str(args.threads)]
-        if run_process(command, log, lambda line: console.status(line.strip()), console):
+        if run_process(command, log, lambda line: console.status(line.strip())):
             failed.append(job.name)
             last = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
             console.line(f'    failed: {"".join(last)} (all of it: {log})')

@@ -1,12 +1,13 @@
 """Converting files: what they are is told by their names, and what was done in a sentence."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
+from ..loading import find_classes, find_meta, find_state_dict
+from ..safe_load import read_foreign
 from ..saving import save_checkpoint
-from ..stored_config import read_config
-from .common import StateDict, load_checkpoint, pick_state_dict
+from ..stored_config import find_test_dataset, read_config
 from .huggingface import (
     convert_huggingface,
     export_huggingface,
@@ -14,6 +15,7 @@ from .huggingface import (
     read_huggingface,
     write_huggingface,
 )
+from .names import StateDict
 from .rtdetr import convert_rtdetr, export_rtdetr
 from .spartan import convert_spartan, export_spartan
 
@@ -64,8 +66,7 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
 
     Args:
         path: A file, .pth or .safetensors, or a folder of transformers.
-        kind: One of KINDS; None to tell it by the names of the tensors. A folder is always one of
-            transformers.
+        kind: One of KINDS; None to tell it by the names of the tensors.
 
     Raises:
         CheckpointError: It cannot be read, or is of no kind that is known.
@@ -73,8 +74,8 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
     path = Path(path)
     if path.is_dir() or kind == 'huggingface':
         return Source(path, 'huggingface', *read_huggingface(path))
-    checkpoint = load_checkpoint(path)
-    weights = pick_state_dict(checkpoint, _ENTRIES[kind or 'official'])
+    checkpoint = read_foreign(path)
+    weights = find_state_dict(checkpoint, path, _ENTRIES[kind or 'official'])
     found = next((known for known, beginnings in _BEGINNINGS.items()
                   if any(name.startswith(beginnings) for name in weights)), None)
     if found == 'huggingface':
@@ -113,47 +114,31 @@ def convert(source: Source, dst: str | Path, to: str) -> str:
     return _to_ours(source, dst) if to == 'mm' else _from_ours(source, dst, to)
 
 
-def read_ours(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what a checkpoint of ours says of its model.
-
-    Args:
-        source: Of the kind 'mm': written by mmengine, by publishing or by converting.
-
-    Returns:
-        `meta` and the config; empty if there are none.
-
-    Raises:
-        CheckpointError: It was merged for inference, or its config would run code.
-    """
-    checkpoint = source.checkpoint
-    meta = checkpoint.get('meta') if isinstance(checkpoint.get('meta'), dict) else {}
-    if meta.get('deploy'):
-        raise CheckpointError(f'{source.path} was merged for inference, which nothing undoes; '
-                              'convert the checkpoint that it was made from')
-    config = read_config(checkpoint, source.path)
-    return meta, config.to_dict() if config else {}
-
-
 def _to_ours(source: Source, dst: str | Path) -> str:
-    meta = {}
-    if source.kind == 'spartan':
-        weights, meta['arch'] = convert_spartan(source.weights)
-    elif source.kind == 'official':
-        weights, meta['arch'] = convert_rtdetr(source.weights)
+    classes = None
+    if source.kind == 'huggingface':
+        weights, arch, classes = convert_huggingface(source.weights, source.checkpoint)
     else:
-        weights, meta['arch'], classes = convert_huggingface(source.weights, source.checkpoint)
-        if classes:
-            # Where mmdet's inferencers look.
-            meta['dataset_meta'] = dict(classes=tuple(classes))
+        convert = convert_spartan if source.kind == 'spartan' else convert_rtdetr
+        weights, arch = convert(source.weights)
+    meta = dict(arch=arch)
+    if classes:
+        # Where mmdet's inferencers look.
+        meta['dataset_meta'] = dict(classes=tuple(classes))
     save_checkpoint(dict(state_dict=weights, meta=meta), dst)
-    return f'architecture: {meta["arch"]}\n{len(weights)} tensors written to {dst}'
+    return f'architecture: {arch}\n{len(weights)} tensors written to {dst}'
 
 
 def _from_ours(source: Source, dst: str | Path, to: str) -> str:
-    meta, config = read_ours(source)
+    meta = find_meta(source.checkpoint)
+    if meta.get('deploy'):
+        raise CheckpointError(f'{source.path} was merged for inference, which nothing undoes; '
+                              'convert the checkpoint that it was made from')
+    config = read_config(source.checkpoint, source.path) or {}
     settings = meta.get('arch') or config.get('model') or {}
     if to == 'huggingface':
-        return _to_huggingface(source.weights, settings, meta, config, dst)
+        return _to_huggingface(source.weights, settings, find_classes(source.checkpoint), config,
+                               dst)
     weights, arch = (export_spartan(source.weights) if to == 'spartan' else
                      export_rtdetr(source.weights, settings))
     # A safetensors file has no entries; the official loaders read .pth files only.
@@ -162,9 +147,8 @@ def _from_ours(source: Source, dst: str | Path, to: str) -> str:
     return f'architecture: {arch}\n{len(weights)} tensors written to {dst}'
 
 
-def _to_huggingface(weights: StateDict, settings: Mapping, meta: Mapping, config: Mapping,
-                    dst: str | Path) -> str:
-    classes = (meta.get('dataset_meta') or {}).get('classes')
+def _to_huggingface(weights: StateDict, settings: Mapping, classes: Sequence[str] | None,
+                    config: Mapping, dst: str | Path) -> str:
     width, height = _test_scale(config)
     if width != height and not settings.get('neck', {}).get('legacy_position', False):
         raise CheckpointError(
@@ -182,7 +166,7 @@ def _to_huggingface(weights: StateDict, settings: Mapping, meta: Mapping, config
 
 def _test_scale(config: Mapping) -> tuple[int, int]:
     """(width, height) that a config's test pipeline resizes images to; RT-DETR's if it has none."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    dataset = find_test_dataset(config)
     for transform in dataset.get('pipeline') or config.get('test_pipeline') or ():
         if transform.get('type', '').endswith('Resize') and 'scale' in transform:
             if transform.get('keep_ratio'):

@@ -1,6 +1,7 @@
 """RTDetrForObjectDetection of transformers under this package's names, and back.
 
-Pure functions from state dict and config to the same; transformers itself is not needed.
+transformers itself is not needed. Each function raises a CheckpointError that lists the keys that
+are missing or left over, the shapes that differ, and the settings that one side does not have.
 """
 import json
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import write_whole
+from ...files import write_json
+from ..loading import find_state_dict
+from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from . import rtdetr_layout as table
-from .common import StateDict, check_keys, load_checkpoint, pick_state_dict
-from .rtdetr import BACKBONE, is_frozen, read_own_settings
+from .names import StateDict
+from .rtdetr import is_frozen, read_own_settings
 
-_BACKBONE = 'model.backbone.model.'
 # The heads stand in the model, and once more, as the same tensors, in its decoder.
 _TIED = {'class_embed.': 'model.decoder.class_embed.', 'bbox_embed.': 'model.decoder.bbox_embed.'}
 
@@ -30,10 +32,10 @@ _FIXED = dict(
     with_box_refine=True, is_encoder_decoder=True, backbone=None, use_timm_backbone=False)
 _FIXED_BACKBONE = dict(
     model_type='rt_detr_resnet', num_channels=3, embedding_size=64, hidden_act='relu',
-    downsample_in_first_stage=False, downsample_in_bottleneck=False)
+    downsample_in_first_stage=False, downsample_in_bottleneck=False,
+    out_features=['stage2', 'stage3', 'stage4'])
 # The second version differs in these and is otherwise the same.
 _FIXED_V2 = dict(decoder_method='default', decoder_offset_scale=0.5, decoder_n_levels=3)
-_MAPS = ['stage2', 'stage3', 'stage4']
 
 
 def convert_huggingface(state_dict: Mapping[str, Tensor],
@@ -50,43 +52,26 @@ def convert_huggingface(state_dict: Mapping[str, Tensor],
     Returns:
         The same tensors under this package's names, the settings of the `model` in a config that
         they fit, and the names of the classes, None if it has none.
-
-    Raises:
-        CheckpointError: The model is another one, or has options that RTDETR has not (it lists
-            them); keys are missing or left over, or shapes differ.
     """
     _check_config(config)
-    backbone_config = config.get('backbone_config') or {}
-    points = config.get('decoder_n_points', 4)
-    state_dict = _without_points_scale(_untied(state_dict), points)
+    state_dict = _without_points_scale(_untied(state_dict), config.get('decoder_n_points', 4))
     layout = table.read_layout(state_dict, table.HUGGINGFACE)
-    converted = table.to_ours(state_dict, _names(layout))
+    converted = table.to_ours(state_dict, table.tensor_names(layout, table.HUGGINGFACE))
 
     frozen = config.get('freeze_backbone_batch_norms', True)
-    backbone = table.resnet_settings(layout, frozen)
-    settings = dict(backbone=backbone, **table.read_settings(
-        converted, layout, config.get('encoder_attention_heads', 8),
-        config.get('decoder_attention_heads', 8)))
+    settings = table.read_settings(converted, layout, config.get('encoder_attention_heads', 8),
+                                   config.get('decoder_attention_heads', 8))
     settings |= dict(
+        backbone=table.resnet_settings(layout, frozen),
         num_queries=config.get('num_queries', 300),
         dn_cfg=dict(num_queries=config.get('num_denoising', 100),
                     label_noise=config.get('label_noise_ratio', 0.5),
                     box_noise=config.get('box_noise_scale', 1.0)))
     table.check_detector(converted, settings)
-    # A config that contradicts its weights belongs to another model.
-    said = _graph_config(settings)
-    contradictions = [
-        f'{name}={given!r}, but the weights have {said[name]!r}'
-        for name, given in config.items()
-        if name in said and name not in ('backbone_config', *_FIXED) and given != said[name]]
-    contradictions += [
-        f'backbone_config.{name}={backbone_config[name]!r}, but the weights have {found!r}'
-        for name, found in said['backbone_config'].items()
-        if name in ('depths', 'hidden_sizes', 'layer_type') and name in backbone_config
-        and backbone_config[name] != found]
-    if contradictions:
-        raise CheckpointError('config.json does not belong to these weights:\n  '
-                              + '\n  '.join(contradictions))
+    said = _flat(_graph_config(settings))
+    del said['backbone_config.out_indices']
+    _compare(_flat(config), said, 'config.json does not belong to these weights',
+             ', but the weights have {!r}')
     return converted, settings, _read_classes(config, settings['bbox_head']['num_classes'])
 
 
@@ -102,10 +87,6 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
 
     Returns:
         The tensors that transformers itself would save, and what its config.json says.
-
-    Raises:
-        CheckpointError: The model has what transformers' has not (it lists this), keys are missing
-            or left over, or shapes differ.
     """
     settings, layout = read_own_settings(state_dict, settings)
     neck, decoder = settings['neck'], settings['decoder']
@@ -125,16 +106,11 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
     if classes is not None and len(classes) != num_classes:
         problems.append(f'{len(classes)} names of classes for {num_classes} classes')
     if problems:
-        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:\n  "
-                              + '\n  '.join(problems))
+        raise CheckpointError("transformers' RTDetrForObjectDetection cannot hold this model:",
+                              *problems)
 
-    names = _names(layout)
-    frozen = is_frozen(settings)
-    backbone = {name: parts for name, parts in names.items() if name.startswith(BACKBONE)}
-    rest = {name: parts for name, parts in names.items() if name not in backbone}
-    check_keys(state_dict, names)
-    exported = table.from_ours({name: state_dict[name] for name in backbone}, backbone, frozen)
-    exported |= table.from_ours({name: state_dict[name] for name in rest}, rest)
+    names = table.tensor_names(layout, table.HUGGINGFACE)
+    exported = table.from_ours(state_dict, names, is_frozen(settings))
 
     labels = list(classes or [f'LABEL_{index}' for index in range(num_classes)])
     config = dict(
@@ -152,9 +128,6 @@ def read_huggingface(folder: str | Path) -> tuple[StateDict, dict]:
 
     Returns:
         The tensors and what config.json says.
-
-    Raises:
-        CheckpointError: Files are missing or cannot be read.
     """
     folder = Path(folder)
     config = _read_json(folder / 'config.json')
@@ -169,7 +142,7 @@ def read_huggingface(folder: str | Path) -> tuple[StateDict, dict]:
         raise CheckpointError(f'{index} names files outside of its folder')
     state_dict = {}
     for file in files:
-        state_dict |= pick_state_dict(load_checkpoint(folder / file), ('state_dict', ))
+        state_dict |= find_state_dict(read_foreign(folder / file), folder / file)
     return state_dict, config
 
 
@@ -184,17 +157,12 @@ def write_huggingface(folder: str | Path, state_dict: Mapping[str, Tensor], conf
         preprocessor: What preprocessor_config.json is to say, see :func:`image_processor`.
 
     Raises:
-        CheckpointError: A file cannot be written.
+        UnwritableError: A file cannot be written.
     """
     folder = Path(folder)
     save_checkpoint(state_dict, folder / 'model.safetensors')
-    for name, content in (('config.json', config), ('preprocessor_config.json', preprocessor)):
-        try:
-            with write_whole(folder / name) as file:
-                file.write((json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())
-        except OSError as error:
-            raise CheckpointError(f'{folder / name} cannot be written: '
-                                  f'{error.strerror or error}') from error
+    write_json(folder / 'config.json', config)
+    write_json(folder / 'preprocessor_config.json', preprocessor)
 
 
 def image_processor(height: int = 640, width: int = 640,
@@ -205,12 +173,6 @@ def image_processor(height: int = 640, width: int = 640,
         height: Rows that images are resized to, in pixels.
         width: Columns that images are resized to, in pixels.
         data_preprocessor: The config's; RT-DETR's own divides by 255 and does nothing else.
-
-    Returns:
-        The processor's settings.
-
-    Raises:
-        CheckpointError: The model takes its colours as BGR.
     """
     given = data_preprocessor or {}
     if data_preprocessor and not given.get('bgr_to_rgb', False):
@@ -239,12 +201,6 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _names(layout: table.Layout) -> table.Names:
-    backbone = table.tensor_names(table.resnet_modules(layout), table.HUGGINGFACE)
-    return (table.with_prefixes(backbone, BACKBONE, _BACKBONE)
-            | table.tensor_names(table.detector_modules(layout), table.HUGGINGFACE))
-
-
 def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:
     """The state dict with each head once, under its name in the decoder."""
     untied = dict(state_dict)
@@ -257,8 +213,7 @@ def _untied(state_dict: Mapping[str, Tensor]) -> StateDict:
                 different.append(f'{name}, {inner}')
             untied[inner] = untied.pop(name)
     if different:
-        raise CheckpointError('these heads, one of which repeats the other, differ:\n  '
-                              + '\n  '.join(different))
+        raise CheckpointError('these heads, one of which repeats the other, differ:', *different)
     return untied
 
 
@@ -278,19 +233,29 @@ def _check_config(config: Mapping) -> None:
     if config.get('model_type') not in kinds:
         raise CheckpointError(f'config.json says model_type={config.get("model_type")!r}; this '
                               f'converts {" and ".join(kinds)}')
+    given = _flat(config)
+    # transformers takes either.
+    features, indices = (f'backbone_config.out_{kind}' for kind in ('features', 'indices'))
+    if not given.get(features) and given.get(indices):
+        given[features] = [f'stage{index}' for index in given[indices]]
+    wanted = dict(kinds[config['model_type']], backbone_config=_FIXED_BACKBONE)
+    _compare(given, _flat(wanted), 'RTDETR has no equal of this model, for its config says',
+             ' (only {!r})')
+
+
+def _flat(config: Mapping) -> dict:
+    """The config, what it says of the backbone by names such as 'backbone_config.depths'."""
     backbone = config.get('backbone_config') or {}
-    problems = [f'{name}={config[name]!r} (only {value!r})'
-                for name, value in kinds[config['model_type']].items()
-                if config.get(name, value) != value]
-    problems += [f'backbone_config.{name}={backbone[name]!r} (only {value!r})'
-                 for name, value in _FIXED_BACKBONE.items() if backbone.get(name, value) != value]
-    maps = backbone.get('out_features') or [
-        f'stage{index}' for index in backbone.get('out_indices') or [2, 3, 4]]
-    if list(maps) != _MAPS:
-        problems.append(f'backbone_config.out_features={maps!r} (only {_MAPS!r})')
-    if problems:
-        raise CheckpointError('RTDETR has no equal of this model, for its config says\n  '
-                              + '\n  '.join(problems))
+    return ({name: value for name, value in config.items() if name != 'backbone_config'}
+            | {f'backbone_config.{name}': value for name, value in backbone.items()})
+
+
+def _compare(given: Mapping, wanted: Mapping, problem: str, remark: str) -> None:
+    """Insist that what is given of what is wanted is that."""
+    wrong = [f'{name}={given[name]!r}' + remark.format(value) for name, value in wanted.items()
+             if name in given and given[name] != value]
+    if wrong:
+        raise CheckpointError(f'{problem}:', *wrong)
 
 
 def _read_classes(config: Mapping, num_classes: int) -> list[str] | None:
@@ -323,7 +288,7 @@ def _graph_config(settings: Mapping) -> dict:
         **_FIXED,
         backbone_config=dict(
             **_FIXED_BACKBONE, layer_type='bottleneck' if depth >= 50 else 'basic', depths=depths,
-            hidden_sizes=_hidden_sizes(settings), out_features=_MAPS, out_indices=[2, 3, 4]),
+            hidden_sizes=_hidden_sizes(settings), out_indices=[2, 3, 4]),
         freeze_backbone_batch_norms=is_frozen(settings),
         feat_strides=[8, 16, 32],
         encoder_in_channels=list(neck['in_channels']), encoder_hidden_dim=neck['embed_dims'],

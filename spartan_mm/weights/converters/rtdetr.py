@@ -1,21 +1,22 @@
 """Official RT-DETR (PyTorch, v1 and v2) weights under this package's names, and back (v1).
 
-Pure functions from state dict to state dict. The names that a model has follow from its
-architecture, which is read from the tensors' names and shapes; whatever is missing or left over is
-an error.
+The names that a model has follow from its architecture, which is read from the tensors' names and
+shapes. Each function raises a CheckpointError that lists the keys that are missing or left over,
+the shapes that differ, and what one side cannot hold.
 """
+import itertools
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...text import join
 from . import rtdetr_layout as table
-from .common import StateDict, strip_prefix
+from .names import StateDict, strip_prefix
+from .rtdetr_layout import BACKBONE
 from .spartan import convert_spartan_backbone, export_spartan_backbone
 
-BACKBONE = 'backbone.'
 # Where a SpaRTAN stands in an official detector.
 _SPARTAN = f'{BACKBONE}net.'
 
@@ -25,16 +26,12 @@ def convert_resnet_vd(state_dict: Mapping[str, Tensor]) -> StateDict:
 
     Args:
         state_dict: Tensors under their official names, without `backbone.`.
-
-    Returns:
-        The same tensors under this package's names.
-
-    Raises:
-        CheckpointError: Keys are missing or left over; lists them.
     """
     layout = table.read_layout([BACKBONE + name for name in state_dict], table.OFFICIAL)
-    return table.to_ours(
-        state_dict, table.tensor_names(table.resnet_modules(layout), table.OFFICIAL))
+    names = table.tensor_names(layout, table.OFFICIAL)
+    return table.to_ours(state_dict, {
+        ours.removeprefix(BACKBONE): [theirs.removeprefix(BACKBONE)]
+        for ours, [theirs] in names.items() if ours.startswith(BACKBONE)})
 
 
 def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
@@ -47,36 +44,25 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     R50-m), that it has other than 8 attention heads or 300 queries, or that a v2 model samples
     discretely.
 
-    Args:
-        state_dict: Tensors under their official names.
-
     Returns:
         The same tensors under this package's names, and the settings of the `model` in a config
         that they fit.
-
-    Raises:
-        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
-            above.
     """
     state_dict = _without_v2(state_dict)
     layout = table.read_layout(state_dict, table.OFFICIAL)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(BACKBONE)}
-    if any(name.startswith(_SPARTAN) for name in state_dict):
-        converted = table.to_ours(rest, names)
-        backbone, arch = convert_spartan_backbone(
-            {name: tensor for name, tensor in state_dict.items() if name not in rest}, _SPARTAN)
-        converted |= {BACKBONE + name: tensor for name, tensor in backbone.items()}
+    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_SPARTAN)}
+    spartan = {}
+    if len(rest) < len(state_dict):
+        spartan, arch = convert_spartan_backbone(state_dict, _SPARTAN)
         backbone = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
-    elif not any(layout.depths):
-        raise CheckpointError('the backbone is neither a ResNet-vd nor a SpaRTAN')
-    else:
-        frozen = not any(name.startswith(BACKBONE) and name.endswith('.num_batches_tracked')
+    elif any(layout.depths):
+        frozen = not any(name.startswith(BACKBONE) and name.endswith(table.COUNTER)
                          for name in state_dict)
         backbone = table.resnet_settings(layout, frozen)
-        names |= table.with_prefixes(
-            table.tensor_names(table.resnet_modules(layout), table.OFFICIAL), BACKBONE, BACKBONE)
-        converted = table.to_ours(state_dict, names)
+    else:
+        raise CheckpointError('the backbone is neither a ResNet-vd nor a SpaRTAN')
+    converted = table.to_ours(rest, table.tensor_names(layout, table.OFFICIAL))
+    converted |= {BACKBONE + name: tensor for name, tensor in spartan.items()}
 
     settings = dict(backbone=backbone, **table.read_settings(converted, layout))
     table.check_detector(converted, settings)
@@ -95,21 +81,14 @@ def export_rtdetr(state_dict: Mapping[str, Tensor],
 
     Returns:
         The same tensors under their official names, and the settings that they fit.
-
-    Raises:
-        CheckpointError: Keys are missing or left over, shapes differ, or the model is none of those
-            above; it lists what the official code cannot hold.
     """
     settings, layout = read_own_settings(state_dict, settings)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(BACKBONE)}
-    exported = table.from_ours(rest, names)
-    backbone = strip_prefix(state_dict, BACKBONE)
+    exported, rest = {}, dict(state_dict)
     if settings['backbone']['type'] == 'SpaRTAN':
-        return exported | export_spartan_backbone(backbone, _SPARTAN)[0], settings
-    names = table.tensor_names(table.resnet_modules(layout), table.OFFICIAL)
-    backbone = table.from_ours(backbone, names, is_frozen(settings))
-    return exported | {BACKBONE + name: tensor for name, tensor in backbone.items()}, settings
+        exported = export_spartan_backbone(strip_prefix(state_dict, BACKBONE), _SPARTAN)[0]
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith(BACKBONE)}
+    names = table.tensor_names(layout, table.OFFICIAL)
+    return table.from_ours(rest, names, is_frozen(settings)) | exported, settings
 
 
 def read_own_settings(state_dict: Mapping[str, Tensor],
@@ -123,30 +102,25 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
 
     Returns:
         The settings, and the counts.
-
-    Raises:
-        CheckpointError: The backbone is neither ResNet-vd nor SpaRTAN, or keys are missing or left
-            over, or shapes differ.
     """
     known = known or {}
     if any('.fused.' in name for name in state_dict):
         raise CheckpointError('the model is fused for inference; convert the checkpoint that it '
                               'was made from')
     layout = table.read_layout(state_dict, table.OURS)
-    names = table.tensor_names(table.detector_modules(layout), table.OFFICIAL)
-    table.check_keys([name for name in state_dict if not name.startswith(BACKBONE)], names)
-
+    names = table.tensor_names(layout, table.OFFICIAL)
     backbone = strip_prefix(state_dict, BACKBONE)
-    if any(name.startswith('stages.') for name in backbone):
+    if any(layout.depths):
+        table.check_keys(state_dict, names)
+        frozen = layout.bottleneck and not any(
+            tensor for name, tensor in backbone.items() if name.endswith(table.COUNTER))
+        if known.get('backbone', {}).get('norm_cfg'):
+            frozen = is_frozen(known)
+        found = table.resnet_settings(layout, frozen)
+    elif any(name.startswith('stages.') for name in backbone):
+        table.check_keys([name for name in state_dict if not name.startswith(BACKBONE)], names)
         arch = export_spartan_backbone(backbone)[1]
         found = dict(type='SpaRTAN', arch=arch, out_indices=(1, 2, 3))
-    elif any(layout.depths):
-        counters = [tensor for name, tensor in backbone.items()
-                    if name.endswith('.num_batches_tracked')]
-        norm_cfg = known.get('backbone', {}).get('norm_cfg')
-        frozen = (not norm_cfg.get('requires_grad', True) if norm_cfg
-                  else layout.bottleneck and not any(counters))
-        found = table.resnet_settings(layout, frozen)
     else:
         raise CheckpointError('the backbone is neither a ResNetVd nor a SpaRTAN, and no other has '
                               'a place in the official code or in transformers')
@@ -168,25 +142,21 @@ def is_frozen(settings: Mapping) -> bool:
 
 def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
     """The state dict with what version 2 calls otherwise renamed, and its constants taken out."""
-    constants, renamed = {}, {}
-    v2 = any(re.search(r'\.cross_attn\.num_points_scale$|enc_output\.proj', name)
-             for name in state_dict)
-    for name, tensor in state_dict.items():
-        if name.endswith('.cross_attn.num_points_scale'):
-            constants[name] = tensor
-        elif not (v2 and name in ('decoder.anchors', 'decoder.valid_mask')):
-            # The anchors are those of a fixed image size; here they follow the image.
-            name = re.sub(r'^(encoder\.input_proj\.\d+)\.(conv|norm)\.',
-                          lambda match: f'{match[1]}.{("conv", "norm").index(match[2])}.', name)
-            name = re.sub(r'^(decoder\.enc_output)\.(proj|norm)\.',
-                          lambda match: f'{match[1]}.{("proj", "norm").index(match[2])}.', name)
-            renamed[name] = tensor
-
-    for name, scale in constants.items():
+    scales = {name: tensor for name, tensor in state_dict.items()
+              if name.endswith('.cross_attn.num_points_scale')}
+    for name, scale in scales.items():
         # One over the number of points of its map, for each point.
-        if scale.ndim != 1 or not len(scale) or not torch.all(scale == scale[0]):
+        counts = [round(1 / value) for value, _ in itertools.groupby(scale.flatten().tolist())
+                  if value]
+        if len(counts) != 1:
             raise CheckpointError(f'{name} says that the maps get different numbers of sampling '
-                                  f'points ({_points(scale)}), which RTDETR does not have')
+                                  f'points ({join(counts)}), which RTDETR does not have')
+    # The anchors are those of a fixed image size; here they follow the image.
+    constants = ({*scales, 'decoder.anchors', 'decoder.valid_mask'}
+                 if scales or any('enc_output.proj' in name for name in state_dict) else ())
+    renamed = {re.sub(r'^(encoder\.input_proj\.\d+|decoder\.enc_output)\.(conv|proj|norm)\.',
+                      lambda match: f'{match[1]}.{int(match[2] == "norm")}.', name): tensor
+               for name, tensor in state_dict.items() if name not in constants}
     if 'decoder.tgt_embed.weight' in renamed:
         raise CheckpointError('the queries start from learnt contents (decoder.tgt_embed), which '
                               'RTDETR does not have')
@@ -196,11 +166,3 @@ def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
         raise CheckpointError('the queries are selected without regard to classes (decoder.'
                               'enc_score_head has one output), which RTDETR does not do')
     return renamed
-
-
-def _points(scale: Tensor) -> str:
-    counts, rest = [], scale.flatten().tolist()
-    while rest and 0 < rest[0] <= 1:
-        counts.append(round(1 / rest[0]))
-        rest = rest[counts[-1]:]
-    return ', '.join(map(str, counts)) or 'unreadable'

@@ -5,6 +5,7 @@ each row of the table gives a module's name in the three code bases.
 """
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,36 +13,107 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .common import Names, StateDict, check_keys, check_shapes, rename, rename_back
+from .names import Names, StateDict, check_keys, check_shapes, rename, rename_back, shapes_of
 
 OURS, OFFICIAL, HUGGINGFACE = range(3)
+BACKBONE = 'backbone.'
+COUNTER = '.num_batches_tracked'
 
-# The leaves of each kind of module; where transformers splits a tensor, its three.
+# The leaves of each kind of module; transformers splits some.
 _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _LEAVES = dict(
-    conv=dict(weight=['weight']),
-    norm={leaf: [leaf] for leaf in _NORM},
-    linear=dict(weight=['weight'], bias=['bias']),
-    table=dict(weight=['weight']),
-    attention=dict(in_proj_weight=['q_proj.weight', 'k_proj.weight', 'v_proj.weight'],
-                   in_proj_bias=['q_proj.bias', 'k_proj.bias', 'v_proj.bias'],
-                   **{f'out_proj.{leaf}': [f'out_proj.{leaf}'] for leaf in ('weight', 'bias')}))
+    conv=('weight', ), norm=_NORM, linear=('weight', 'bias'), table=('weight', ),
+    unit=('conv.weight', *(f'norm.{leaf}' for leaf in _NORM)),
+    attention=('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias'))
+_SPLIT = {f'in_proj_{leaf}': [f'{part}_proj.{leaf}' for part in 'qkv']
+          for leaf in ('weight', 'bias')}
 
-# Where the names show how many there are of something, in the three code bases.
-_COUNTED = dict(
-    levels=(r'neck\.input_projs\.(\d+)\.', r'encoder\.input_proj\.(\d+)\.',
-            r'model\.encoder_input_proj\.(\d+)\.'),
-    blocks=(r'neck\.top_down_blocks\.\d+\.blocks\.(\d+)\.',
-            r'encoder\.fpn_blocks\.\d+\.bottlenecks\.(\d+)\.',
-            r'model\.encoder\.fpn_blocks\.\d+\.bottlenecks\.(\d+)\.'),
-    layers=(r'decoder\.layers\.(\d+)\.', r'decoder\.decoder\.layers\.(\d+)\.',
-            r'model\.decoder\.layers\.(\d+)\.'))
-_PROJECTED = (r'neck\.top_down_blocks\.\d+\.conv3\.', r'encoder\.fpn_blocks\.\d+\.conv3\.',
-              r'model\.encoder\.fpn_blocks\.\d+\.conv3\.')
-_RESNET_BLOCKS = (r'backbone\.layer{1}\.(\d+)\.', r'backbone\.res_layers\.{0}\.blocks\.(\d+)\.',
-                  r'model\.backbone\.model\.encoder\.stages\.{0}\.layers\.(\d+)\.')
-_BOTTLENECK = (r'backbone\.layer1\.0\.conv3\.', r'backbone\.res_layers\.0\.blocks\.0\.branch2c\.',
-               r'model\.backbone\.model\.encoder\.stages\.0\.layers\.0\.layer\.2\.')
+# What the names of a part's modules begin with: here, in the official code, in transformers.
+_BLOCK = ('backbone.layer{next}.{block}.', 'backbone.res_layers.{stage}.blocks.{block}.',
+          'model.backbone.model.encoder.stages.{stage}.layers.{block}.')
+_FUSION = ('neck.{path[0]}.{step}.', 'encoder.{path[1]}.{step}.', 'model.encoder.{path[1]}.{step}.')
+_PATHS = ('top_down_blocks', 'fpn_blocks'), ('bottom_up_blocks', 'pan_blocks')
+
+# The modules of each part: their kind, and how their names go on, of which one that is left out is
+# the one before it.
+_PARTS = dict(
+    stem=(('backbone.stem.', 'backbone.conv1.conv1_',
+           'model.backbone.model.embedder.embedder.'), '''
+        conv  0  1.conv  0.convolution
+        norm  1  1.norm  0.normalization
+        conv  3  2.conv  1.convolution
+        norm  4  2.norm  1.normalization
+        conv  6  3.conv  2.convolution
+        norm  7  3.norm  2.normalization'''),
+    block=(_BLOCK, '''
+        conv  conv1  branch2a.conv  layer.0.convolution
+        norm  bn1    branch2a.norm  layer.0.normalization
+        conv  conv2  branch2b.conv  layer.1.convolution
+        norm  bn2    branch2b.norm  layer.1.normalization'''),
+    bottleneck=(_BLOCK, '''
+        conv  conv3  branch2c.conv  layer.2.convolution
+        norm  bn3    branch2c.norm  layer.2.normalization'''),
+    # Where the shortcut pools, the pooling is mmdet's element 0. Depths 50 and up have it (with
+    # size 1) in the first stage as well.
+    shortcut=(_BLOCK, '''
+        conv  downsample.{first[0]}  short.conv  shortcut.convolution
+        norm  downsample.{first[1]}  short.norm  shortcut.normalization'''),
+    pooled_shortcut=(_BLOCK, '''
+        conv  downsample.1  short.conv.conv  shortcut.1.convolution
+        norm  downsample.2  short.conv.norm  shortcut.1.normalization'''),
+    neck_input=(('neck.input_projs.{level}.', 'encoder.input_proj.{level}.',
+                 'model.encoder_input_proj.{level}.'), '''
+        conv  conv  0
+        norm  norm  1'''),
+    decoder_input=(('decoder.input_projs.{level}.', 'decoder.input_proj.{level}.',
+                    'model.decoder_input_proj.{level}.'), '''
+        conv  conv  conv  0
+        norm  norm  norm  1'''),
+    aifi=(('neck.aifi.', 'encoder.encoder.0.layers.0.', 'model.encoder.encoder.0.layers.0.'), '''
+        attention  self_attn
+        linear     linear1  linear1  fc1
+        linear     linear2  linear2  fc2
+        linear     norm1    norm1    self_attn_layer_norm
+        linear     norm2    norm2    final_layer_norm'''),
+    step=(('neck.', 'encoder.', 'model.encoder.'), '''
+        unit  lateral_convs.{step}
+        unit  downsample_convs.{step}'''),
+    fusion=(_FUSION, '''
+        unit  conv1
+        unit  conv2'''),
+    projection=(_FUSION, '''
+        unit  conv3'''),
+    fusion_block=(_FUSION, '''
+        unit  blocks.{block}.dense      bottlenecks.{block}.conv1
+        unit  blocks.{block}.pointwise  bottlenecks.{block}.conv2'''),
+    queries=(('', 'decoder.', 'model.'), '''
+        table   dn_query_generator.label_embedding  denoising_class_embed
+        linear  memory_trans_fc                     enc_output.0
+        linear  memory_trans_norm                   enc_output.1
+        linear  decoder.query_pos_head.0  query_pos_head.layers.0  decoder.query_pos_head.layers.0
+        linear  decoder.query_pos_head.2  query_pos_head.layers.1  decoder.query_pos_head.layers.1
+        '''),
+    layer=(('decoder.layers.{layer}.', 'decoder.decoder.layers.{layer}.',
+            'model.decoder.layers.{layer}.'), '''
+        attention  self_attn
+        linear     linear1  linear1  fc1
+        linear     linear2  linear2  fc2
+        linear     norm1    norm1    self_attn_layer_norm
+        linear     norm2    norm2    encoder_attn_layer_norm
+        linear     norm3    norm3    final_layer_norm'''),
+    cross_attention=((
+        'decoder.layers.{layer}.cross_attn.', 'decoder.decoder.layers.{layer}.cross_attn.',
+        'model.decoder.layers.{layer}.encoder_attn.'), '''
+        linear  sampling_offsets
+        linear  attention_weights
+        linear  value_proj
+        linear  output_proj'''),
+    heads=(('bbox_head.', 'decoder.', 'model.'), '''
+        linear  cls_branches.{head}    {kind}_score_head{at}          {score}{at}
+        linear  reg_branches.{head}.0  {kind}_bbox_head{at}.layers.0  {box}{at}.layers.0
+        linear  reg_branches.{head}.2  {kind}_bbox_head{at}.layers.1  {box}{at}.layers.1
+        linear  reg_branches.{head}.4  {kind}_bbox_head{at}.layers.2  {box}{at}.layers.2'''),
+)
 
 
 class Layout(NamedTuple):
@@ -64,202 +136,122 @@ class Layout(NamedTuple):
     layers: int
 
 
-class Module(NamedTuple):
-    """One module's kind and its names."""
-
-    kind: str
-    ours: str
-    official: str
-    huggingface: str
+@cache
+def _rows(part: str) -> list[list[str]]:
+    """The kinds of a part's modules, and their whole names."""
+    prefixes, text = _PARTS[part]
+    rows = [line.split() for line in text.strip().splitlines()]
+    return [[kind, *(prefix + name for prefix, name in
+                     zip(prefixes, [*names, names[-1], names[-1]], strict=False))]
+            for kind, *names in rows]
 
 
 def read_layout(names: Iterable[str], source: int) -> Layout:
-    """Read the counts from a model's names.
+    """Read the counts from a model's names, of which the largest numbers count.
 
-    Args:
-        names: Names of tensors.
-        source: OURS, OFFICIAL or HUGGINGFACE.
-
-    Returns:
-        The counts; the largest numbers count, so that a missing tensor does not go unnoticed.
+    So a missing tensor does not go unnoticed. `source` is OURS, OFFICIAL or HUGGINGFACE.
     """
     names = list(names)
 
-    def count(pattern: str) -> int:
-        matches = map(re.compile(pattern).match, names)
-        return max((int(match[1]) for match in matches if match), default=-1) + 1
+    def find(part: str, **numbers) -> Iterator[re.Match]:
+        for _, *templates in _rows(part):
+            pattern = re.compile(templates[source].replace('.', r'\.').format(**numbers) + r'\.')
+            yield from filter(None, map(pattern.match, names))
 
-    def any_match(pattern: str) -> bool:
-        return any(map(re.compile(pattern).match, names))
+    def count(part: str, **numbers) -> int:
+        return max((int(match[1]) for match in find(part, **numbers)), default=-1) + 1
 
+    number, any_step = r'(\d+)', dict(step=r'\d+', path=_PATHS[0])
     return Layout(
-        depths=tuple(count(_RESNET_BLOCKS[source].format(stage, stage + 1)) for stage in range(4)),
-        bottleneck=any_match(_BOTTLENECK[source]),
-        projected=any_match(_PROJECTED[source]),
-        **{name: count(patterns[source]) for name, patterns in _COUNTED.items()})
+        depths=tuple(count('block', stage=stage, next=stage + 1, block=number)
+                     for stage in range(4)),
+        bottleneck=any(find('bottleneck', stage=0, next=1, block=0)),
+        levels=count('neck_input', level=number),
+        blocks=count('fusion_block', block=number, **any_step),
+        projected=any(find('projection', **any_step)),
+        layers=count('layer', layer=number))
 
 
-def resnet_modules(layout: Layout) -> Iterator[Module]:
-    """The modules of a ResNet-vd, without what stands before its names in a detector."""
-    def conv_norm(ours: tuple[str, str], official: str, huggingface: str) -> Iterator[Module]:
-        yield Module('conv', ours[0], f'{official}.conv', f'{huggingface}.convolution')
-        yield Module('norm', ours[1], f'{official}.norm', f'{huggingface}.normalization')
+def _modules(layout: Layout) -> Iterator[list[str]]:
+    """Each module's kind, and its names by OURS, OFFICIAL and HUGGINGFACE."""
+    def fill(part: str, **numbers) -> Iterator[list[str]]:
+        for kind, *templates in _rows(part):
+            yield [kind, *(template.format(**numbers) for template in templates)]
 
-    for index in range(3):
-        yield from conv_norm((f'stem.{3 * index}', f'stem.{3 * index + 1}'),
-                             f'conv1.conv1_{index + 1}', f'embedder.embedder.{index}')
+    if any(layout.depths):
+        yield from fill('stem')
     for stage, depth in enumerate(layout.depths):
         for block in range(depth):
-            ours = f'layer{stage + 1}.{block}'
-            official = f'res_layers.{stage}.blocks.{block}'
-            huggingface = f'encoder.stages.{stage}.layers.{block}'
-            for index, letter in enumerate('abc' if layout.bottleneck else 'ab'):
-                yield from conv_norm((f'{ours}.conv{index + 1}', f'{ours}.bn{index + 1}'),
-                                     f'{official}.branch2{letter}', f'{huggingface}.layer.{index}')
+            at = dict(stage=stage, next=stage + 1, block=block)
+            yield from fill('block', **at)
+            if layout.bottleneck:
+                yield from fill('bottleneck', **at)
             if block == 0:
-                # Where the shortcut pools, the pooling is mmdet's element 0. Depths 50 and up have
-                # it (with size 1) in the first stage as well.
-                first = 0 if stage == 0 and not layout.bottleneck else 1
-                pooled = stage > 0
-                yield from conv_norm(
-                    (f'{ours}.downsample.{first}', f'{ours}.downsample.{first + 1}'),
-                    f'{official}.short' + ('.conv' if pooled else ''),
-                    f'{huggingface}.shortcut' + ('.1' if pooled else ''))
-
-
-def detector_modules(layout: Layout) -> Iterator[Module]:
-    """The modules of an RT-DETR, without its backbone."""
-    def conv_norm(ours: str, official: str, huggingface: str) -> Iterator[Module]:
-        for kind, leaf in (('conv', 'conv'), ('norm', 'norm')):
-            yield Module(kind, f'{ours}.{leaf}', f'{official}.{leaf}', f'{huggingface}.{leaf}')
+                yield from fill('pooled_shortcut' if stage else 'shortcut', **at,
+                                first=(1, 2) if layout.bottleneck else (0, 1))
 
     for level in range(layout.levels):
-        for index, kind in enumerate(('conv', 'norm')):
-            yield Module(kind, f'neck.input_projs.{level}.{kind}',
-                         f'encoder.input_proj.{level}.{index}',
-                         f'model.encoder_input_proj.{level}.{index}')
-            yield Module(kind, f'decoder.input_projs.{level}.{kind}',
-                         f'decoder.input_proj.{level}.{kind}',
-                         f'model.decoder_input_proj.{level}.{index}')
-
-    aifi = ('neck.aifi', 'encoder.encoder.0.layers.0', 'model.encoder.encoder.0.layers.0')
-    yield Module('attention', *(f'{name}.self_attn' for name in aifi))
-    for ours, theirs in (('linear1', 'fc1'), ('linear2', 'fc2'), ('norm1', 'self_attn_layer_norm'),
-                         ('norm2', 'final_layer_norm')):
-        yield Module('linear', f'{aifi[0]}.{ours}', f'{aifi[1]}.{ours}', f'{aifi[2]}.{theirs}')
-
+        yield from fill('neck_input', level=level)
+        yield from fill('decoder_input', level=level)
+    yield from fill('aifi')
     for step in range(layout.levels - 1):
-        for part in ('lateral_convs', 'downsample_convs'):
-            yield from conv_norm(f'neck.{part}.{step}', f'encoder.{part}.{step}',
-                                 f'model.encoder.{part}.{step}')
-        for ours, theirs in (('top_down_blocks', 'fpn_blocks'), ('bottom_up_blocks', 'pan_blocks')):
-            fusion = (f'neck.{ours}.{step}', f'encoder.{theirs}.{step}',
-                      f'model.encoder.{theirs}.{step}')
-            for part in ('conv1', 'conv2', 'conv3')[:3 if layout.projected else 2]:
-                yield from conv_norm(*(f'{name}.{part}' for name in fusion))
+        yield from fill('step', step=step)
+        for path in _PATHS:
+            yield from fill('fusion', step=step, path=path)
+            if layout.projected:
+                yield from fill('projection', step=step, path=path)
             for block in range(layout.blocks):
-                for ours_part, part in (('dense', 'conv1'), ('pointwise', 'conv2')):
-                    yield from conv_norm(f'{fusion[0]}.blocks.{block}.{ours_part}',
-                                         f'{fusion[1]}.bottlenecks.{block}.{part}',
-                                         f'{fusion[2]}.bottlenecks.{block}.{part}')
+                yield from fill('fusion_block', step=step, path=path, block=block)
 
-    yield Module('table', 'dn_query_generator.label_embedding', 'decoder.denoising_class_embed',
-                 'model.denoising_class_embed')
-    yield Module('linear', 'memory_trans_fc', 'decoder.enc_output.0', 'model.enc_output.0')
-    yield Module('linear', 'memory_trans_norm', 'decoder.enc_output.1', 'model.enc_output.1')
-    for index in range(2):
-        yield Module('linear', f'decoder.query_pos_head.{2 * index}',
-                     f'decoder.query_pos_head.layers.{index}',
-                     f'model.decoder.query_pos_head.layers.{index}')
-
-    heads = []
+    yield from fill('queries')
     for layer in range(layout.layers):
-        names = (f'decoder.layers.{layer}', f'decoder.decoder.layers.{layer}',
-                 f'model.decoder.layers.{layer}')
-        yield Module('attention', *(f'{name}.self_attn' for name in names))
-        for ours, theirs in (
-                ('cross_attn.sampling_offsets', 'encoder_attn.sampling_offsets'),
-                ('cross_attn.attention_weights', 'encoder_attn.attention_weights'),
-                ('cross_attn.value_proj', 'encoder_attn.value_proj'),
-                ('cross_attn.output_proj', 'encoder_attn.output_proj'),
-                ('linear1', 'fc1'), ('linear2', 'fc2'), ('norm1', 'self_attn_layer_norm'),
-                ('norm2', 'encoder_attn_layer_norm'), ('norm3', 'final_layer_norm')):
-            yield Module('linear', f'{names[0]}.{ours}', f'{names[1]}.{ours}',
-                         f'{names[2]}.{theirs}')
-        heads.append((f'decoder.dec_score_head.{layer}', f'model.decoder.class_embed.{layer}',
-                      f'decoder.dec_bbox_head.{layer}', f'model.decoder.bbox_embed.{layer}'))
-
+        yield from fill('layer', layer=layer)
+        yield from fill('cross_attention', layer=layer)
+        yield from fill('heads', head=layer, at=f'.{layer}', kind='dec',
+                        score='decoder.class_embed', box='decoder.bbox_embed')
     # The last branches are the encoder's.
-    heads.append(('decoder.enc_score_head', 'model.enc_score_head',
-                  'decoder.enc_bbox_head', 'model.enc_bbox_head'))
-    for index, (score, score_there, box, box_there) in enumerate(heads):
-        yield Module('linear', f'bbox_head.cls_branches.{index}', score, score_there)
-        for linear in range(3):
-            yield Module('linear', f'bbox_head.reg_branches.{index}.{2 * linear}',
-                         f'{box}.layers.{linear}', f'{box_there}.layers.{linear}')
+    yield from fill('heads', head=layout.layers, at='', kind='enc', score='enc_score_head',
+                    box='enc_bbox_head')
 
 
-def tensor_names(modules: Iterable[Module], target: int) -> Names:
-    """Our name -> the foreign ones of every tensor in these modules.
+def tensor_names(layout: Layout, target: int) -> Names:
+    """The foreign names of every tensor of an RT-DETR, of its backbone if that is a ResNet-vd.
 
     Args:
-        modules: Rows of the table.
+        layout: The counts.
         target: OFFICIAL or HUGGINGFACE.
-
-    Returns:
-        Names by our name.
     """
-    names = {}
-    for kind, ours, *theirs in modules:
-        theirs = theirs[target - 1]
-        for leaf, parts in _LEAVES[kind].items():
-            parts = parts if target == HUGGINGFACE else [leaf]
-            names[f'{ours}.{leaf}'] = [f'{theirs}.{part}' for part in parts]
-    return names
-
-
-def with_prefixes(names: Names, ours: str, theirs: str) -> Names:
-    """The names with something put before them on either side."""
-    return {f'{ours}{name}': [f'{theirs}{part}' for part in parts] for name, parts in names.items()}
+    split = _SPLIT if target == HUGGINGFACE else {}
+    return {f'{names[OURS]}.{leaf}': [f'{names[target]}.{part}' for part in split.get(leaf, [leaf])]
+            for kind, *names in _modules(layout) for leaf in _LEAVES[kind]}
 
 
 def to_ours(state_dict: Mapping[str, Tensor], names: Names) -> StateDict:
     """Give foreign tensors our names, with a counter for every BatchNorm.
 
-    Args:
-        state_dict: Tensors by foreign name. BatchNorms without `num_batches_tracked` are frozen
-            ones; nothing reads the counter that they get here.
-        names: Foreign names by our name.
-
-    Returns:
-        Tensors by our name.
+    Frozen BatchNorms have no `num_batches_tracked` elsewhere; nothing reads the one they get here.
 
     Raises:
-        CheckpointError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over.
     """
     absent = [ours for ours, (theirs, *_) in names.items()
-              if ours.endswith('.num_batches_tracked') and theirs not in state_dict]
+              if ours.endswith(COUNTER) and theirs not in state_dict]
     converted = rename(state_dict, {ours: theirs for ours, theirs in names.items()
                                     if ours not in absent})
     return converted | {ours: torch.tensor(0) for ours in absent}
 
 
-def from_ours(state_dict: Mapping[str, Tensor], names: Names, frozen: bool = False) -> StateDict:
+def from_ours(state_dict: Mapping[str, Tensor], names: Names, frozen: bool) -> StateDict:
     """Give our tensors their foreign names; undoes :func:`to_ours`.
 
-    Args:
-        state_dict: Tensors by our name.
-        names: Foreign names by our name.
-        frozen: Whether the BatchNorms are frozen and have no counters there.
-
-    Returns:
-        Tensors by foreign name.
+    Frozen BatchNorms of the backbone have no counters there.
 
     Raises:
-        CheckpointError: Keys are missing or left over; lists them.
+        CheckpointError: Keys are missing or left over.
     """
     check_keys(state_dict, names)
-    kept = [name for name in names if not (frozen and name.endswith('.num_batches_tracked'))]
+    kept = [name for name in names
+            if not (frozen and name.startswith(BACKBONE) and name.endswith(COUNTER))]
     return rename_back({name: state_dict[name] for name in kept},
                        {name: names[name] for name in kept})
 
@@ -268,15 +260,7 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
                   decoder_heads: int = 8) -> dict:
     """What a config says of neck, decoder and head.
 
-    Args:
-        state_dict: Tensors by our name.
-        layout: The counts.
-        neck_heads: Attention heads of the neck, which the shapes don't show; 8 in every published
-            model.
-        decoder_heads: Those of the decoder.
-
-    Returns:
-        Settings of the `model` in a config.
+    Attention heads do not show in shapes; all published models have 8 in both places.
 
     Raises:
         CheckpointError: The shapes are not those of an RT-DETR.
@@ -305,14 +289,7 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
 
 
 def resnet_settings(layout: Layout, frozen: bool) -> dict:
-    """What a config says of a ResNet-vd backbone.
-
-    Args:
-        layout: The counts.
-        frozen: Whether its BatchNorms are frozen.
-
-    Returns:
-        The config's `backbone`.
+    """What a config says of a ResNet-vd backbone, whose BatchNorms may be frozen.
 
     Raises:
         CheckpointError: It is none of the known depths.
@@ -333,10 +310,6 @@ def check_detector(state_dict: Mapping[str, Tensor], settings: Mapping) -> None:
     The detector is built from mmengine's registry: whoever converts one has to import
     ``spartan_mm.detection`` first, which takes seconds and is not needed for classifiers.
 
-    Args:
-        state_dict: Tensors by our name.
-        settings: The settings, as :func:`read_settings` gives them, and `backbone`.
-
     Raises:
         CheckpointError: Keys are missing or left over, or shapes differ; lists them.
         KeyError: Nobody has imported ``spartan_mm.detection``.
@@ -345,9 +318,8 @@ def check_detector(state_dict: Mapping[str, Tensor], settings: Mapping) -> None:
     model = dict(known, type='RTDETR', neck=dict(type='HybridEncoder', **settings['neck']),
                  bbox_head=dict(type='RTDETRHead', **settings['bbox_head']))
     try:
-        with torch.device('meta'), DefaultScope.overwrite_default_scope('mmdet'):
-            expected = {name: tensor.shape
-                        for name, tensor in MODELS.build(model).state_dict().items()}
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            expected = shapes_of(lambda: MODELS.build(model))
     except ValueError as error:
         raise CheckpointError(f'no RT-DETR has these shapes: {error}') from error
     check_keys(state_dict, expected)

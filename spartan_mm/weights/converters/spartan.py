@@ -1,13 +1,27 @@
-"""The authors' SpaRTAN checkpoints in this package's names, and back."""
+"""The authors' SpaRTAN checkpoints in this package's names, and back.
+
+Each function takes tensors by name, all of them and nothing else. If keys are missing or left over,
+or shapes do not fit together, it raises a CheckpointError that lists them.
+"""
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...backbones import SpaRTAN
 from ...errors import CheckpointError
-from .common import Names, StateDict, check_shapes, rename, rename_back, strip_prefix
+from .names import (
+    Names,
+    StateDict,
+    check_shapes,
+    rename,
+    rename_back,
+    shapes_of,
+    strip_prefix,
+)
 
 # What the parts of a block are called here and there, where the two differ.
 _BLOCK_NAMES = (
@@ -24,27 +38,20 @@ _BLOCK_NAMES = (
     ('cmixer.refine.', 'cmixer.conv.'),
     ('cmixer.se.', 'cmixer.attn.'),
 )
+_NOT_WHOLE = 'not a whole SpaRTAN checkpoint'
 _HEAD_NAMES: Names = {'head.fc.weight': ['linear.weight'], 'head.fc.bias': ['linear.bias']}
 
 
 def convert_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """Convert a classifier of the authors into an ``ImageClassifier`` of mmpretrain.
 
-    Args:
-        state_dict: The released model's weights, all of them and nothing else.
-
     Returns:
         The weights, under ``backbone.`` and ``head.fc.`` (a ``LinearClsHead``; its pooling neck
         has none), and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
-    head_names = [name for names in _HEAD_NAMES.values() for name in names]
-    head = {name: value for name, value in state_dict.items() if name in head_names}
-    backbone = {name: value for name, value in state_dict.items() if name not in head}
-
-    backbone, arch = convert_spartan_backbone(backbone)
+    head = {name: value for name, value in state_dict.items() if [name] in _HEAD_NAMES.values()}
+    backbone, arch = convert_spartan_backbone(
+        {name: value for name, value in state_dict.items() if name not in head})
     converted = {f'backbone.{name}': value for name, value in backbone.items()}
     converted |= rename(head, _HEAD_NAMES)
     _check_head(converted, arch)
@@ -54,15 +61,8 @@ def convert_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
 def export_spartan(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """Convert an ``ImageClassifier`` of mmpretrain into a classifier of the authors.
 
-    Args:
-        state_dict: The classifier's weights: ``backbone.`` is a SpaRTAN, ``head.fc.`` its linear
-            layer; all of them and nothing else.
-
     Returns:
         The weights, as the authors name them, and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     head = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
     exported, arch = export_spartan_backbone(strip_prefix(state_dict, 'backbone.'))
@@ -88,14 +88,15 @@ def convert_spartan_backbone(state_dict: Mapping[str, Tensor],
 
     Returns:
         The weights as ``SpaRTAN`` names them, and its `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
     state_dict = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-    arch, layers = _read_arch(state_dict, prefix)
+    layers = _read_layers(state_dict, prefix)
 
-    expected = _expected(arch, _shape(state_dict, f'{prefix}conv.0.conv.weight')[1])
+    def shape(name: str) -> torch.Size:
+        return _shape(state_dict, prefix + _official_names(name, layers)[0])
+
+    depths = [len(members) - (stage > 0) for stage, members in enumerate(layers)]
+    arch, expected = _read_arch(depths, shape)
     converted = rename(state_dict, _names(expected, layers, prefix))
     for name, value in converted.items():
         if name.endswith('.complex_weight'):
@@ -110,17 +111,24 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
     """Convert a ``SpaRTAN`` into a backbone of the authors, alone or for a larger model.
 
     Args:
-        state_dict: The backbone's weights, all of them and nothing else.
+        state_dict: The backbone's weights.
         prefix: What to put before the backbone's new names, as 'backbone.net.' in a detector.
 
     Returns:
         The weights, as the authors name them, and the backbone's `arch`.
-
-    Raises:
-        CheckpointError: If keys are missing or left over, or shapes do not fit together.
     """
-    arch, layers = _read_own_arch(state_dict)
-    expected = _expected(arch, _shape(state_dict, 'stem.0.conv.weight')[1])
+    depths: dict[int, int] = {}
+    for name in state_dict:
+        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
+        if match:
+            stage, block = map(int, match.groups())
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    depths = [depths.get(stage, 0) for stage in range(max(depths, default=-1) + 1)]
+    arch, expected = _read_arch(depths, partial(_shape, state_dict))
+
+    numbers = itertools.count()
+    layers = [[next(numbers) for _ in range(depth + (stage > 0))]
+              for stage, depth in enumerate(depths)]
     names = _names(expected, layers, prefix)
     exported = rename_back(state_dict, names)
     check_shapes(state_dict, expected)
@@ -130,101 +138,62 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
     return exported, arch
 
 
-def _expected(arch: dict, in_channels: int) -> dict[str, torch.Size]:
-    """The tensors of such a ``SpaRTAN``, by name, with their shapes."""
-    with torch.device('meta'):
-        try:
-            state_dict = SpaRTAN(arch, in_channels, out_indices=-1).state_dict()
-        except ValueError as error:
-            raise CheckpointError(f'the shapes are not those of a SpaRTAN: {error}') from error
-    return {name: value.shape for name, value in state_dict.items()}
+def _read_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[list[int]]:
+    """For each stage the numbers of its layers.
+
+    The authors number all layers in one running list. Each stage has its blocks there, and before
+    these, except in the first stage, its embedding.
+    """
+    is_block: dict[int, bool] = {}
+    for name in state_dict:
+        match = re.match(re.escape(prefix) + r'layers\.(\d+)\.(smixer|cmixer)?', name)
+        if match:
+            number = int(match[1])
+            is_block[number] = bool(match[2]) or is_block.get(number, False)
+    gaps = {*range(max(is_block, default=0) + 1)} - {*is_block}
+    if gaps:
+        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:',
+                              *(f'{prefix}layers.{number}.*' for number in sorted(gaps)))
+    layers: list[list[int]] = [[]]
+    for number in sorted(is_block):
+        if not is_block[number]:
+            layers.append([])
+        layers[-1].append(number)
+    return layers
+
+
+def _read_arch(depths: Sequence[int], shape: Callable[[str], torch.Size]
+               ) -> tuple[dict, dict[str, torch.Size]]:
+    """The architecture, by the shapes of some weights, and the shapes of all that it has."""
+    for stage, depth in enumerate(depths, start=1):
+        if depth < 1:
+            raise CheckpointError(f'{_NOT_WHOLE}: stage {stage} has no block')
+
+    def last_block(name: str) -> list[torch.Size]:
+        return [shape(f'stages.{stage}.blocks.{depth - 1}.{name}')
+                for stage, depth in enumerate(depths)]
+
+    first = shape('stem.0.conv.weight')
+    hidden = last_block('cmixer.proj_out.weight')
+    high_freq = last_block('smixer.high_freq.conv.weight')
+    try:
+        arch = dict(
+            stem_channels=first[0], depths=tuple(depths), channels=tuple(out for out, *_ in hidden),
+            expand_ratios=tuple(wide // out for out, wide, *_ in hidden),
+            conv_types=tuple('depthwise' if inner == 1 else 'full' for _, inner, *_ in high_freq))
+        return arch, shapes_of(lambda: SpaRTAN(arch, first[1], out_indices=-1))
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f'the shapes are not those of a SpaRTAN: {error}') from error
 
 
 def _names(ours: Iterable[str], layers: list[list[int]], prefix: str) -> Names:
     return {name: [prefix + theirs for theirs in _official_names(name, layers)] for name in ours}
 
 
-def _read_arch(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[dict, list[list[int]]]:
-    """The architecture, and for each stage the numbers of its layers.
-
-    The authors number all layers in one running list. Each stage has its blocks there, and before
-    these, except in the first stage, its embedding.
-    """
-    numbers, blocks = set(), set()
-    for name in state_dict:
-        match = re.match(re.escape(prefix) + r'layers\.(\d+)\.(smixer|cmixer)?', name)
-        if match:
-            numbers.add(int(match[1]))
-            if match[2]:
-                blocks.add(int(match[1]))
-
-    gaps = set(range(max(numbers, default=0) + 1)) - numbers
-    if gaps:
-        missing = '\n  '.join(f'{prefix}layers.{number}.*' for number in sorted(gaps))
-        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {missing}')
-
-    layers, channels = [[]], [_shape(state_dict, f'{prefix}conv.1.conv.weight')[0]]
-    for number in sorted(numbers):
-        if number not in blocks:
-            layers.append([])
-            channels.append(_shape(state_dict, f'{prefix}layers.{number}.conv.weight')[0])
-        layers[-1].append(number)
-
-    depths = [len(members) - (stage > 0) for stage, members in enumerate(layers)]
-    _check_depths(depths)
-
-    def last_block(name: str) -> list[torch.Size]:
-        return [_shape(state_dict, f'{prefix}layers.{members[-1]}.{name}') for members in layers]
-
-    stem_channels = _shape(state_dict, f'{prefix}conv.0.conv.weight')[0]
-    return _make_arch(stem_channels, depths, channels, last_block('cmixer.proj_out.weight'),
-                      last_block('smixer.h_conv.conv.weight')), layers
-
-
-def _read_own_arch(state_dict: Mapping[str, Tensor]) -> tuple[dict, list[list[int]]]:
-    """The architecture of a ``SpaRTAN``, and the numbers that its layers have at the authors'."""
-    blocks = {(int(match[1]), int(match[2])) for match in
-              (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name) for name in state_dict) if match}
-    num_stages = max((stage for stage, _ in blocks), default=-1) + 1
-    depths = [max((block for at, block in blocks if at == stage), default=-1) + 1
-              for stage in range(num_stages)]
-    layers, total = [], 0
-    for stage, depth in enumerate(depths):
-        count = depth + (stage > 0)
-        layers.append(list(range(total, total + count)))
-        total += count
-    _check_depths(depths)
-
-    def last_block(name: str) -> list[torch.Size]:
-        return [_shape(state_dict, f'stages.{stage}.blocks.{depth - 1}.{name}')
-                for stage, depth in enumerate(depths)]
-
-    hidden = last_block('cmixer.proj_out.weight')
-    return _make_arch(_shape(state_dict, 'stem.0.conv.weight')[0], depths,
-                      [shape[0] for shape in hidden], hidden,
-                      last_block('smixer.high_freq.conv.weight')), layers
-
-
-def _check_depths(depths: Sequence[int]) -> None:
-    for stage, depth in enumerate(depths, start=1):
-        if depth < 1:
-            raise CheckpointError(f'not a whole SpaRTAN checkpoint: stage {stage} has no block')
-
-
-def _make_arch(stem_channels: int, depths: Sequence[int], channels: Sequence[int],
-               proj_out: Sequence[torch.Size], high_freq: Sequence[torch.Size]) -> dict:
-    """An `arch` from the stages' depths and widths and the shapes of weights in their blocks."""
-    return dict(
-        stem_channels=stem_channels, depths=tuple(depths), channels=tuple(channels),
-        expand_ratios=tuple(shape[1] // width
-                            for shape, width in zip(proj_out, channels, strict=True)),
-        conv_types=tuple('depthwise' if shape[1] == 1 else 'full' for shape in high_freq))
-
-
 def _shape(state_dict: Mapping[str, Tensor], name: str) -> torch.Size:
     """The shape of a convolution's weight."""
     if name not in state_dict:
-        raise CheckpointError(f'not a whole SpaRTAN checkpoint; missing keys:\n  {name}')
+        raise CheckpointError(f'{_NOT_WHOLE}; missing keys:', name)
     if state_dict[name].ndim != 4:
         raise CheckpointError(f'{name} of shape {tuple(state_dict[name].shape)} is not the weight '
                               'of a two-dimensional convolution')

@@ -1,7 +1,5 @@
 """Official RT-DETR weights: nothing missing, nothing left over, and the right settings."""
-import json
-import runpy
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -12,25 +10,14 @@ import spartan_mm.detection  # noqa: F401 - registers what conversions build
 from spartan_mm.errors import CheckpointError
 from spartan_mm.weights.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
 
-GOLDEN = Path(__file__).parents[2] / 'data' / 'golden'
-STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
-
-
-def read_golden(case):
-    shapes = json.loads((GOLDEN / f'{case}.json').read_text())['shapes']
-    return {name: torch.from_numpy(value)
-            for name, value in STAND_IN['fill_state_dict'](shapes).items()}
-
-
-@pytest.fixture(scope='module')
-def golden():
-    return read_golden('rtdetr_r18vd')
+# The same names, shapes, types and bits.
+assert_identical = partial(assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture
 def official(golden):
     """The official state dict of a small-headed R18, to be changed."""
-    return dict(golden)
+    return golden('rtdetr_r18vd')
 
 
 def resnet(blocks, bottleneck):
@@ -50,12 +37,6 @@ def resnet(blocks, bottleneck):
         for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
             tensors[f'{norm}.{leaf}'] = torch.zeros(1)
     return tensors
-
-
-def assert_identical(actual, expected):
-    """The same names, shapes, types and bits."""
-    assert actual.keys() == expected.keys()
-    assert_close(actual, expected, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------- to ours
@@ -215,8 +196,8 @@ def test_version_2_with_what_is_not_here(version_2, change, message):
 
 
 @pytest.mark.parametrize('case', ['rtdetr_r18vd', 'rtdetr_spartan_xt'])
-def test_there_and_back(case):
-    official = read_golden(case)
+def test_there_and_back(case, golden):
+    official = golden(case)
     converted, settings = convert_rtdetr(official)
     exported, exported_settings = export_rtdetr(converted, settings)
     assert_identical(exported, official)

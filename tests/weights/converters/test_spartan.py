@@ -1,6 +1,7 @@
 """The authors' SpaRTAN checkpoints: same outputs after conversion, and no key unaccounted for."""
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.errors import CheckpointError
-from spartan_mm.weights.converters import common
+from spartan_mm.weights.converters.names import strip_prefix
 from spartan_mm.weights.converters.spartan import (
     convert_spartan,
     convert_spartan_backbone,
@@ -21,26 +22,23 @@ from spartan_mm.weights.converters.spartan import (
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / 'tests' / 'data' / 'golden'
 STAND_IN = runpy.run_path(str(GOLDEN / 'fill.py'))
+# The same names, shapes, types and bits.
+assert_identical = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def read_manifest(case):
     return json.loads((GOLDEN / f'{case}.json').read_text())
 
 
-def official(shapes):
-    return {name: torch.from_numpy(value)
-            for name, value in STAND_IN['fill_state_dict'](shapes).items()}
-
-
 @pytest.fixture
-def small():
+def small(golden):
     """The authors' state dict of a small model with 11 classes."""
-    return official(read_manifest('spartan_small')['shapes'])
+    return golden('spartan_small')
 
 
 def load_backbone(converted, arch):
     backbone = SpaRTAN(arch, out_indices=(0, 1, 2, 3)).eval()
-    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
+    backbone.load_state_dict(strip_prefix(converted, 'backbone.'), strict=True)
     return backbone
 
 
@@ -54,21 +52,20 @@ def assert_golden(actual, expected):
 
 
 @pytest.mark.parametrize('case', ['spartan_small', 'spartan_xt', 'spartan_t'])
-def test_golden_outputs(case):
-    manifest = read_manifest(case)
-    meta, golden = manifest['meta'], np.load(GOLDEN / f'{case}.npz')
-    converted, arch = convert_spartan(official(manifest['shapes']))
+def test_golden_outputs(case, golden):
+    meta, expected = read_manifest(case)['meta'], np.load(GOLDEN / f'{case}.npz')
+    converted, arch = convert_spartan(golden(case))
     backbone = load_backbone(converted, arch)
 
     x = torch.from_numpy(STAND_IN['image'](meta['input_shape'], meta['input_seed']))
     with torch.no_grad():
         maps = backbone(x)
     for stage, y in enumerate(maps, start=1):
-        assert_golden(y.mean((2, 3)), golden[f'stage{stage}_mean'])
-        assert_golden(y[:, :4], golden[f'stage{stage}_first'])
+        assert_golden(y.mean((2, 3)), expected[f'stage{stage}_mean'])
+        assert_golden(y[:, :4], expected[f'stage{stage}_first'])
     logits = nn.functional.linear(
         maps[-1].mean((2, 3)), converted['head.fc.weight'], converted['head.fc.bias'])
-    assert_golden(logits, golden['logits'])
+    assert_golden(logits, expected['logits'])
 
 
 def test_classifier_of_mmpretrain_gives_the_golden_logits(small):
@@ -97,44 +94,6 @@ def test_architecture_is_read_from_the_shapes(case, name):
     shapes = read_manifest(case)['shapes']
     _, arch = convert_spartan({name: torch.empty(shape) for name, shape in shapes.items()})
     assert arch == SpaRTAN.arch_settings[name]
-
-
-@pytest.mark.parametrize('conv_type', ['full', 'depthwise'])
-def test_other_architectures_are_read_from_the_shapes(conv_type):
-    """One block a stage, ratios of 3, one convolution type throughout, images of one channel."""
-    widths, hidden = (16, 24, 32, 48), (48, 72, 96, 144)
-    shapes, layer = {}, 0
-    source = read_manifest('spartan_small')['shapes']
-    for name, shape in source.items():
-        if not name.startswith('layers.'):
-            shapes[name] = shape
-    shapes |= {'conv.0.conv.weight': [8, 1, 3, 3], 'linear.weight': [11, 48]}
-    for stage, (width, wide) in enumerate(zip(widths, hidden, strict=True)):
-        # A block and an embedding of the manifest, with each dimension in terms of C, C/2 and N.
-        if stage:
-            for name, shape in source.items():
-                if name.startswith('layers.1.'):
-                    new = [width, widths[stage - 1], 2, 2] if len(shape) == 4 else shape and [width]
-                    shapes[f'layers.{layer}.{name.split(".", 2)[2]}'] = new
-            layer += 1
-        sizes = {16: width, 8: width // 2, 64: wide, 32: wide // 2, 2: width // 8, 4: width // 4}
-        for name, shape in source.items():
-            if name.startswith('layers.0.'):
-                new = [sizes.get(side, side) for side in shape]
-                if name.endswith('.complex'):
-                    new = [1, 1, 1, wide // 2, 2]
-                elif 'cmixer.conv.conv' in name:
-                    new[1] = 1 if conv_type == 'full' else 3
-                elif '_conv' in name and len(new) == 4 and conv_type == 'depthwise':
-                    new[1] = 1
-                shapes[f'layers.{layer}.{name.split(".", 2)[2]}'] = new
-        layer += 1
-
-    converted, arch = convert_spartan(official(shapes))
-    assert arch == dict(stem_channels=8, depths=(1, ) * 4, channels=widths,
-                        expand_ratios=(3, ) * 4, conv_types=(conv_type, ) * 4)
-    backbone = SpaRTAN(arch, in_channels=1)
-    backbone.load_state_dict(common.strip_prefix(converted, 'backbone.'), strict=True)
 
 
 def test_backbone_inside_a_detector():
@@ -180,7 +139,7 @@ def test_leftover_key(small, name):
 def test_missing_and_leftover_keys_are_listed_together(small):
     small['layers.0.norm_3.weight'] = small.pop('layers.0.norm_1.weight')
     with pytest.raises(CheckpointError, match='missing keys:\n  layers.0.norm_1.weight\n'
-                                              'keys left over:\n  layers.0.norm_3.weight$'):
+                                              '  keys left over:\n  layers.0.norm_3.weight$'):
         convert_spartan(small)
 
 
@@ -195,7 +154,7 @@ def test_key_errors_inside_a_detector_carry_the_prefix(small):
     ('layers.0.smixer.gamma', (1, 9, 1, 1), r'gamma: \(1, 9, 1, 1\) instead of \(1, 8, 1, 1\)'),
     ('layers.3.cmixer.theta.weight', (48, 24, 1, 1), r'proj_in\.weight: \(144, 24, 1, 1\) instead'),
     ('linear.weight', (11, 32), r'head\.fc\.weight: \(11, 32\) instead of \(11, 64\)'),
-    ('conv.1.conv.weight', (18, 8, 3, 3), 'stage 1 has 18 channels'),
+    ('conv.1.conv.weight', (18, 8, 3, 3), r'stem\.1\.conv\.weight: \(18, 8, 3, 3\) instead'),
     ('conv.0.conv.weight', (8, ), r'conv\.0\.conv\.weight of shape \(8,\)'),
 ])
 def test_shapes_that_do_not_fit(small, name, shape, message):
@@ -212,34 +171,37 @@ def test_another_model():
 # --------------------------------------------------------------------------------------- and back
 
 
-def assert_identical(actual, expected):
-    """The same names, shapes, types and bits."""
-    assert actual.keys() == expected.keys()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize('case', ['spartan_small', 'spartan_xt'])
-def test_there_and_back(case):
-    state_dict = official(read_manifest(case)['shapes'])
+def test_there_and_back(case, golden):
+    state_dict = golden(case)
     converted, arch = convert_spartan(state_dict)
     exported, exported_arch = export_spartan(converted)
     assert_identical(exported, state_dict)
     assert exported_arch == arch
 
 
-@pytest.mark.parametrize('arch', [
-    # Wider than T, as the authors' S is, and one with nothing in common with either.
-    dict(stem_channels=24, depths=(2, 3, 4, 2), channels=(48, 96, 160, 320),
-         expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise')),
-    dict(stem_channels=8, depths=(1, 12), channels=(16, 8), expand_ratios=(1, 3),
-         conv_types=('depthwise', 'full'))])
-def test_back_and_there(arch):
+@pytest.mark.parametrize('arch, in_channels', [
+    # As the authors' S, one with nothing in common with theirs, and images of one channel.
+    (dict(stem_channels=24, depths=(2, 3, 4, 2), channels=(24, 48, 80, 160),
+          expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise')), 3),
+    (dict(stem_channels=8, depths=(1, 12), channels=(16, 8), expand_ratios=(1, 3),
+          conv_types=('depthwise', 'full')), 3),
+    (dict(stem_channels=8, depths=(1, ) * 4, channels=(16, 24, 32, 48), expand_ratios=(3, ) * 4,
+          conv_types=('full', ) * 4), 1),
+    (dict(stem_channels=8, depths=(1, ) * 4, channels=(16, 24, 32, 48), expand_ratios=(3, ) * 4,
+          conv_types=('depthwise', ) * 4), 1)])
+def test_back_and_there(arch, in_channels):
+    model = SpaRTAN(arch, in_channels, out_indices=-1)
     state_dict = {f'backbone.{name}': torch.randn(value.shape) if value.ndim else value
-                  for name, value in SpaRTAN(arch, out_indices=-1).state_dict().items()}
+                  for name, value in model.state_dict().items()}
     state_dict |= {'head.fc.weight': torch.randn(7, arch['channels'][-1]),
                    'head.fc.bias': torch.randn(7)}
     exported, exported_arch = export_spartan(state_dict)
     assert exported['linear.bias'].shape == (7, )
+    assert exported['conv.0.conv.weight'].shape[1] == in_channels
+    last = sum(arch['depths']) + len(arch['depths']) - 2
+    kind = exported[f'layers.{last}.smixer.h_conv.conv.weight'].shape[1]
+    assert (kind == 1) == (arch['conv_types'][-1] == 'depthwise')
     assert exported['layers.0.cmixer.complex'].shape[:3] == (1, 1, 1)
     converted, converted_arch = convert_spartan(exported)
     assert_identical(converted, state_dict)
