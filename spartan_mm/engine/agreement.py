@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import count, join, shorten
+from ..text import count, join, printable, shorten
 from ..weights.initialize import without_pretrained
 from ..weights.loading import find_classes
 from ..weights.stored_config import read_config
@@ -85,8 +85,10 @@ class ResumeCheckHook(Hook):
         followed = [change for change in changed
                     if change not in kept and not change.key.startswith(_RESTORED)]
         notes = [*_adapt_average(runner, checkpoint), *_adapt_best(checkpoint, followed)]
+        if now and not before:
+            notes.append('Its config cannot be read, more than optimizer and schedules may differ')
         if kept or followed or notes:
-            print_log(_describe(name, kept, followed, notes), 'current', logging.WARNING)
+            print_log(printable(_describe(name, kept, followed, notes)), 'current', logging.WARNING)
 
 
 def find_differences(before: Any, now: Any, path: str = '') -> Iterator[Difference]:
@@ -240,7 +242,7 @@ def _adapt_best(checkpoint: dict[str, Any], changed: Sequence[Difference]) -> It
         info = checkpoint['message_hub']['runtime_info']
         for key in [key for key in info if key.startswith('best_')]:
             del info[key]
-        yield 'the best checkpoint is looked for anew'
+        yield 'The best checkpoint is looked for anew'
 
 
 def _describe(name: str, kept: Sequence[Difference], followed: Sequence[Difference],

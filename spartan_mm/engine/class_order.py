@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ from .hooks import StrictCheckpointHook, classes_of
 Match = Literal['name', 'number'] | None
 
 
-@HOOKS.register_module()
 class OrderedCheckpointHook(StrictCheckpointHook):
     """Stops a test on other classes than the checkpoint's, or on the same ones in another order.
 
@@ -50,7 +48,7 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
                  ) -> dict[str, Any]:
     """Compare the classes of a checkpoint with others, and put them in their order if asked to.
 
-    Where one side has no names, there is nothing to compare.
+    Where one side has no names, there is nothing to compare, and nothing to match.
 
     Args:
         model: The model; it takes its deploy form if the checkpoint has it and its classes move.
@@ -69,6 +67,9 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
         CheckpointError: The classes differ, or cannot be matched.
     """
     theirs = find_classes(checkpoint)
+    if match == 'name' and None in (theirs, ours):
+        raise CheckpointError('classes cannot be matched by name, for there are no names in '
+                              + (f'checkpoint {name}' if theirs is None else owner))
     if match == 'number' or same_classes(theirs, ours):
         return checkpoint
     differ = describe_classes(name, theirs, ours, owner)

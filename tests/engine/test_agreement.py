@@ -26,12 +26,21 @@ NUMBERS = count()
 TRIALS = int(os.environ.get('RESUME_TRIALS', 6))
 
 
+class Noise(nn.Module):
+    """Has random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = random.Random(0)
+
+
 @MODELS.register_module()
 class AgreementModel(BaseModel):
-    """Has few weights, some of the same shape, running statistics, and an option."""
+    """Has few weights, some of the same shape, running statistics, and options."""
 
-    def __init__(self, dropout=0.):
+    def __init__(self, dropout=0., noise=True):
         super().__init__()
+        self.noise = Noise() if noise else None
         self.body = nn.Linear(2, 2)
         self.norm = nn.BatchNorm1d(2)
         self.dropout = nn.Dropout(dropout)
@@ -183,6 +192,7 @@ CHANGES = {
     'seed': (set_at('randomness.seed', 5), 'randomness.seed', 1, lambda runner: runner.seed),
     'model': (set_at('model.dropout', 0.5), 'model.dropout', 0.5,
               lambda runner: runner.model.dropout.p),
+    'part': (set_at('model.noise', False), 'model.noise', None, lambda runner: runner.model.noise),
     'best': (set_at('default_hooks.checkpoint.save_best', 'toy/down'), 'checkpoint.save_best', -1.,
              lambda runner: runner.message_hub.get_info('best_score')),
     'interval': (set_at('train_cfg.val_interval', 3), 'train_cfg.val_interval', 3,
@@ -207,14 +217,16 @@ def train(tmp_path, monkeypatch):
     def train(config, work_dir, *flags):
         said.clear()
         AgreementLook.seen.clear()
-        path = tmp_path / f'config_{next(NUMBERS)}.py'
-        path.write_text(as_text(config))
+        path = config
+        if isinstance(config, dict):
+            path = tmp_path / f'config_{next(NUMBERS)}.py'
+            path.write_text(as_text(config))
         try:
             main(['train', str(path), '--work-dir', str(work_dir), *flags])
         except SystemExit as leaving:
             assert str(leaving.code).startswith('error: '), leaving.code
             return [str(leaving.code)], None
-        return list(said), AgreementLook.seen[0]
+        return list(said), AgreementLook.seen[0] if AgreementLook.seen else None
 
     return train
 
@@ -265,9 +277,66 @@ def check(train, saved, names, average=True, by_epoch=True):
     return text
 
 
-@pytest.mark.parametrize('name', CHANGES)
-def test_a_change_is_followed_named_or_refused(train, saved, name):
+def statistics_of_another_rank(path):
+    """Write the checkpoint that a process has whose running statistics are its own."""
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['resume']['ranks'][0]['buffers'] = {
+        'norm.running_mean': torch.ones(2),
+        # As versions before numbered the hook of the average.
+        '17: module.norm.running_mean': torch.full((2, ), 2.)}
+    torch.save(checkpoint, path.with_name('other.pth'))
+    return path.with_name('other.pth')
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_running_statistics_of_a_rank(train, saved, momentum):
+    check(train, saved, [])
+    config = make_config()
+    config['train_cfg']['max_epochs'] = 2
+    average(momentum)(config)
+    # At another place among the hooks.
+    config['custom_hooks'].insert(0, dict(type='SyncBuffersHook'))
+    path = statistics_of_another_rank(saved[0][True, True] / 'epoch_1.pth')
+    _, (_, weights, _, averages) = train(config, saved[1] / f'rank_{momentum}', '--resume',
+                                         str(path))
+    assert weights['norm.running_mean'].tolist() == [1, 1]
+    assert [found['norm.running_mean'].tolist() for found in averages] == (
+        [] if momentum is None else [[2, 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task, words, batch', [('detector', 'disc, square', 4),
+                                                ('classifier', 'square, disc', 2)])
+def test_real_trainings(train, user_project, tmp_path, monkeypatch, task, words, batch):
+    monkeypatch.chdir(user_project)
+    config = f'user_{task}.py'
+    run, dataset = tmp_path / task, 'train_dataloader.dataset.metainfo'
+
+    def resume(*options):
+        return '\n'.join(train(config, run, '--resume', '--cfg-options', 'train_cfg.max_epochs=3',
+                               *options)[0])
+
+    train(config, run, '--cfg-options', 'train_cfg.max_epochs=1')
+    assert 'it has 2 classes' in resume(
+        f'{dataset}.classes={tuple(words.split(", "))}'.replace(' ', ''))
+    assert 'its optimizer is AdamW, that of the config SGD' in resume(
+        'optim_wrapper.optimizer.type=SGD')
+    text = resume('optim_wrapper.optimizer.lr=0.5', f'train_dataloader.batch_size={batch}',
+                  'custom_hooks=[]')
+    assert 'optim_wrapper.optimizer.lr=0.001 (config: 0.5)' in text
+    assert f'train_dataloader.batch_size={batch} (before: {6 - batch})' in text
+    assert ('EMAHook is gone' in text) == (task == 'detector')
+
+
+@pytest.mark.parametrize('name', [name for name in CHANGES if CHANGES[name][2] is REFUSED])
+def test_what_cannot_go_on_is_refused(train, saved, name):
     check(train, saved, [name])
+
+
+@pytest.mark.parametrize('without', ['average', 'no average'])
+def test_all_else_is_followed_or_named(train, saved, without):
+    check(train, saved, [name for name in CHANGES
+                         if CHANGES[name][2] is not REFUSED and name != without])
 
 
 def test_no_change_no_word_but_of_the_epochs(train, saved):
@@ -276,10 +345,10 @@ def test_no_change_no_word_but_of_the_epochs(train, saved):
                          '(before: 1)')
 
 
-@pytest.mark.parametrize('name', ['lr', 'groups', 'average'])
+@pytest.mark.parametrize('names', [['lr', 'average'], ['groups']])
 @pytest.mark.parametrize('average, by_epoch', [(True, False), (False, True)])
-def test_other_runs(train, saved, name, average, by_epoch):
-    check(train, saved, [name], average, by_epoch)
+def test_other_runs(train, saved, names, average, by_epoch):
+    check(train, saved, names, average, by_epoch)
 
 
 @pytest.mark.parametrize('seed', range(TRIALS))

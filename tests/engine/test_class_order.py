@@ -84,6 +84,7 @@ def test_outputs_stay(theirs, ours, match):
      r'3 classes \(a, b, c\).* has 3 \(a, c, b\), and class 1 .*--match-classes name'),
     ([*map(str, range(91))], [*map(str, range(80))], None, r'91 classes .* and class 80'),
     (('a', 'b'), ('a', 'x'), 'name', "does not know 'x'"),
+    (('a', 'b'), None, 'name', 'no names in the test data'),
 ])
 def test_other_classes_are_refused(theirs, ours, match, words):
     with pytest.raises(CheckpointError, match=words):
