@@ -2,7 +2,7 @@
 import argparse
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import DictAction
 
@@ -207,6 +207,19 @@ def add_results(parser: ArgumentParser, out_dir: str) -> None:
     parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
                         help='least overlap of a detection with the object that it finds (default: '
                              '%(default)s)')
+
+
+def read_results(args: argparse.Namespace, first: str) -> tuple[Any, bool]:
+    """Read what `add_results` named, before it check that the file `first` has a place.
+
+    Returns:
+        What :func:`~.predictions.read_results` gives, and whether it is a detector's.
+    """
+    from ..analysis.mistakes.predictions import DetectorResults, read_results
+    from ..engine.launch import load_config
+    check_writable(args.out_dir / first)
+    results = read_results(load_config(args.config, options=args.cfg_options), args.predictions)
+    return results, isinstance(results, DetectorResults)
 
 
 class _Size(argparse.Action):
