@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..datasets.classes import find_heads
 from ..errors import CheckpointError
 from ..text import count, join
 from ..weights.forms import switch_to_deploy
@@ -83,17 +84,19 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
     if unknown:
         raise CheckpointError(f'{differ}. They cannot be matched by name, for the checkpoint does '
                               f'not know {join(map(repr, unknown))}')
+    for head in find_heads(model):
+        if head.num_classes != len(ours):
+            raise CheckpointError(f'{differ}. To match them by name, the model needs as many as '
+                                  f'{owner}: set model.{head.path}.num_classes={len(ours)}')
     if find_meta(checkpoint).get('deploy'):
         switch_to_deploy(model)
     own = model.state_dict()
     weights, changes = fit_classes(find_state_dict(checkpoint, name), own,
                                    find_rows(model_cfg, own), known, [*map(_simplify, ours)])
-    if not changes or any(change.known != len(theirs) or change.total != len(ours)
-                          for change in changes):
-        sizes = join(sorted({f'{change.known} of which the model has {change.total}'
-                             for change in changes}), none='none that are known')
-        raise CheckpointError(f'{differ}. They cannot be matched by name, for the outputs are '
-                              f'{sizes}')
+    outputs = {change.known for change in changes}
+    if outputs != {len(theirs)}:
+        raise CheckpointError(f'{differ}. They cannot be matched by name, for it has '
+                              f'{join(outputs, none="no known")} outputs')
     meta = find_meta(checkpoint)
     dataset_meta = dict(meta.get('dataset_meta') or {}, classes=tuple(ours))
     dataset_meta.pop('palette', None)

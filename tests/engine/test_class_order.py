@@ -19,6 +19,7 @@ from spartan_mm.detection import DetInferencer
 from spartan_mm.engine.class_order import put_in_order, same_classes
 from spartan_mm.errors import CheckpointError
 from spartan_mm.inference import Classifier, Detector
+from spartan_mm.weights.forms import switch_to_deploy
 
 
 @MODELS.register_module()
@@ -92,8 +93,15 @@ def test_other_classes_are_refused(theirs, ours, match, words):
 
 
 def test_names_that_do_not_fit_the_outputs_match_nothing():
-    with pytest.raises(CheckpointError, match='by name, for the outputs are 3 of which the model'):
+    with pytest.raises(CheckpointError, match='by name, for it has 3 outputs'):
         order(('a', 'b'), ('b', 'a'), 'name', count=3)
+
+
+def test_a_model_with_the_classes_of_the_checkpoint_cannot_follow_fewer():
+    model, config = make(3)
+    checkpoint = dict(state_dict=model.state_dict(), meta=dict(CLASSES=('a', 'b', 'c')))
+    with pytest.raises(CheckpointError, match=r'set model\.head\.num_classes=2'):
+        put_in_order(model, config, checkpoint, 'a.pth', ('c', 'a'), 'the test data', 'name')
 
 
 def test_without_names_all_are_the_same():
@@ -193,9 +201,13 @@ def test_inference(project, tmp_path, monkeypatch):
                 value = value[[1, 0, 2]]
             assert_close(inner.state_dict()[key], value, rtol=0, atol=0)
 
-    matched = Detector(other, 'detector.pth', match_classes='name')
-    again, = matched.detect([image])
-    assert name(matched.classes, again.labels) == name(expected.classes, found.labels)
+    deployed = switch_to_deploy(get_model(config, 'detector.pth'))
+    torch.save(dict(meta=dict(deploy=True, dataset_meta=deployed.dataset_meta),
+                    state_dict=deployed.state_dict()), 'deployed.pth')
+    for path in ('detector.pth', 'deployed.pth'):
+        matched = Detector(other, path, match_classes='name')
+        again, = matched.detect([image])
+        assert name(matched.classes, again.labels) == name(expected.classes, found.labels)
     # The names stay the checkpoint's, which are true to its outputs.
     assert Detector(other, 'detector.pth', match_classes='number').classes == ('square', 'disc')
 
