@@ -148,12 +148,12 @@ def _read_parts(text: str | None) -> dict[str, Any]:
 def _compare_optimizers(runner: Runner, states: Mapping[str, Any], name: str,
                         changed: Sequence[Difference]) -> Iterator[Difference]:
     """Compare what optimizers do to their groups of parameters; refuse what does not fit."""
-    wrappers = runner.optim_wrapper
-    if not isinstance(wrappers, OptimWrapperDict):
-        wrappers, states = {'': wrappers}, {'': states}
-    if {*wrappers.keys()} != {*states}:
-        _refuse(name, f'its optimizers are called {join(states)}, those of the config '
-                f'{join(wrappers.keys())}')
+    built = runner.optim_wrapper
+    wrappers = dict(built.items()) if isinstance(built, OptimWrapperDict) else {'': built}
+    states = {'': states} if 'param_groups' in states else states
+    if wrappers.keys() != states.keys():
+        _refuse(name, 'its optimizers are {}, those of the config {}'.format(*(
+            join(filter(None, names), none='a single one') for names in (states, wrappers))))
     for label, wrapper in wrappers.items():
         path = '.'.join(filter(None, ('optim_wrapper', label, 'optimizer')))
         theirs, ours = states[label]['param_groups'], wrapper.optimizer.param_groups
@@ -205,7 +205,7 @@ def _compare_schedules(runner: Runner, states: Any, name: str) -> Iterator[Diffe
     """Compare the settings of schedules; refuse other kinds of them."""
     ours = [schedule.state_dict() for schedule in _flat(runner.param_schedulers)]
     theirs = _flat(states)
-    kinds = [[f'{state["param_name"]} by {join(sorted({*state} - _PROGRESS - {"param_name"}))}'
+    kinds = [[f'{state.get("param_name")} by {join(sorted({*state} - _PROGRESS - {"param_name"}))}'
               for state in schedules] for schedules in (theirs, ours)]
     if kinds[0] != kinds[1]:
         _refuse(name, f'its schedules (param_scheduler) are {join(kinds[0])}; those of the config '

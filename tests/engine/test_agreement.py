@@ -5,13 +5,14 @@ import importlib
 import os
 import random
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
@@ -19,6 +20,8 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from spartan_mm.cli import main
+from spartan_mm.engine.agreement import _compare_optimizers
+from spartan_mm.errors import CheckpointError
 from spartan_mm.weights.stored_config import as_text
 
 NUMBERS = count()
@@ -275,6 +278,37 @@ def check(train, saved, names, average=True, by_epoch=True):
         expected = checkpoint['state_dict'] if 'ema_state_dict' in checkpoint else trained
         assert_close(average, expected, rtol=0, atol=0)
     return text
+
+
+def wrap(*shapes, kind=torch.optim.AdamW):
+    """An optimizer that has taken a step, with a group of parameters for each shape."""
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    wrapper = OptimWrapper(kind([dict(params=[parameter]) for parameter in parameters], lr=0.1))
+    wrapper.update_params(sum(parameter.sum() for parameter in parameters))
+    return wrapper
+
+
+@pytest.mark.parametrize('before, now, words', [
+    (wrap(2), wrap(2, kind=torch.optim.SGD), 'its optimizer is another, that of the config SGD'),
+    (wrap(2, kind=torch.optim.SGD), wrap(2), 'its optimizer is another, that of the config AdamW'),
+    (wrap(2, 3), wrap(2), r'has 2 groups of 1, 1 parameters, that of the config 1 group of 1'),
+    (wrap(2, 3), wrap(3, 2), 'has 2 groups'),
+    (wrap(2), OptimWrapperDict(a=wrap(2)), 'are a single one, those of the config a'),
+    (OptimWrapperDict(a=wrap(2), b=wrap(2)), wrap(2), 'are a, b, those of the config a single one'),
+])
+def test_optimizers_without_a_config(before, now, words):
+    runner = SimpleNamespace(optim_wrapper=now)
+    with pytest.raises(CheckpointError, match=f'{words}.*load_from=a.pth'):
+        [*_compare_optimizers(runner, before.state_dict(), 'a.pth', [])]
+
+
+def test_several_optimizers():
+    before, now = (OptimWrapperDict(a=wrap(2), b=wrap(3)) for _ in range(2))
+    assert [*_compare_optimizers(SimpleNamespace(optim_wrapper=now), before.state_dict(), '', [])
+            ] == []
+    now['b'].param_groups[0]['eps'] = 0.5
+    assert [*_compare_optimizers(SimpleNamespace(optim_wrapper=now), before.state_dict(), '', [])
+            ] == [('optim_wrapper.b.optimizer.eps', 1e-8, 0.5)]
 
 
 def statistics_of_another_rank(path):
