@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .requirements import RequirementError
+
 MMCV_EXT = 'mmcv._ext'
 
 
@@ -63,12 +65,12 @@ class MMCVExtStandIn(ModuleType):
             Indices of the kept boxes, best score first, shape (K,).
 
         Raises:
-            ImportError: Torchvision is missing.
+            RequirementError: Torchvision is missing.
         """
         try:
             from torchvision.ops import nms
         except ImportError as error:
-            raise ImportError(
+            raise RequirementError(
                 'non-maximum suppression without compiled mmcv needs torchvision; install the '
                 f'torchvision that belongs to torch {torch.__version__}') from error
         if offset:

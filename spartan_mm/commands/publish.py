@@ -27,8 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Publish, and list the files."""
     classes = 'coco' if args.classes == ['coco'] else args.classes
+    config = args.config and load_config(args.config)
     try:
-        config = args.config and load_config(args.config)
         files = publish(args.src, args.stem, config, classes)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f'{args.src} was not published: {error}') from error

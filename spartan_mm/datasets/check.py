@@ -5,6 +5,7 @@ the rest by ``PreflightHook``.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -327,7 +328,9 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
               for start in range(0, len(content.infos), _CHUNK)]
     workers = min(workers or os.cpu_count() or 1, len(chunks))
     faults: dict[str, list[tuple[str, str]]] = {}
-    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+    # Ctrl-C is for the process that waits for them.
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(workers, **deaf) if workers > 1 else nullcontext() as pool:
         results = (pool.map if pool else map)(task, chunks)
         for kind, path, message in chain.from_iterable(progress(results, 'decoding', len(chunks))):
             faults.setdefault(kind, []).append((path, message))

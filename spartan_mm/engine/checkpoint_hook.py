@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..errors import ExplainedError
-from ..files import remove_unfinished, write_whole
+from ..files import check_writable, remove_unfinished, write_whole
 from .resume import ResumableTrainLoop
 
 
@@ -77,8 +77,14 @@ class ResumableCheckpointHook(CheckpointHook):
         self._state: dict[str, Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a killed run left half written or not yet removed."""
+        """Look whether there is a place, and remove what a killed run left there.
+
+        Raises:
+            UnwritableError: There is none.
+        """
         super().before_train(runner)
+        if '://' not in self.out_dir:
+            check_writable(Path(self.out_dir, 'last'))
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = list(self.keep_ckpt_ids)
         if dist.is_main_process() and '://' not in self.out_dir:
@@ -133,11 +139,10 @@ class ResumableCheckpointHook(CheckpointHook):
 
         changed = [key for key in info if key.startswith('best_') and info[key] != before.get(key)]
         for key in changed:
-            if key.startswith('best_ckpt') and before.get(key):
-                # Folders get moved with all that is in them.
-                old = Path(before[key]).name
-                if old != Path(info[key]).name:
-                    self._remove(old)
+            # By name, since folders get moved with all that is in them.
+            old = Path(before.get(key) or '').name if key.startswith('best_ckpt') else ''
+            if old and old != Path(info[key]).name:
+                self._remove(old)
         if changed and last is not None:
             # For it to name the best one.
             step = runner.epoch if self.by_epoch else runner.iter
@@ -196,7 +201,17 @@ class ResumableCheckpointHook(CheckpointHook):
         last = self.last_ckpt
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        written = self._attempt(runner, partial(self._write, runner, name, dict(meta)))
+
+        def write() -> None:
+            runner.save_checkpoint(
+                self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler, meta=dict(meta),
+                by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
+            if dist.is_main_process():
+                WholeFileBackend().put_text(str(self.last_ckpt),
+                                            Path(runner.work_dir, 'last_checkpoint'))
+
+        written = self._attempt(runner, write)
         self._state = None
         if not written:
             self.last_ckpt = last
@@ -211,15 +226,6 @@ class ResumableCheckpointHook(CheckpointHook):
             for old in partials[:-2] if '_iter_' in name else partials:
                 old.unlink(missing_ok=True)
         return True
-
-    def _write(self, runner: Runner, name: str, meta: dict[str, Any]) -> None:
-        runner.save_checkpoint(
-            self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
-            backend_args=self.backend_args, **self.args)
-        if dist.is_main_process():
-            WholeFileBackend().put_text(str(self.last_ckpt), Path(runner.work_dir,
-                                                                  'last_checkpoint'))
 
     def _attempt(self, runner: Runner, write: Callable[[], None]) -> bool:
         """Call a function in which the main process writes; all processes learn of a failure.

@@ -22,10 +22,13 @@ def explain(error: BaseException) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     building = [frame for frame in frames if frame.f_code is build_from_cfg.__code__]
     if building and isinstance(error, KeyError | TypeError):
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        # In the class itself, it is one of the config only if that has it.
-        if building[-1] is frames[-1] or (
-                unknown is not None and unknown[1] in building[-1].f_locals['args']):
+        # A class may hand on what it is given to the classes it is made of.
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'",
+                            str(error))
+        known = {base.__name__ for base in getattr(building[-1].f_locals.get('obj_cls'),
+                                                   '__mro__', ())}
+        if building[-1] is frames[-1] or (unknown is not None and unknown[1] in known
+                                          and unknown[2] in building[-1].f_locals['args']):
             return f'what the config says cannot be built: {said}'
     packing = [frame for frame in frames if frame.f_code is BaseDataset._serialize_data.__code__]
     if packing and isinstance(error, ValueError):

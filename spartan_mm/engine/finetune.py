@@ -23,35 +23,21 @@ StateDict = Mapping[str, Tensor]
 
 
 class Rows(NamedTuple):
-    """How the classes lie in the first dimension of a tensor.
+    """How the classes lie in the first dimension of a tensor."""
 
-    Attributes:
-        blocks: How often all classes follow each other, such as once for each anchor.
-        extra: Number of rows behind them, such as one for the background or for padding.
-    """
-
-    blocks: int
-    extra: int
+    blocks: int  # how often all classes follow each other, such as once for each anchor
+    extra: int  # rows behind them, such as one for the background or for padding
 
 
 class Change(NamedTuple):
-    """What became of a tensor that depends on the classes.
-
-    Attributes:
-        name: Name of the tensor.
-        theirs: Its shape in the checkpoint.
-        ours: Its shape in the model.
-        kept: Number of classes whose rows come from the checkpoint.
-        total: Number of classes of the model.
-        known: Number of classes of the checkpoint.
-    """
+    """What became of a tensor that depends on the classes."""
 
     name: str
-    theirs: tuple[int, ...]
-    ours: tuple[int, ...]
-    kept: int
-    total: int
-    known: int
+    theirs: tuple[int, ...]  # its shape in the checkpoint
+    ours: tuple[int, ...]  # its shape in the model
+    kept: int  # number of classes whose rows come from the checkpoint
+    total: int  # number of classes of the model
+    known: int  # number of classes of the checkpoint
 
 
 @HOOKS.register_module()

@@ -21,6 +21,7 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
@@ -43,7 +44,6 @@ VISUALIZATION_HOOKS = {
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
 TIMEOUT = 1800
-
 
 #: What the system says of a file that is not there, or of one that is in the way of another.
 IN_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
@@ -300,9 +300,9 @@ def build_runner(cfg: Config, split: str = 'test') -> Runner:
         UsageError: The config lacks what is needed, or another training uses the work dir.
         UnwritableError: There can be no such work dir.
     """
-    check_run(cfg, split)
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
+    check_run(cfg, split)
     claim = claim_work_dir(cfg.work_dir) if split == 'train' else check_writable(
         Path(cfg.work_dir, 'log'))
     if cfg.get('load_from'):
@@ -342,7 +342,7 @@ def reporting() -> Iterator[None]:
         _leave(f'error: {printable(error)}', 1)
     except Exception as error:
         if explanation := explain(error):
-            _leave(f'error: {explanation}', 1)
+            _leave(f'error: {printable(explanation)}', 1)
         if dist.get_world_size() == 1:
             raise
         traceback.print_exc()
@@ -395,7 +395,9 @@ def _prepare_distributed(cfg: Config) -> None:
             raise UsageError(f'process {local_rank} of this node has no GPU: torch sees {gpus}. '
                              'Start as many processes as there are GPUs')
         cfg.merge_from_dict({'env_cfg.dist_cfg': dist_cfg})
-        dist.init_dist(cfg.launcher, **dist_cfg)  # mmengine keeps what is there
+        # As mmengine does, which keeps what is there, but before anything is written.
+        set_multi_processing(**cfg.env_cfg.get('mp_cfg', {}), distributed=True)
+        dist.init_dist(cfg.launcher, **dist_cfg)
         return
 
     if cfg.launcher != 'pytorch':

@@ -35,19 +35,15 @@ _TYPES = {'InstanceData': 'mmengine.structures', 'LabelData': 'mmengine.structur
 
 @dataclass
 class Replay:
-    """What a batch did this time.
+    """What a batch did this time."""
 
-    Attributes:
-        about: What the dump says of that time: iteration, images, terms ...
-        terms: Of each pass, the values of what the model's loss returned.
-        first_broken: The first modules that made a NaN or infinite output of finite inputs, in the
-            order in which they ran; at most one for each pass.
-        broken_gradients: Names of the parameters whose gradient is not finite.
-    """
-
+    # What the dump says of that time: iteration, images, terms ...
     about: dict[str, Any]
+    # Of each pass, the values of what the model's loss returned.
     terms: list[dict[str, float]] = field(default_factory=list)
+    # The modules, one a pass at most, that first made a NaN or infinite output of finite inputs.
     first_broken: list[str] = field(default_factory=list)
+    # The parameters whose gradient is not finite.
     broken_gradients: list[str] = field(default_factory=list)
 
     def differences(self) -> list[str]:

@@ -55,8 +55,8 @@ _OLD_IN_LOADERS = dict(samples_per_gpu='batch_size', workers_per_gpu='num_worker
 
 # What mmengine's own loops take.
 _LOOPS = (None, 'EpochBasedTrainLoop', 'IterBasedTrainLoop', 'ResumableTrainLoop')
-_LOOP_SETTINGS = {'type', 'by_epoch', 'max_epochs', 'max_iters', 'val_begin', 'val_interval',
-                  'dynamic_intervals'}
+_LOOP_SETTINGS = {'type', '_scope_', 'by_epoch', 'max_epochs', 'max_iters', 'val_begin',
+                  'val_interval', 'dynamic_intervals'}
 
 # What torch refuses of a data loader without workers.
 _OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context', 'timeout')
@@ -147,10 +147,11 @@ def _settle_loader(name: str, loader: dict[str, Any]) -> None:
                              f'{name}.{today}')
     _check_number(name, loader, 'batch_size', 1)
     _check_number(name, loader, 'num_workers', 0)
-    dataset = loader.get('dataset')
-    if isinstance(dataset, str | list | tuple):
-        raise UsageError(f'{name}.dataset={dataset!r} must be a dict with a type; several datasets '
-                         "are joined by dict(type='ConcatDataset', datasets=[...])")
+    if isinstance(loader.get('dataset'), list | tuple):
+        raise UsageError(f'{name}.dataset is a list; several datasets are joined by '
+                         "dict(type='ConcatDataset', datasets=[...])")
+    for part in ('dataset', 'sampler', 'batch_sampler'):
+        _check_built(f'{name}.{part}', loader.get(part))
 
     shuffle = loader.pop('shuffle', None)
     if shuffle is None:

@@ -5,16 +5,18 @@ import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
-from torch.utils.data import DataLoader
+from mmengine.runner import IterBasedTrainLoop
+from torch.utils.data import DataLoader, IterableDataset
 
 from spartan_mm.cli import main
 from spartan_mm.datasets.data_errors import DataError
-from spartan_mm.datasets.preflight import PreflightHook
+from spartan_mm.datasets.preflight import PreflightHook, check_batches
 from spartan_mm.detection import CheckedCocoDataset
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -69,6 +71,36 @@ def test_missing_images_of_a_joined_set(make, tmp_path, logged):
         with pytest.raises(DataError, match=r'_dataloader: .*val\.json: 1 of 4 images do not exist '
                                             r'\(.*gone\.png\): check `data_root`'):
             PreflightHook().before_train(runner)
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(dataset=[]), 'val_dataloader has no images: '),
+    (dict(dataset=[1], batch_size=2, drop_last=True), 'it has 1 image, too few for one of batch_'),
+    (dict(dataset=[1], sampler=[]), 'its sampler, list, takes none of 1 image'),
+    (dict(dataset=[1], batch_sampler=[]), 'takes none of 1 image'),
+], ids=str)
+def test_loaders_without_a_batch(settings, words):
+    with pytest.raises(DataError, match=words):
+        check_batches(DataLoader(**settings), 'val')
+
+
+def test_loaders_with_a_batch(make):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield 1
+
+    check_batches(DataLoader(Stream()), 'train')
+    check_batches(DataLoader([1], batch_size=2), 'train')
+
+
+@pytest.mark.parametrize('unit, loop', [('epoch', None), ('iter', Mock(IterBasedTrainLoop))])
+def test_a_training_that_is_over(make, logged, unit, loop):
+    runner = make_runner(make())
+    runner.train_loop = loop
+    vars(runner).update({unit: 7, f'max_{unit}s': 7})
+    PreflightHook().before_train(runner)
+    assert logged[0] == (f'nothing is left to do: {unit} 7 of 7 is done; to go on, set '
+                         f'train_cfg.max_{unit}s higher')
 
 
 def test_commands(user_project, tmp_path, monkeypatch, capfd):

@@ -268,8 +268,16 @@ def test_a_disk_that_stays_full_ends_the_training(make_runner):
     assert runner.iter == 3
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
-def test_a_signal_saves_and_leaves(make_runner, tmp_path, name):
+@pytest.fixture
+def hear_ctrl_c():
+    """What runs these tests in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1', 'SIGINT'])
+def test_a_signal_saves_and_leaves(make_runner, tmp_path, hear_ctrl_c, name):
     make_runner('whole').train()
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
     soak.at_iteration(7, lambda: os.kill(os.getpid(), number))
@@ -282,6 +290,23 @@ def test_a_signal_saves_and_leaves(make_runner, tmp_path, name):
     make_runner().train()
     assert soak.find_differences(tmp_path / 'whole' / 'epoch_3.pth',
                                  tmp_path / 'run' / 'epoch_3.pth') == []
+
+
+def test_a_second_ctrl_c_ends_at_once(make_runner, tmp_path, hear_ctrl_c, capfd):
+    soak.at_iteration(7, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        make_runner().train()
+    assert names(tmp_path / 'run') == ['epoch_1.pth']
+    assert capfd.readouterr().err.count('once more to end at once') == 1
+
+
+def test_ctrl_c_that_is_ignored_stays_so(make_runner, tmp_path, hear_ctrl_c):
+    """As of what a shell runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    soak.at_iteration(7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    make_runner(epochs=2).train()
+    assert names(tmp_path / 'run') == ['epoch_1.pth', 'epoch_2.pth']
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_in_validation_leaves_at_once(make_runner, tmp_path):

@@ -46,6 +46,10 @@ class TestLoadConfig:
         with pytest.raises(launch.UsageError, match=r"needs pkg_resources.*'setuptools<82'"):
             launch.load_config(config_file)
 
+    def test_settings_that_nobody_reads(self, config_file):
+        with pytest.raises(launch.UsageError, match='nobody reads total_epochs=3'):
+            launch.load_config(config_file, options=dict(total_epochs=3))
+
     def test_no_file(self):
         with pytest.raises(FileNotFoundError, match='config no_such.py does not exist'):
             launch.load_config('no_such.py')

@@ -10,6 +10,7 @@ import soak
 
 import spartan_mm.classification  # noqa: F401 - for the forks
 import spartan_mm.detection  # noqa: F401
+from spartan_mm.engine.claim import claim_work_dir
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
@@ -95,6 +96,15 @@ def test_all_processes_leave_if_one_fails(trainings):
     assert [outcome.status for outcome in outcomes] == [1, 1]
     assert ('error: process 1 of 2 failed: RuntimeError: this batch is spoilt'
             in outcomes[0].output.splitlines())
+
+
+def test_all_processes_refuse_a_work_dir_in_use(trainings):
+    with claim_work_dir(trainings.root / 'claimed'):
+        outcomes = interrupt(trainings, 'claimed', None, 'classification', ranks=2)
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    assert all('error: another training is running in ' in outcome.output for outcome in outcomes)
+    # Nothing else was written.
+    assert set(os.listdir(trainings.root / 'claimed')) == {'training.lock', 'output.log'}
 
 
 @pytest.mark.parametrize('task', ['detection', 'classification'])

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,14 @@ class TestTrainAndTest:
         assert 'accuracy/top1' in output
         assert (user_project / 'classified' / 'epoch_1.pth').exists()
 
+    @pytest.mark.parametrize('word, files', [
+        ('train', []), ('test', ['a.pth']), ('deploy', ['a.pth', 'b.pth'])])
+    def test_no_such_config(self, fail_here, word, files):
+        said, status = fail_here(word, 'none.py', *files)
+        assert said == ("error: config none.py does not exist, and there is no model 'none.py'; "
+                        'see spartan_mm.list_models()') and status == 2
+
     @pytest.mark.parametrize('word, arguments, message', [
-        ('train', ['none.py'],
-         "error: config none.py does not exist, and there is no model 'none.py'; see "
-         'spartan_mm.list_models()'),
         ('train', ['user_detector.py', '--resume', 'none.pth'],
          'error: checkpoint none.pth does not exist'),
         ('test', ['user_detector.py', 'none.pth'], 'error: checkpoint none.pth does not exist'),
@@ -143,6 +148,99 @@ class TestTrainAndTest:
     def test_wrong_flags(self, fail_here, words, message):
         said, status = fail_here(*words)
         assert message in said and status == 2
+
+
+class TestBeforeTheFirstIteration:
+
+    @pytest.mark.parametrize('task, options, message', [
+        ('detector', ['train_dataloader.batch_size=16', 'train_dataloader.drop_last=True'],
+         'train_dataloader gives no batch: it has 4 images, too few for one of batch_size=16, and '
+         'drop_last=True leaves out what is no whole batch; set train_dataloader.batch_size lower'),
+        ('detector', ['train_dataloader.batch_size=16', 'train_dataloader.drop_last=True',
+                      'train_cfg._delete_=True', 'train_cfg.by_epoch=False',
+                      'train_cfg.max_iters=2'], 'train_dataloader gives no batch: it has 4 images'),
+        ('detector', ['train_dataloader.batch_size=5', 'train_dataloader.drop_last=True',
+                      'train_dataloader.batch_sampler.type=AspectRatioBatchSampler'],
+         'too few for one of batch_size=5'),
+        ('classifier', ['val_dataloader.batch_size=16', 'val_dataloader.drop_last=True'],
+         'val_dataloader gives no batch: '),
+        ('detector', ['train_dataloader.dataset.indices=0'],
+         'CocoDataset of pictures/annotations.json has no images: '),
+        ('detector', ['val_dataloader.dataset.filter_cfg.min_size=999',
+                      'val_dataloader.dataset.test_mode=False'], ' has no images: '),
+    ])
+    def test_no_batch(self, fail_here, tmp_path, task, options, message):
+        said, status = fail_here('train', f'user_{task}.py', '--work-dir', tmp_path,
+                                 '--cfg-options', *options)
+        assert said.startswith('error: ') and message in said and status == 1
+        assert not list(tmp_path.glob('*.pth'))
+
+    def test_no_batch_in_a_test(self, trained, fail_here):
+        said, status = fail_here('test', 'user_detector.py', trained / 'epoch_2.pth',
+                                 '--cfg-options', 'test_dataloader.batch_size=9',
+                                 'test_dataloader.drop_last=True')
+        assert said.startswith('error: test_dataloader gives no batch: ') and status == 1
+
+    def test_loaders_without_workers_and_with_a_batch_sampler(self, run_here, tmp_path):
+        """What torch and mmengine refuse to see together."""
+        settings = ['train_dataloader.persistent_workers=True', 'train_dataloader.drop_last=True',
+                    'train_dataloader.batch_sampler.type=AspectRatioBatchSampler',
+                    'val_dataloader.prefetch_factor=2', 'test_dataloader.persistent_workers=True']
+        run_here('train', 'user_detector.py', '--work-dir', tmp_path, '--cfg-options', *settings,
+                 'train_cfg.max_epochs=1')
+        run_here('test', 'user_detector.py', tmp_path / 'epoch_1.pth', '--work-dir', tmp_path,
+                 '--cfg-options', *settings)
+        run_here('check-data', 'user_detector.py', '--out', tmp_path / 'out', '--cfg-options',
+                 *settings)
+
+    @pytest.mark.parametrize('words, message', [
+        (['train', 'user_detector.py', '--work-dir', 'pictures/0.png'],
+         'pictures/0.png is a file, not a folder; name another place'),
+        (['test', 'user_detector.py', 'user_detector.py', '--work-dir', 'pictures/0.png/deeper'],
+         'pictures/0.png is a file, not a folder; name another place'),
+        (['test', 'user_detector.py', 'user_detector.py', '--out', 'pictures/0.png/a.pkl'],
+         'a.pkl cannot be written: '),
+        (['train', 'user_detector.py', '--work-dir', 'out_dir', '--cfg-options',
+          'default_hooks.checkpoint.type=CheckpointHook',
+          'default_hooks.checkpoint.out_dir=pictures/0.png'], '0.png is a file, not a folder'),
+    ])
+    def test_a_file_in_the_way(self, fail_here, words, message):
+        said, status = fail_here(*words)
+        assert said.startswith('error: ') and message in said and status == 1
+
+    @pytest.mark.parametrize('options, message', [
+        (['optimizer.lr=0.1'], 'nobody reads optimizer='),
+        (['train_cfg.max_epochs=0'], 'train_cfg.max_epochs=0 must be'),
+        (['val_cfg=None'], 'has no val_cfg: '),
+        (['pipeline.9.x=3'], '--cfg-options do not fit user_detector.py: '),
+    ])
+    def test_settings(self, fail_here, options, message):
+        said, status = fail_here('train', 'user_detector.py', '--cfg-options', *options)
+        assert said.startswith('error: ') and message in said and status == 2
+
+    @pytest.mark.parametrize('option, message', [
+        ('custom_hooks.0.type=EMAHookk', 'EMAHookk is not in the mmdet::hook registry'),
+        ('model.neck.width=3', "unexpected keyword argument 'width'"),
+        ('train_dataloader.dataset.anns=3', "unexpected keyword argument 'anns'"),
+    ])
+    def test_what_cannot_be_built(self, fail_here, tmp_path, option, message):
+        said, status = fail_here('train', 'user_detector.py', '--work-dir', tmp_path,
+                                 '--cfg-options', option)
+        assert said.startswith('error: what the config says cannot be built: ') and status == 1
+        assert message in said
+
+    def test_a_broken_import_shows_where_it_comes_from(self, tmp_path, monkeypatch):
+        (tmp_path / 'broken_part.py').write_text('import not_there_at_all')
+        (tmp_path / 'own.py').write_text("custom_imports = dict(imports=['broken_part'])")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError) as error:
+            main(['train', str(tmp_path / 'own.py')])
+        assert 'not_there_at_all' in ''.join(traceback.format_exception(error.value))
+
+    def test_nothing_left_to_do(self, trained, run_here):
+        output = run_here('train', 'user_detector.py', '--resume', trained / 'epoch_2.pth')
+        assert ('nothing is left to do: epoch 2 of 2 is done; to go on, set train_cfg.max_epochs '
+                'higher') in output
 
 
 class TestInfer:

@@ -137,16 +137,6 @@ def test_mixed_precision_is_resumed(train, tmp_path):
     assert checkpoint['optimizer']['loss_scaler']['_growth_tracker'] == 4
 
 
-def test_a_resumed_training_goes_on_as_if_nothing_had_happened(train, tmp_path):
-    whole = train(options=['train_cfg.max_epochs=2'])
-    shutil.rmtree(tmp_path / 'work_dir')
-    train()
-    resumed = train('--resume', options=['train_cfg.max_epochs=2'])
-    assert_close(resumed.losses, whole.losses[2:], rtol=0, atol=0)
-    assert_close(resumed.weights[1:], whole.weights[3:], rtol=0, atol=0)
-    assert steps_taken(read_checkpoint(tmp_path, 'epoch_2.pth')) == 4
-
-
 def test_channels_last(train):
     plain, run = train(), train('--channels-last')
     for convolution in (run.runner.model.backbone.stem[0].conv,
