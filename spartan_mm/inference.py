@@ -22,9 +22,10 @@ from rich.progress import track
 from .datasets.classes import find_names
 from .datasets.images import list_images, take_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
+from .engine.class_order import Match, load_in_order
 from .errors import InputError
 from .files import check_writable, write_json, write_whole
-from .weights.loading import find_classes, load_for_inference
+from .weights.loading import find_classes
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
 
@@ -130,11 +131,14 @@ class Model:
         checkpoint: The weights, a local path or a URL; None if ``config`` is a checkpoint that
             holds them.
         device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+        match_classes: What to do if the config names other classes for its test data than the
+            checkpoint: 'name' to put the outputs in the config's order, 'number' to keep those of
+            the checkpoint, None to refuse.
 
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
         InputError: If the config is for another task, or there are no weights.
-        CheckpointError: If the checkpoint belongs to another architecture.
+        CheckpointError: If the checkpoint belongs to another architecture or has other classes.
     """
 
     #: The default scope of the configs, what the model is called, and what it does.
@@ -143,10 +147,12 @@ class Model:
     doing: ClassVar[str]
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
-                 device: str | None = None) -> None:
+                 device: str | None = None, match_classes: Match = None) -> None:
         cfg, name = _read_config(config)
-        if checkpoint is None and not is_checkpoint(name):
-            raise InputError(f'{name} is a config without weights; name a checkpoint, too')
+        if checkpoint is None:
+            if not is_checkpoint(name):
+                raise InputError(f'{name} is a config without weights; name a checkpoint, too')
+            match_classes = 'number'  # A checkpoint's own config is no second opinion.
         if cfg.get('default_scope') != self.scope:
             raise InputError(f'{name} describes no {self.kind} (its default_scope is '
                              f'{cfg.get("default_scope")!r}, not {self.scope!r})')
@@ -160,7 +166,7 @@ class Model:
             # A pretrained backbone that the config names is not loaded: nothing calls
             # init_weights().
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
-            classes = find_classes(load_for_inference(model, checkpoint or name))
+            classes = find_classes(load_in_order(model, cfg, checkpoint or name, match_classes))
             self.classes = find_names(model, classes, dataset, checkpoint or name)
         self.model = model.to(device or get_device()).eval()
 
@@ -238,7 +244,8 @@ class Classifier(Model):
 
 
 def load_model(config: str | Config, checkpoint: str | None = None,
-               device: str | None = None) -> Detector | Classifier:
+               device: str | None = None, match_classes: Match = None
+               ) -> Detector | Classifier:
     """Load the detector or classifier that a config describes; see :class:`Model`."""
     cfg, name = _read_config(config)
     tasks = {task.scope: task for task in (Detector, Classifier)}
@@ -246,7 +253,7 @@ def load_model(config: str | Config, checkpoint: str | None = None,
         raise InputError(
             f'{name} describes neither a detector nor a classifier (its default_scope is '
             f'{cfg.get("default_scope")!r}, not one of {", ".join(map(repr, tasks))})')
-    return tasks[cfg.default_scope](config, checkpoint, device)
+    return tasks[cfg.default_scope](config, checkpoint, device, match_classes)
 
 
 def find_source(path: str | Path, out_dir: str | Path) -> Source:

@@ -23,7 +23,7 @@ from .model_index import (
     task_of,
 )
 from .weights.initialize import without_pretrained
-from .weights.loading import find_classes, find_meta, load_for_inference
+from .weights.loading import find_classes, find_meta
 
 __all__ = [
     'CONFIG_SUFFIXES', 'TASKS', 'UnknownModelError', 'config_path', 'find_config', 'get_config',
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def get_model(name: str | Config, pretrained: str | Path | None = None,
-              num_classes: int | None = None) -> nn.Module:
+              num_classes: int | None = None, match_classes: str | None = None) -> nn.Module:
     """Build a model, in evaluation mode.
 
     Nothing is downloaded unless ``pretrained`` says so: without it the weights are random, also
@@ -42,13 +42,16 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         name: One of :func:`list_models`, or a config, for a model with other settings.
         pretrained: A checkpoint with all weights, a local path or a URL; None for random weights.
         num_classes: Number of classes; None for what the config says.
+        match_classes: What to do if a config names other classes for its test data than the
+            checkpoint: 'name' to put the outputs in the config's order, 'number' to keep those of
+            the checkpoint, None to refuse.
 
     Raises:
         UnknownModelError: There is no such model; the message has the closest names.
         ImportError: What the model's task needs is not installed; the message says what to do.
         FileNotFoundError: There is no checkpoint at the path ``pretrained``.
-        CheckpointError: The checkpoint belongs to another architecture, or names more or fewer
-            classes than the model has.
+        CheckpointError: The checkpoint belongs to another architecture, has other classes, or names
+            more or fewer than the model has.
 
     Example:
         >>> model = get_model('spartan_xt', num_classes=10)
@@ -67,7 +70,10 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         _initialize(model)
         meta = {}
     else:
-        checkpoint = load_for_inference(model, pretrained)
+        # It takes mmengine's runner along.
+        from .engine.class_order import load_in_order
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            checkpoint = load_in_order(model, config, pretrained, match_classes)
         check_names(model, find_classes(checkpoint) or (), str(pretrained))
         meta = find_meta(checkpoint).get('dataset_meta') or {}
     # Where the toolboxes' inferencers look for them.

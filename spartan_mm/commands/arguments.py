@@ -83,6 +83,14 @@ def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
                         help=f'seed of all random numbers (default: {shown})')
 
 
+def add_match_classes(parser: ArgumentParser) -> None:
+    """Add ``--match-classes``."""
+    parser.add_argument('--match-classes', choices=('name', 'number'),
+                        help="if the checkpoint's classes are not those of the data: put its "
+                             'outputs in their order by name, or take classes of the same number '
+                             'for the same (default: stop)')
+
+
 def add_looked_at(parser: ArgumentParser, out_dir: str, several: bool = True) -> None:
     """Add INPUT, the pictures, and the models that look at them, or one; where, and on what."""
     from ..analysis.models import NAMES

@@ -13,7 +13,14 @@ from ..engine.launch import choose_device
 from ..files import check_writable
 from ..inference import find_source, infer, load_model
 from ..text import printable
-from .arguments import add_batch_size, add_device, add_out_dir, add_score_thr, positive
+from .arguments import (
+    add_batch_size,
+    add_device,
+    add_match_classes,
+    add_out_dir,
+    add_score_thr,
+    positive,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='checkpoint file or URL, if it is not in the place of the config')
     add_out_dir(parser, 'outputs')
     add_device(parser)
+    add_match_classes(parser)
     add_score_thr(parser)
     parser.add_argument('--top', type=positive, default=5, metavar='N',
                         help='number of classes that a classifier names (default: %(default)s)')
@@ -37,7 +45,8 @@ def run(args: Namespace) -> int:
     """Infer, and say what was found."""
     source = find_source(args.input, args.out_dir)
     check_writable(args.out_dir / 'results.json', args.config)
-    model = load_model(args.config, args.checkpoint, choose_device(args.device))
+    model = load_model(args.config, args.checkpoint, choose_device(args.device),
+                       args.match_classes)
     report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
 
     pictures = f'{len(report.results)} pictures'

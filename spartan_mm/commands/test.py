@@ -8,7 +8,7 @@ import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from ..files import check_writable
-from .arguments import add_config, add_run
+from .arguments import add_config, add_match_classes, add_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL')
     add_run(parser)
+    add_match_classes(parser)
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
                         help='keep the predictions in a pickle file')
     parser.add_argument('--tta', action='store_true',
@@ -34,7 +35,7 @@ def run(args: Namespace) -> None:
     from ..datasets.evaluators import check_evaluator
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
-    from ..engine.hooks import StrictCheckpointHook
+    from ..engine.class_order import OrderedCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     check_evaluator(cfg, 'test')
     launch.load_weights(cfg, args.checkpoint)
@@ -48,7 +49,7 @@ def run(args: Namespace) -> None:
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.
-    runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+    runner.register_hook(OrderedCheckpointHook(args.match_classes), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     runner.test()
 

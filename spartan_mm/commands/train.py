@@ -47,6 +47,7 @@ def run(args: Namespace) -> None:
     from ..datasets.evaluators import check_evaluator
     from ..datasets.preflight import PreflightHook, check_batches
     from ..engine import launch
+    from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
     if args.amp:
@@ -59,11 +60,13 @@ def run(args: Namespace) -> None:
     launch.set_randomness(cfg, args.seed, args.deterministic)
     launch.make_resumable(cfg, args.save_every)
     check_evaluator(cfg, 'val')
+    overruled = None
     if args.resume or cfg.get('resume'):
-        launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
+        overruled = launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
     runner = launch.build_runner(cfg, 'train')
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
+    runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     if not args.no_fuse and get_device() == 'cpu':
         fuse(runner.model)

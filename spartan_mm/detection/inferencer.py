@@ -14,6 +14,7 @@ from torch import nn
 
 from ..datasets.classes import find_heads, find_names
 from ..datasets.images import list_images, take_image
+from ..engine.class_order import Match, follow_config
 from ..errors import InputError
 from ..files import check_writable
 from ..model_index import UnknownModelError, get_config
@@ -33,10 +34,15 @@ class DetInferencer(MMDetInferencer):
     It takes what :func:`take_image` does, one or many, and folders. What cannot be read of a folder
     is left out, with a warning, and stands under 'failures' in the result.
 
+    Args:
+        model, args: As of mmdet's.
+        match_classes: See :class:`spartan_mm.inference.Model`.
+        kwargs: As of mmdet's.
+
     Raises:
         FileNotFoundError: There is no file `weights`.
-        CheckpointError: It cannot be read, is of another architecture, or names more or fewer
-            classes than the model has.
+        CheckpointError: It cannot be read, is of another architecture, has other classes, or names
+            more or fewer than the model has.
         InputError: What it is called with is no image.
         UnwritableError: `out_dir` is no folder, or a picture would replace what it is made of.
         UnknownModelError: Neither this package nor mmdet has a model of this name.
@@ -45,6 +51,12 @@ class DetInferencer(MMDetInferencer):
         >>> inferencer = DetInferencer('rtdetr_spartan_xt_digits', device='cpu')  # doctest: +SKIP
         >>> inferencer('photo.jpg', out_dir='outputs')  # doctest: +SKIP
     """
+
+    def __init__(self, model: Any = None, *args: Any, match_classes: Match = None,
+                 **kwargs: Any) -> None:
+        # A checkpoint's own config is no second opinion.
+        self._match = 'number' if model is None else match_classes
+        super().__init__(model, *args, **kwargs)
 
     def __call__(self, inputs: Any, *args: Any, out_dir: str | os.PathLike = '', **kwargs: Any
                  ) -> dict[str, Any]:
@@ -77,6 +89,7 @@ class DetInferencer(MMDetInferencer):
                                cfg: Config | None) -> None:
         """Load all weights, in the form that they have, and find the names of the classes."""
         if checkpoint is not None:
+            checkpoint = follow_config(model, cfg, checkpoint, str(self._weights), self._match)
             fill_for_inference(model, checkpoint, str(self._weights))
             names = find_names(model, find_classes(checkpoint), find_test_dataset(cfg),
                                str(self._weights))

@@ -197,7 +197,7 @@ def make_resumable(cfg: Config, every_iters: int | None = None) -> None:
     _add_hook(cfg, type='LeaveOnSignalHook')
 
 
-def resume_from(cfg: Config, checkpoint: str) -> None:
+def resume_from(cfg: Config, checkpoint: str) -> int | None:
     """Continue an interrupted training.
 
     Its seed is taken from the checkpoint.
@@ -205,6 +205,9 @@ def resume_from(cfg: Config, checkpoint: str) -> None:
     Args:
         checkpoint: A checkpoint of that training, or 'auto' for the latest whole one in
             ``work_dir``; if there is none, the training starts from the beginning.
+
+    Returns:
+        The config's seed, if it is another one.
 
     Raises:
         FileNotFoundError: If the checkpoint is a local path that does not exist.
@@ -219,15 +222,12 @@ def resume_from(cfg: Config, checkpoint: str) -> None:
     if found is None:
         print_log(f'no checkpoint in {cfg.work_dir} to resume from: starting from the beginning',
                   'current', logging.WARNING)
-        return
+        return None
     print_log(f'resuming from {found.path}', 'current')
     cfg.load_from = found.path
-    if found.seed is not None:
-        asked = (cfg.get('randomness') or {}).get('seed')
-        if asked not in (None, found.seed):
-            print_log(f'the seed is {found.seed}, as in the run to resume, not {asked}', 'current',
-                      logging.WARNING)
-        set_randomness(cfg, found.seed)
+    asked = (cfg.get('randomness') or {}).get('seed')
+    set_randomness(cfg, found.seed)
+    return None if found.seed is None or asked == found.seed else asked
 
 
 def load_weights(cfg: Config, checkpoint: str) -> None:

@@ -254,24 +254,29 @@ def _restore_rank_state(runner: Runner, ranks: Sequence[dict[str, Any]]) -> None
     if rank >= len(ranks):
         return
     state, model = ranks[rank], _unwrap(runner.model)
-    buffers = _buffers(runner)
+    buffers, modules = _buffers(runner), dict(model.named_modules())
+    # The config may have other parts now, an average or an augmentation of batches less.
     for name, value in (state['buffers'] or {}).items():
-        buffers[name].data.copy_(value)
+        # Versions before called the average by the number of its hook.
+        name = re.sub(r'^\d+: ', 'average: ', name)
+        if name in buffers:
+            buffers[name].data.copy_(value)
     for name, gradient in state.get('gradients', {}).items():
         parameter = model.get_parameter(name)
         parameter.grad = gradient.to(parameter)
     for place, kept in state['modules'].items():
         name, _, attribute = place.rpartition('.')
-        generator = random.Random()
-        generator.setstate(read_state(kept))
-        setattr(model.get_submodule(name), attribute, generator)
+        if name in modules:
+            generator = random.Random()
+            generator.setstate(read_state(kept))
+            setattr(modules[name], attribute, generator)
     set_random_state(state)
 
 
 def _buffers(runner: Runner) -> dict[str, torch.Tensor]:
     """Find the running statistics, which each rank has of its own, averaged ones included."""
     models = {'': _unwrap(runner.model)}
-    models.update((f'{number}: ', hook.ema_model) for number, hook in enumerate(runner.hooks)
+    models.update(('average: ', hook.ema_model) for hook in runner.hooks
                   if isinstance(hook, EMAHook))
     return {f'{prefix}{name}': value for prefix, model in models.items()
             for name, value in model.named_buffers()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ...engine import launch
-from ...engine.hooks import StrictCheckpointHook
+from ...engine.class_order import OrderedCheckpointHook
 from ...errors import UsageError
 from .curves import find_logs, read_log
 
@@ -130,7 +130,7 @@ def make_predictions(run: Run) -> Path:
     launch.load_weights(cfg, str(run.last))
     launch.keep_predictions(cfg, str(out))
     runner = launch.build_runner(cfg)
-    runner.register_hook(StrictCheckpointHook(), priority='HIGHEST')
+    runner.register_hook(OrderedCheckpointHook(), priority='HIGHEST')
     runner.test()
     return out
 
