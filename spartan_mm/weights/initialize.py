@@ -116,7 +116,7 @@ class ConvertedPretrained:
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
-            first, *others = error.args
+            first, *others = map(str.strip, str(error).splitlines())
             raise CheckpointError(f'checkpoint {self.checkpoint} does not fit '
                                   f'{type(module).__name__}: {first}', *others) from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
