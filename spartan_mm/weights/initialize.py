@@ -150,4 +150,5 @@ def without_pretrained(settings: Any) -> Any:
 
 
 def _loads(init_cfg: Any) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get('checkpoint') is not None
+    return any(isinstance(item, dict) and item.get('checkpoint') is not None
+               for item in (init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]))
