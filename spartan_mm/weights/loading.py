@@ -104,9 +104,9 @@ def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
     meta = find_meta(checkpoint)
     # 'CLASSES' is what OpenMMLab's versions before 3.0 wrote.
     classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
-    if not classes:
-        return None
-    return (classes, ) if isinstance(classes, str) else tuple(classes)
+    if isinstance(classes, str) and classes:
+        return (classes, )
+    return tuple(classes) if isinstance(classes, (list, tuple)) and classes else None
 
 
 def find_state_dict(checkpoint: Any, name: str | Path,
