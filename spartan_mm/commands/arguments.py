@@ -2,8 +2,15 @@
 import argparse
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import DictAction
+
+from ..files import check_writable
+
+if TYPE_CHECKING:
+    from ..analysis.look_inside.inputs import GivenModel
+    from ..inference import Source
 
 
 def positive(text: str) -> int:
@@ -76,30 +83,50 @@ def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
                         help=f'seed of all random numbers (default: {shown})')
 
 
-def add_looked_at(parser: ArgumentParser, several: bool = True) -> None:
-    """Add INPUT, the pictures, and the models that look at them, or one model."""
+def add_looked_at(parser: ArgumentParser, out_dir: str, several: bool = True) -> None:
+    """Add INPUT, the pictures, and the models that look at them, or one; where, and on what."""
     from ..analysis.models import NAMES
     parser.add_argument('input', metavar='INPUT',
                         help='an image, or a folder; it is searched with its subfolders')
     help = f'with its weights, a file or URL. MODEL is {NAMES}'
-    if not several:
-        parser.add_argument('model', metavar='MODEL[=CHECKPOINT]', help=f'a model {help}')
-        return
-    parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
-                        help=f'models, each {help}')
-    add_names(parser)
+    if several:
+        parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
+                            help=f'models, each {help}')
+        add_names(parser)
+    else:
+        parser.add_argument('models', nargs=1, metavar='MODEL[=CHECKPOINT]', help=f'a model {help}')
+        parser.set_defaults(names=None)
+    add_out_dir(parser, out_dir)
+    add_device(parser)
+
+
+def add_sample(parser: ArgumentParser, images: int | None) -> None:
+    """Add how many pictures to draw, and what to do about models without weights."""
+    add_images(parser, images, 'number of images, drawn at random', '--num-images')
+    parser.add_argument('--random', action='store_true',
+                        help='give models without a checkpoint random weights')
+    add_seed(parser)
+
+
+def take_sample(args: argparse.Namespace, picture: str
+                ) -> tuple[Path, 'Source', list['GivenModel']]:
+    """Do what the flags of :func:`add_looked_at` and :func:`add_sample` say.
+
+    Returns:
+        The path of the picture to write; the images that were drawn; the models, loaded.
+    """
+    from ..analysis.look_inside.inputs import choose_images, load_models
+    from ..inference import find_images
+    source, target = find_images(args.input, args.out_dir), args.out_dir / picture
+    check_writable(target)
+    source.images = choose_images(source.images, args.images, args.seed)
+    return target, source, load_models(args.models, args.names, args.random, args.device, args.seed)
 
 
 def add_names(parser: ArgumentParser) -> None:
     """Add ``--names``, which takes as many as there are models."""
     parser.add_argument('--names', nargs='+', metavar='NAME',
                         help='what to call the models (default: their own names)')
-
-
-def add_random(parser: ArgumentParser) -> None:
-    """Add ``--random``."""
-    parser.add_argument('--random', action='store_true',
-                        help='give models without a checkpoint random weights')
 
 
 def add_layers(parser: ArgumentParser, help: str) -> None:
@@ -172,6 +199,19 @@ def add_results(parser: ArgumentParser, out_dir: str) -> None:
     parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
                         help='least overlap of a detection with the object that it finds (default: '
                              '%(default)s)')
+
+
+def read_results(args: argparse.Namespace, first: str) -> tuple[Any, bool]:
+    """Read what `add_results` named, before it check that the file `first` has a place.
+
+    Returns:
+        What :func:`~.predictions.read_results` gives, and whether it is a detector's.
+    """
+    from ..analysis.mistakes.predictions import DetectorResults, read_results
+    from ..engine.launch import load_config
+    check_writable(args.out_dir / first)
+    results = read_results(load_config(args.config, options=args.cfg_options), args.predictions)
+    return results, isinstance(results, DetectorResults)
 
 
 class _Size(argparse.Action):

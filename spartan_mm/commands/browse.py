@@ -39,9 +39,9 @@ def run(args: Namespace) -> None:
     from ..engine.launch import load_config
     check_writable(args.out_dir / f'{args.split}_{args.stage[0]}.png')
     config = load_config(args.config, options=args.cfg_options)
-    samples = browse(config, args.stage, args.images, args.seed, args.split)
-    for stage, views in samples.views.items():
+    classes, samples = browse(config, args.stage, args.images, args.seed, args.split)
+    for stage, views in samples.items():
         path = args.out_dir / f'{args.split}_{stage}.png'
         with write_whole(path) as file:
-            draw_views(views, samples.classes, args.columns, args.size).save(file, 'PNG')
+            draw_views(views, classes, args.columns, args.size).save(file, 'PNG')
         print(f'see {path}')

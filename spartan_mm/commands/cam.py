@@ -26,22 +26,12 @@ from ..analysis.look_inside.layers import LayerError, describe_layers
 from ..analysis.models import load_named_model
 from ..files import check_writable
 from ..inference import IMAGE_SUFFIXES, find_images
-from .arguments import (
-    add_device,
-    add_layers,
-    add_looked_at,
-    add_out_dir,
-    add_score_thr,
-    layer_of_each,
-    positive,
-)
+from .arguments import add_layers, add_looked_at, add_score_thr, layer_of_each, positive
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    add_looked_at(parser)
-    add_out_dir(parser, 'work_dirs/grad_cam')
-    add_device(parser)
+    add_looked_at(parser, 'work_dirs/grad_cam')
     parser.add_argument('--class', nargs='+', default=[None], dest='classes', metavar='CLASS',
                         help='names or indices of the classes to explain (default: what a '
                              'classifier predicts, detections of all classes)')

@@ -9,8 +9,8 @@ confusion_matrix.csv; the most frequent confusions are printed.
 """
 from argparse import ArgumentParser, Namespace
 
-from ..files import check_writable, write_whole
-from .arguments import add_results
+from ..files import write_whole
+from .arguments import add_results, read_results
 
 NUM_PRINTED = 10
 
@@ -22,24 +22,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Draw the matrix, and print the most frequent confusions."""
-    from ..analysis.mistakes import confusion
-    from ..analysis.mistakes.predictions import DetectorResults, read_results
+    from ..analysis.mistakes.confusion import count_confusions, count_detections
     from ..analysis.style import write_figure
-    from ..engine.launch import load_config
-    check_writable(args.out_dir / 'confusion_matrix.png')
-    config = load_config(args.config, options=args.cfg_options)
-    results = read_results(config, args.predictions)
-    detector = isinstance(results, DetectorResults)
-    counts = (confusion.count_detections(results.dataset, results.predictions, args.score_thr,
-                                         args.iou_thr)
-              if detector else confusion.count_confusions(results.outcomes))
-    write_figure(args.out_dir / 'confusion_matrix.png',
-                 confusion.draw_confusion(counts, results.classes, detector))
+    results, detector = read_results(args, 'confusion_matrix.png')
+    found = (count_detections(results, args.score_thr, args.iou_thr) if detector
+             else count_confusions(results))
+    write_figure(args.out_dir / 'confusion_matrix.png', found.draw())
     with write_whole(args.out_dir / 'confusion_matrix.csv') as file:
-        file.write(confusion.as_csv(counts, results.classes, detector).encode())
+        file.write(found.as_csv().encode())
 
-    print(confusion.summarize_counts(counts, detector).replace('\n', ' '))
-    rows, columns = confusion.name_cells(counts, results.classes, detector)
-    for row, column, count in confusion.rank_confusions(counts)[:NUM_PRINTED]:
-        print(f'{rows[row]} -> {columns[column]}: {count} of {counts[row].sum()}')
+    print(found.summarize().replace('\n', ' '))
+    for row, column, count in found.rank()[:NUM_PRINTED]:
+        print(f'{found.rows[row]} -> {found.columns[column]}: {count} of {found.counts[row].sum()}')
     print(f'see {args.out_dir}')

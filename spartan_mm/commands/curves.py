@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Draw the curves."""
-    from ..analysis.report.curves import draw_curves, name_metrics, read_log
+    from ..analysis.report.curves import draw_curves, read_log
     names = args.names or _name_runs(args.runs)
     if len(names) != len(args.runs):
         raise UsageError(f'--names: there are {len(args.runs)} runs, but {len(names)} names')
@@ -43,8 +43,7 @@ def run(args: Namespace) -> None:
         raise UsageError(f'--out {args.out}: the name must end in .png, .svg or .pdf')
     check_writable(args.out)
     runs = {name: read_log(path) for name, path in zip(names, args.runs, strict=True)}
-    figure = draw_curves(runs if len(runs) > 1 else runs[names[0]],
-                         name_metrics(runs.values(), args.metrics), args.x)
+    figure = draw_curves(runs if len(runs) > 1 else runs[names[0]], args.metrics, args.x)
     with write_whole(args.out) as file:
         figure.savefig(file, format=args.out.suffix[1:])
     print(f'see {args.out}')

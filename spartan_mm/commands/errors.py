@@ -10,8 +10,8 @@ ranked by their AP are what mmdet's own analyze_results.py draws.
 """
 from argparse import ArgumentParser, Namespace
 
-from ..files import check_writable, write_json, write_whole
-from .arguments import add_results, positive
+from ..files import write_json, write_whole
+from .arguments import add_results, positive, read_results
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,23 +26,18 @@ def run(args: Namespace) -> None:
     """Draw the errors, and list them."""
     from ..analysis.mistakes.errors import count_kinds, find_errors, find_mistakes, record_mistake
     from ..analysis.mistakes.pictures import draw_errors, draw_mistakes
-    from ..analysis.mistakes.predictions import DetectorResults, read_results
-    from ..engine.launch import load_config
-    check_writable(args.out_dir / 'errors.png')
-    config = load_config(args.config, options=args.cfg_options)
-    results = read_results(config, args.predictions)
-    if isinstance(results, DetectorResults):
-        errors = find_errors(results.dataset, results.predictions, args.score_thr, args.iou_thr)
-        name, records = 'errors', [error.as_record(results.dataset) for error in errors]
+    results, detector = read_results(args, 'errors.png')
+    if detector:
+        errors = find_errors(results, args.score_thr, args.iou_thr)
+        name, records = 'errors', [error.as_record(results) for error in errors]
         for kind, number in count_kinds(errors).items():
             print(f'{kind}: {number}')
-        sheet = draw_errors(errors, results.dataset, args.images or 8)
+        sheet = draw_errors(errors, results, args.images or 8)
     else:
-        outcomes, classes = results.outcomes, results.classes
-        wrong = find_mistakes(outcomes)
-        name, records = 'mistakes', [record_mistake(outcomes, index, classes) for index in wrong]
-        print(f'{len(wrong)} of {len(outcomes)} misclassified')
-        sheet = draw_mistakes(outcomes, classes, args.images or 48)
+        wrong = find_mistakes(results)
+        name, records = 'mistakes', [record_mistake(results, index) for index in wrong]
+        print(f'{len(wrong)} of {len(results.paths)} misclassified')
+        sheet = draw_mistakes(results, args.images or 48)
     with write_whole(args.out_dir / f'{name}.png') as file:
         sheet.save(file, 'PNG')
     write_json(args.out_dir / f'{name}.json', records)

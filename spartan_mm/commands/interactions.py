@@ -12,31 +12,20 @@ The defaults are the published settings, meant for a GPU: 881,600 masked images 
 2,560. The cost is stated before anything is measured.
 """
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from ..analysis.look_inside import interaction_order as interactions
-from ..analysis.look_inside.inputs import ImageReader, choose_images, digest_weights, load_models
 from ..analysis.style import write_figure
 from ..errors import UsageError
-from ..files import check_writable
-from ..inference import find_images
-from .arguments import (
-    add_batch_size,
-    add_device,
-    add_images,
-    add_looked_at,
-    add_out_dir,
-    add_random,
-    add_seed,
-)
+from .arguments import add_batch_size, add_looked_at, add_sample, take_sample
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    add_looked_at(parser)
-    add_out_dir(parser, 'work_dirs/interaction_order')
-    add_images(parser, None, 'number of images, drawn at random', '--num-images')
+    add_looked_at(parser, 'work_dirs/interaction_order')
+    add_sample(parser, None)
     for flag, default, help in (
             ('--grid', 16, 'patches along each side'),
             ('--pairs', 200, 'pairs of patches in an image'),
@@ -55,9 +44,6 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='the class whose log odds count; the true one is that of the '
                              'subfolder of INPUT, in alphabetical order (default: %(default)s)')
     add_batch_size(parser, 256, 'masked images in one pass (default: %(default)s)')
-    add_random(parser)
-    add_seed(parser)
-    add_device(parser)
 
 
 def run(args: Namespace) -> None:
@@ -65,34 +51,27 @@ def run(args: Namespace) -> None:
     settings = interactions.Settings(
         args.grid, args.pairs, args.contexts, tuple(args.orders), args.distance or None,
         args.baseline, args.target, args.seed)
-    target = args.out_dir / 'interaction_order.png'
-    source = find_images(args.input, args.out_dir)
-    check_writable(target)
-    images = choose_images(source.images, args.images, args.seed)
+    target, source, models = take_sample(args, 'interaction_order.png')
     results = interactions.Results(target.with_suffix('.json'), settings)
-    models = []
-    for given in load_models(args.models, args.names, args.random, args.device, args.seed):
+    for given in models:
         if given.named.task != 'classification':
-            raise UsageError(f'{given.name} is no classifier; interactions are measured on the log '
-                             'odds of a class')
-        models.append(interactions.Measured(
-            given.title, given.named.model, ImageReader(given.named),
-            digest_weights(given.named.model)))
+            raise UsageError(f'{given.origin["model"]} is no classifier; interactions are measured '
+                             'on the log odds of a class')
 
-    passes = -(-settings.cost // args.batch_size)
-    total = settings.cost * len(images) * len(models)
-    print(f'cost: {settings.cost:,} masked images for each image and model, in '
+    images, cost = source.images, settings.cost
+    passes, total = -(-cost // args.batch_size), cost * len(images) * len(models)
+    print(f'cost: {cost:,} masked images for each image and model, in '
           f'{passes:,} pass{"" if passes == 1 else "es"} of up to {args.batch_size}; {total:,} '
           f'for images × models = {len(images)} × {len(models)}')
     columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as bar:
         task = bar.add_task('measuring', total=total)
-        curves = interactions.measure(models, images, source.root, settings, results,
-                                      args.batch_size, lambda count: bar.advance(task, count))
+        curves = interactions.measure(models, images, source.root, results, args.batch_size,
+                                      partial(bar.advance, task))
 
     write_figure(target, interactions.draw_strengths(curves, settings, len(images)))
-    for model in models:
-        records = results.of_model(model)['images'].values()
+    for given in models:
+        records = results.of_model(given)['images'].values()
         seconds = sum(record['seconds'] for record in records) / len(records)
-        print(f'{model.name}: {seconds:.1f} s for each image')
+        print(f'{given.title}: {seconds:.1f} s for each image')
     print(f'see {target} and {results.path}')

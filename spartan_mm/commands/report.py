@@ -33,10 +33,10 @@ def run(args: Namespace) -> None:
     from rich.console import Console
 
     from ..analysis.report.report import make_report
-    from ..analysis.report.work_dir import find_predictions, find_run, make_predictions
+    from ..analysis.report.work_dir import Run, find_predictions, make_predictions
     out = args.out or args.work_dir / 'report.html'
     check_writable(out)
-    run = find_run(args.work_dir)
+    run = Run(args.work_dir)
     predictions = args.predictions
     if args.test and predictions is None and not find_predictions(run):
         predictions = make_predictions(run)

@@ -10,45 +10,35 @@ from argparse import ArgumentParser, Namespace
 
 from rich.progress import track
 
-from ..analysis.look_inside.inputs import ImageReader, choose_images, digest_weights, load_models
-from ..analysis.look_inside.spectra import CUTOFF, WINDOWS, collect, draw_spectra, find_backbone
+from ..analysis.look_inside import spectra
 from ..analysis.style import write_figure
-from ..files import check_writable, write_json
-from ..inference import find_images
+from ..files import write_json
 from ..text import count
-from .arguments import add_device, add_images, add_looked_at, add_out_dir, add_random, add_seed
+from .arguments import add_looked_at, add_sample, take_sample
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
-    add_looked_at(parser, several=False)
-    add_out_dir(parser, 'work_dirs/spectra')
-    add_images(parser, 32, 'number of images, drawn at random', '--num-images')
-    parser.add_argument('--window', choices=WINDOWS, default='hann',
+    add_looked_at(parser, 'work_dirs/spectra', several=False)
+    add_sample(parser, 32)
+    parser.add_argument('--window', choices=spectra.WINDOWS, default='hann',
                         help='hann fades maps out towards their borders, which would otherwise '
                              'look like edges (default: %(default)s)')
-    add_random(parser)
-    add_seed(parser)
-    add_device(parser)
 
 
 def run(args: Namespace) -> None:
     """Collect the spectra, draw and print them."""
-    target = args.out_dir / 'spectra.png'
-    source = find_images(args.input, args.out_dir)
-    check_writable(target)
-    images = choose_images(source.images, args.images, args.seed)
-    given, = load_models([args.model], None, args.random, args.device, args.seed)
-    backbone = find_backbone(given.named.model, given.name)
-    read = ImageReader(given.named)
-    stages = collect(backbone, (read(path) for path in track(images, description='collecting')),
-                     args.window)
+    target, source, (given, ) = take_sample(args, 'spectra.png')
+    backbone = spectra.find_backbone(given.named.model, given.origin['model'])
+    seen = map(given.read, track(source.images, description='collecting'))
+    stages = spectra.describe(spectra.collect(backbone, seen, args.window))
 
-    write_figure(target, draw_spectra(stages, f'{given.title}, {count(len(images), "image")}'))
+    images = len(source.images)
+    title = f'{given.title}, {count(images, "image")}'
+    write_figure(target, spectra.draw_spectra(stages, title))
     write_json(target.with_suffix('.json'), dict(
-        model=given.name, checkpoint=given.checkpoint, random_weights=not given.trained,
-        weights=digest_weights(given.named.model), images=len(images), window=args.window,
-        cutoff=CUTOFF, stages=stages))
+        **given.origin, weights=given.digest, images=images, window=args.window,
+        cutoff=spectra.CUTOFF, stages=stages))
     print('share of power above half the Nyquist frequency:')
     for stage in stages:
         white = stage['white_noise_share']

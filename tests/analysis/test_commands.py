@@ -33,12 +33,14 @@ class TestBenchmark:
         assert '| user_classifier | eager | inference | 1 | 64×64 |' in output
 
     def test_count(self, run, tmp_path):
-        output = run('benchmark', 'xt', '--train', '--batch-size', 2, '--size', 32, 32, '--count',
+        output = run('benchmark', 'user_classifier.py', '--train', '--size', 32, 32, '--count',
                      '--against', 'authors', '--json', tmp_path / 'out.json')
-        assert "| operation | xt, eager: kernels | xt, eager: GB | xt, authors' code: ker" in output
+        name = 'user_classifier'
+        assert (f"| operation | {name}, eager: kernels | {name}, eager: GB | {name}, "
+                "authors' code: ker") in output
         assert '\n| total | ' in output and '\n| convolution | ' in output
         counts = json.loads((tmp_path / 'out.json').read_text())
-        assert list(counts) == ['xt, eager', "xt, authors' code"]
+        assert list(counts) == [f'{name}, eager', f"{name}, authors' code"]
 
     def test_pipeline(self, run, monkeypatch):
         monkeypatch.setattr(input_speed.measure_input, '__defaults__', (0, 0.2, 4))
@@ -59,8 +61,9 @@ def test_flops(run, tmp_path):
 
 def test_compare(run, tmp_path):
     output = run('compare', 'spartan_xt', 'timm:test_resnet', '--names', 'ours', 'small',
-                 '--accuracy', 'timm:test_resnet=50.5', '--no-times', '--out-dir', tmp_path)
-    assert '| ours | spartan_mm | training form | 256 x 256 | 2.22 |' in output
+                 '--accuracy', 'timm:test_resnet=50.5', '--no-times', '--size', 64, '--out-dir',
+                 tmp_path)
+    assert '| ours | spartan_mm | training form | 64 x 64 | 2.22 |' in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         'compare.csv', 'compare.md', 'compare.png']
     assert (tmp_path / 'compare.md').read_text() in output and 'took turns' not in output
@@ -117,10 +120,10 @@ def test_tools_are_the_commands(tool, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_tool_in_a_process_of_its_own(user_project):
-    done = subprocess.run([sys.executable, TOOLS / 'get_flops.py', 'user_classifier.py'],
+    done = subprocess.run([sys.executable, TOOLS / 'plot_curves.py', 'nowhere'],
                           cwd=user_project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'user_classifier (ImageClassifier)' in done.stdout
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == 'error: nowhere does not exist'
 
 
 @pytest.mark.parametrize('command, flags, expected', [

@@ -229,8 +229,7 @@ class TestSheets:
 
     def test_nothing_to_draw(self):
         for draw in (draw_class_counts, draw_box_sizes):
-            with pytest.raises(ValueError, match='nothing to draw'):
-                draw({})
+            assert draw({}) is None
         assert Report('train', 'x').suspects() == {}
 
 

@@ -27,36 +27,30 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...drawing import class_name
+from ...drawing import add_caption, class_name
 from ...engine.launch import choose_device
 from ...errors import UsageError
-from ...files import write_json
+from ...files import write_json, write_whole
 from ...inference import Classifier, Detections, Detector, InputError, load_model
 from ...requirements import require
 from ...text import shorten
 from ..models import read_config
-from ..style import (
-    COLOUR_MAP,
-    Figure,
-    ScalarMappable,
-    clear,
-    colormaps,
-    new_figure,
-    write_figure,
-)
+from ..style import COLOUR_MAP, Figure, ScalarMappable, clear, colormaps, new_figure, write_figure
 from .inputs import has_weights
-from .layers import LayerError, as_map, find_last_map, find_layer
+from .layers import NOT_ON_ITS_OWN, LayerError, as_map, find_last_map, find_layer
 
 #: What pytorch-grad-cam calls the methods. Those with 'eigen' take the first principal component of
 #: the channels; 'eigencam' looks at no class at all, and the sign of its map is arbitrary.
@@ -79,7 +73,6 @@ _SCORE_EPS = 1e-7
 
 _MAX_ROWS = 20  # of a grid
 _MIN_SIDE = 300  # pixels of the shorter side of a picture
-_BOX, _BOX_EDGE = (255, 255, 255), (0, 0, 0)
 
 
 @dataclass
@@ -132,7 +125,8 @@ class Explainer:
             find_layer(model.model, layer)
         self.model, self.layer, self.method = model, layer, method
         self.score_threshold, self.top = score_threshold, top
-        self._cam = _keeping_raw_maps(getattr(library, METHODS[method]))
+        # The arithmetic alone: layers are recorded here.
+        self._cam = getattr(library, METHODS[method])(model.model, [])
 
     def explain(self, image: np.ndarray, label: int | None = None) -> Explanation:
         """Make a map.
@@ -152,6 +146,8 @@ class Explainer:
                    else self._explain_detections)
         explanation = explain(image, seen, inputs, label)
         explanation.record.update(layer=self.layer, method=self.method)
+        if explanation.map is not None and not explanation.map.any():
+            explanation.caption += ' (nothing speaks for it)'
         return explanation
 
     def _explain_class(self, image: np.ndarray, seen: np.ndarray, inputs: Mapping[str, Any],
@@ -159,7 +155,8 @@ class Explainer:
         ranked, = self.model.classify([image])
         label = int(ranked.labels[0]) if label is None else label
         score = float(ranked.scores[ranked.labels == label][0])
-        raw = self._run(_ClassLogit(self.model.model, label), inputs['inputs'])
+        raw, _ = self._make_map(lambda images: (self.model.model(images, mode='tensor')[:, label],
+                                                None), inputs['inputs'])
         size = inputs['inputs'].shape[-2:]
 
         picture = _enlarge(seen)
@@ -170,81 +167,112 @@ class Explainer:
 
     def _explain_detections(self, image: np.ndarray, seen: np.ndarray, inputs: Mapping[str, Any],
                             label: int | None) -> Explanation:
-        network = _DetectionScores(self.model.model, inputs['data_samples'], label,
-                                   self.score_threshold, self.top)
-        picture = _enlarge(image)
-        name = None if label is None else class_name(self.model.classes, label)
+        picture, classes = _enlarge(image), self.model.classes
+        name = None if label is None else class_name(classes, label)
         try:
-            raw = self._run(network, inputs['inputs'])
+            raw, found = self._make_map(
+                partial(self._score_detections, inputs['data_samples'], label), inputs['inputs'])
         except _NothingFoundError as error:
-            best = '' if error.best is None else f' (best {error.best:.2f})'
+            best, = error.args
+            best = '' if best is None else f' (best {best:.2f})'
             return Explanation(picture, None, f'no {name or "detection"}{best}',
                                record=dict(class_name=name, detections=[]))
         # Padding to the right and below is not part of the image.
         height, width = seen.shape[:2]
         size = inputs['inputs'].shape[-2:]
         inside = cv2.resize(_upsample(raw, size)[:height, :width], picture.shape[1::-1])
-        found, classes = network.found, self.model.classes
-        best = class_name(classes, found.labels[0])
-        caption = f'{best}  {found.scores[0]:.2f}'
-        if len(found.labels) > 1:
-            caption = (f'{len(found.labels)} × {best}, best {found.scores[0]:.2f}'
-                       if len(set(found.labels)) == 1 else
-                       f'{len(found.labels)} detections, best {best} {found.scores[0]:.2f}')
+        best, score = class_name(classes, found.labels[0]), f'{found.scores[0]:.2f}'
+        number = len(found.labels)
+        caption = (f'{best}  {score}' if number == 1 else
+                   f'{number} × {best}, best {score}' if len(set(found.labels)) == 1 else
+                   f'{number} detections, best {best} {score}')
         record = dict(class_name=name, detections=found.as_records(classes))
         found = Detections(found.boxes * (len(picture) / len(image)), found.labels, found.scores)
         return Explanation(picture, _scale(inside), caption, found, record)
 
-    def _run(self, network: nn.Module, images: Tensor) -> np.ndarray:
-        """Let the library make the map (H', W') of the layer, of one image (1, 3, H, W)."""
+    def _score_detections(self, samples: list, label: int | None, images: Tensor
+                          ) -> tuple[Tensor, Detections]:
+        """Sum the log odds of the chosen detections in one image."""
+        with _undetached(self.model.model):
+            sample, = self.model.model(images, [sample.clone() for sample in samples],
+                                       mode='predict')
+        found = sample.pred_instances
+        if label is not None:
+            found = found[found.labels == label]
+        found = found[found.scores.argsort(descending=True)]
+        best = found.scores[0].item() if len(found) else None
+        found = found[found.scores >= self.score_threshold][:self.top]
+        if not len(found):
+            raise _NothingFoundError(best)
+        chosen = Detections(*(found[key].detach().cpu().numpy()
+                              for key in ('bboxes', 'labels', 'scores')))
+        return found.scores.float().logit(eps=_SCORE_EPS).sum(), chosen
+
+    def _make_map(self, score: Callable[[Tensor], tuple[Tensor, Any]], images: Tensor
+                  ) -> tuple[np.ndarray, Any]:
+        """Make the map (H', W') of the layer, of one image (1, 3, H, W).
+
+        NOTE: the library's own scaling is left out: it divides by the largest value plus 1e-7, of
+        which little is left where gradients are small, as in the early layers of a detector, and
+        with the padding in it.
+        """
         size = tuple(images.shape[-2:])
-        # Without it, the deploy form and frozen stages would record nothing.
+        # Without it, the deploy form and frozen stages would have no gradients.
         images = images.detach().requires_grad_()
         if self.layer is None:
-            backbone = self.model.model.backbone
-            self.layer = find_last_map(
-                self.model.model, lambda: network(images).sum(), size, backbone)
+            self.layer = find_last_map(self.model.model, lambda: score(images)[0].sum(), size)
+        outputs: list[Any] = []
 
-        def read(output: Any) -> Tensor:
-            # A copy, because the model may go on to change the output in place.
-            output = as_map(output, size).clone()
-            if output.shape[2:].numel() == 1:
-                raise LayerError('its map has a single position, which shows no place; name an '
-                                 'earlier layer')
-            if 'eigen' in self.method and output.shape[2:].numel() > _MAX_EIGEN_POSITIONS:
-                raise LayerError(
-                    f'its map has {output.shape[2]} x {output.shape[3]} positions, which takes '
-                    f'{self.method} a matrix with a row and a column for each; name a later layer, '
-                    'or take another method')
-            return output
+        def record(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+            outputs.append(output)
+            # A copy goes on, because the model may change it in place.
+            return output.clone() if isinstance(output, Tensor) else None
 
-        cam = self._cam(network, [find_layer(self.model.model, self.layer)], read)
+        layer = find_layer(self.model.model, self.layer)
+        with torch.enable_grad(), layer.register_forward_hook(record):
+            total, found = score(images)
         try:
-            with torch.enable_grad():
-                cam(images, [_sum])
+            activations, gradients = self._read_layer(outputs, total.sum(), size)
         except LayerError as error:
             raise LayerError(f'layer {self.layer} cannot be explained: {error}') from error
-        finally:
-            cam.activations_and_grads.release()
-            self.model.model.zero_grad()
-        return cam.raw[0]
+        return self._cam.get_cam_image(None, None, None, activations, gradients, False)[0], found
+
+    def _read_layer(self, outputs: list[Any], total: Tensor, size: tuple[int, int]
+                    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What the layer gave, (1, C, H', W'), and the gradients there if the method takes them."""
+        if len(outputs) != 1:
+            raise LayerError(f'it runs {len(outputs)} times in one pass; name a layer around it or '
+                             'beside it' if outputs else f'it {NOT_ON_ITS_OWN}')
+        output, = outputs
+        activations = as_map(output, size)
+        height, width = activations.shape[2:]
+        if height * width == 1:
+            raise LayerError('its map has a single position, which shows no place; name an '
+                             'earlier layer')
+        if 'eigen' in self.method and height * width > _MAX_EIGEN_POSITIONS:
+            raise LayerError(f'its map has {height} x {width} positions, which takes {self.method} '
+                             'a matrix with a row and a column for each; name a later layer, or '
+                             'take another method')
+        gradients = None
+        if self.method != 'eigencam':
+            if not total.requires_grad:
+                raise LayerError('the model gives a score without a gradient; take the method '
+                                 'eigencam, which needs none')
+            if output.requires_grad:
+                gradients, = torch.autograd.grad(total, output, allow_unused=True)
+            if gradients is None:
+                raise LayerError('no gradient of the score reaches it; name another layer')
+            gradients = as_map(gradients, size).cpu().numpy()
+        return activations.detach().cpu().numpy(), gradients
 
 
 def load_explained(name: str, checkpoint: str | None = None,
                    device: str | None = None) -> Detector | Classifier:
-    """Load a model whose maps are to be made.
-
-    Args:
-        name: Any name of :func:`load_named_model` that stands for a config.
-        checkpoint: The weights, a local path or a URL; None if ``name`` is a checkpoint.
-        device: Such as 'cpu' or 'cuda:0'; None for a GPU if there is one.
+    """Load a model whose maps are to be made, see :func:`load_model`.
 
     Raises:
         UnknownModelError: The name stands for nothing.
         UsageError: There are no weights, no config, or no such device.
-        InputError: It is neither a detector nor a classifier.
-        FileNotFoundError: There is no such checkpoint.
-        CheckpointError: The checkpoint belongs to another architecture.
     """
     device = choose_device(device)
     config = read_config(name)
@@ -323,7 +351,8 @@ def explain_images(explainers: Mapping[str, Explainer], images: Sequence[Path],
             for name, explainer in explainers.items():
                 explanation = explainer.explain(pictures[name], labels[name][number])
                 file = _free_name([path.stem, wanted, name], taken)
-                write_figure(out_dir / file, draw_overlay(explanation, name))
+                with write_whole(out_dir / file) as stream:
+                    draw_overlay(explanation, name).save(stream, 'PNG')
                 items.append(explanation)
                 results.append(dict(image=str(path), model=name, overlay=file,
                                     **explanation.record))
@@ -351,34 +380,17 @@ def overlay(explanation: Explanation) -> np.ndarray:
         width = max(1, round(min(canvas.shape[:2]) / 300))
         boxes = np.round(explanation.found.boxes).astype(int).tolist()
         # A dark edge on either side, for bright maps.
-        for colour, thickness in ((_BOX_EDGE, 3 * width), (_BOX, width)):
-            for left, top, right, bottom in boxes:
-                cv2.rectangle(canvas, (left, top), (right, bottom), colour, thickness)
+        for grey, thickness in ((0, 3 * width), (255, width)):
+            for box in boxes:
+                cv2.rectangle(canvas, box[:2], box[2:], [grey] * 3, thickness)
     return canvas
 
 
-def draw_overlay(explanation: Explanation, title: str) -> Figure:
-    """Draw the overlay, pixel by pixel, under a line with a title and one with class and score.
-
-    Args:
-        explanation: What to draw.
-        title: Such as the name of the model.
-
-    Returns:
-        The figure, as wide as the picture; its ``savefig`` writes it.
-    """
-    picture = overlay(explanation)[..., ::-1]
-    height, width = picture.shape[:2]
-    size = max(14, round(min(height, width) / 24))  # of the letters, in pixels
-    full = height + 3.5 * size
-    figure = new_figure(width / 100, round(full) / 100, 'none')
-    figure.figimage(picture)
-    for number, text in enumerate((title, _caption(explanation))):
-        # Letters are about 0.6 as wide as high.
-        figure.text(size / 2 / width, 1 - (1 + 1.5 * number) * size / full,
-                    shorten(text, int((width - size) / size / 0.65)), va='center',
-                    fontsize=0.72 * size)
-    return figure
+def draw_overlay(explanation: Explanation, title: str) -> Image.Image:
+    """Draw the overlay, pixel by pixel, under a title and a line with class and score."""
+    picture = Image.fromarray(np.ascontiguousarray(overlay(explanation)[..., ::-1]))
+    size = max(14, round(min(picture.size) / 24))
+    return add_caption(picture, title, explanation.caption, size=size, indent=size // 2)
 
 
 def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence[str]) -> Figure:
@@ -387,12 +399,6 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
     Args:
         rows: For each, what to call it and the explanations of all models.
         names: Of the models, a column each.
-
-    Returns:
-        The figure; its ``savefig`` writes it.
-
-    Raises:
-        ValueError: There are no rows.
     """
     if not rows:
         raise ValueError('rows is empty: there is nothing to draw')
@@ -404,17 +410,14 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
                         side * sum(heights) + 0.45 * len(rows) + 0.5, 'compressed')
     grid = figure.subplots(len(rows), len(names) + 1, squeeze=False,
                            height_ratios=[height + 0.14 for height in heights])
-    for number, ((title, items), line) in enumerate(zip(rows, grid, strict=True)):
-        pictures = [items[0].picture, *map(overlay, items)]
-        captions = [title, *map(_caption, items)]
-        for column, (axes, picture, caption) in enumerate(
-                zip(line, pictures, captions, strict=True)):
+    for axes, name in zip(grid[0], ['input', *names], strict=True):
+        axes.set_title(shorten(name, 30), fontsize=12, fontweight='bold')
+    for (title, items), line in zip(rows, grid, strict=True):
+        shown = [(items[0].picture, title), *((overlay(item), item.caption) for item in items)]
+        for axes, (picture, caption) in zip(line, shown, strict=True):
             axes.imshow(picture[..., ::-1])
             clear(axes)
             axes.set_xlabel(shorten(caption, 34), fontsize=11)
-            if number == 0:
-                axes.set_title(shorten(['input', *names][column], 30), fontsize=12,
-                               fontweight='bold')
     scale = figure.colorbar(ScalarMappable(cmap=COLOUR_MAP), ax=grid[:, -1], fraction=0.06,
                             aspect=18, shrink=0.85)
     scale.set_ticks([0, 1], labels=['none', 'most'], fontsize=11)
@@ -423,49 +426,7 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Explanation]]], names: Sequence
 
 
 class _NothingFoundError(Exception):
-    """There is no detection to explain; ``best`` is the highest score there is, or None."""
-
-    def __init__(self, best: float | None) -> None:
-        super().__init__(best)
-        self.best = best
-
-
-class _ClassLogit(nn.Module):
-    """The logit (N,) of a class, from images."""
-
-    def __init__(self, model: nn.Module, label: int) -> None:
-        super().__init__()
-        self.model, self.label = model, label
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images, mode='tensor')[:, self.label]
-
-
-class _DetectionScores(nn.Module):
-    """The sum (1,) of the log odds of the chosen detections, from one image."""
-
-    def __init__(self, model: nn.Module, samples: list, label: int | None, score_threshold: float,
-                 top: int | None) -> None:
-        super().__init__()
-        self.model, self.samples, self.label = model, samples, label
-        self.score_threshold, self.top = score_threshold, top
-        self.found: Detections | None = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        with _undetached(self.model):
-            sample, = self.model(images, [sample.clone() for sample in self.samples],
-                                 mode='predict')
-        found = sample.pred_instances
-        if self.label is not None:
-            found = found[found.labels == self.label]
-        found = found[found.scores.argsort(descending=True)]
-        best = found.scores[0].item() if len(found) else None
-        found = found[found.scores >= self.score_threshold][:self.top]
-        if not len(found):
-            raise _NothingFoundError(best)
-        self.found = Detections(*(found[key].detach().cpu().numpy()
-                                  for key in ('bboxes', 'labels', 'scores')))
-        return found.scores.float().logit(eps=_SCORE_EPS).sum()[None]
+    """There is no detection to explain; its argument is the highest score there is, or None."""
 
 
 class _NoDetach(TorchFunctionMode):
@@ -480,16 +441,13 @@ class _NoDetach(TorchFunctionMode):
 def _undetached(model: nn.Module) -> Iterator[None]:
     """Let gradients through ``predict_by_feat``, where mmdet's dense heads detach the scores."""
 
-    def wrap(predict: Callable) -> Callable:
-        @wraps(predict)
-        def undetached(*args: Any, **kwargs: Any) -> Any:
-            with _NoDetach():
-                return predict(*args, **kwargs)
-        return undetached
+    def predict(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        with _NoDetach():
+            return method(*args, **kwargs)
 
     heads = [module for module in model.modules() if hasattr(module, 'predict_by_feat')]
     for head in heads:
-        head.predict_by_feat = wrap(head.predict_by_feat)
+        head.predict_by_feat = partial(predict, head.predict_by_feat)
     try:
         yield
     finally:
@@ -497,46 +455,13 @@ def _undetached(model: nn.Module) -> Iterator[None]:
             del head.predict_by_feat
 
 
-def _keeping_raw_maps(method: type) -> Callable:
-    """Derive from a method of the library one that keeps its maps as they are.
-
-    NOTE: the library scales a map by its largest value plus 1e-7, of which little is left where
-    gradients are small, as in the early layers of a detector, and with the padding in it.
-    """
-
-    class Keeping(method):
-
-        def get_cam_image(self, *args: Any) -> np.ndarray:
-            seen = self.activations_and_grads
-            if len(seen.activations) != 1:
-                raise LayerError('it ' + (
-                    f'runs {len(seen.activations)} times in one pass' if seen.activations else
-                    'does not run on its own, what is around it uses its weights or leaves it out')
-                    + '; name a layer around it or beside it')
-            if self.uses_gradients and not seen.gradients:
-                raise LayerError('no gradient of the score reaches it; name another layer')
-            self.raw = super().get_cam_image(*args)
-            return self.raw
-
-    return Keeping
-
-
 def _free_name(parts: Sequence[str | None], taken: set[str]) -> str:
     """Make a file name of what a picture shows, another one than those that are taken."""
     stem = '-'.join(re.sub(r'[^\w.]+', '_', part) for part in parts if part is not None)
-    number, name = 1, f'{stem}.png'
-    while name in taken:
-        number += 1
-        name = f'{stem}-{number}.png'
+    names = (f'{stem}{ending}.png' for ending in chain([''], (f'-{n}' for n in count(2))))
+    name = next(name for name in names if name not in taken)
     taken.add(name)
     return name
-
-
-def _sum(output: Tensor) -> Tensor:
-    if not output.requires_grad:
-        raise LayerError('the model gives a score without a gradient; take the method eigencam, '
-                         'which needs none')
-    return output.sum()
 
 
 def _upsample(values: np.ndarray, size: Sequence[int], factor: float = 1.) -> np.ndarray:
@@ -564,8 +489,3 @@ def _enlarge(picture: np.ndarray) -> np.ndarray:
     """Repeat the pixels of a small picture, each a square, which hides nothing."""
     factor = -(-_MIN_SIDE // min(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _caption(explanation: Explanation) -> str:
-    blank = explanation.map is not None and not explanation.map.any()
-    return explanation.caption + (' (nothing speaks for it)' if blank else '')

@@ -1,14 +1,17 @@
 """Models and images that the commands of this folder take, whoever's the models are."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import Tensor, nn
@@ -23,94 +26,100 @@ from ..models import NamedModel, load_named_model, read_config, title_of
 #: The config whose test pipeline a backbone alone gets.
 _BACKBONE_CONFIG = 'spartan_xt_224'
 
-_REMEDY = 'Leave it out or replace it.'
 
-
-class ImageReader:
-    """Reads image files the way a model's test pipeline does, the normalization included.
-
-    A model of timm gets timm's transforms, a backbone alone those of SpaRTAN at 224 pixels.
-
-    Args:
-        named: The model.
-
-    Raises:
-        UsageError: If its config has no test pipeline.
-        ImportError: If the package is missing whose pipeline it is.
-    """
-
-    def __init__(self, named: NamedModel) -> None:
-        self._device = next(named.model.parameters()).device
-        if named.source == 'timm':
-            import timm
-            options = timm.data.resolve_data_config({}, model=named.model)
-            self._transform = timm.data.create_transform(**options)
-            return
-        self._transform = None
-        config = named.config or zoo.get_config(_BACKBONE_CONFIG)
-        dataset = find_test_dataset(config)
-        if not dataset.get('pipeline'):
-            raise UsageError(f'the config of {named.name} has no test_dataloader with a pipeline, '
-                             'which says how the model sees an image')
-        self._scope = config.default_scope
-        loader, *steps = dataset.pipeline
-        self._decoding = dict(flag=loader.get('color_type', 'color'),
-                              backend=loader.get('imdecode_backend'))
-        self._float = loader.get('to_float32', False)
-        with DefaultScope.overwrite_default_scope(self._scope):
-            self._pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
-            self._preprocessor = self._find_preprocessor(named.model, config).to(self._device)
-
-    @staticmethod
-    def _find_preprocessor(model: nn.Module, config: Config) -> nn.Module:
-        found = getattr(model, 'data_preprocessor', None)
-        if found is not None:
-            return found
-        settings = dict(config.model.get('data_preprocessor') or config.data_preprocessor)
-        settings.setdefault('type', 'ClsDataPreprocessor')
-        return MODELS.build(settings)
-
-    def __call__(self, path: str | Path) -> Tensor:
-        """Read a file.
-
-        Returns:
-            The normalized image, (3, H, W), on the model's device.
-
-        Raises:
-            DataError: If it does not exist, cannot be read or is no image.
-        """
-        described = f'picture {str(path)!r}'
-        if self._transform is not None:
-            image = load_image(str(path), described, _REMEDY)
-            image = Image.fromarray(np.ascontiguousarray(image[..., ::-1]))
-            return self._transform(image).to(self._device)
-        image = load_image(str(path), described, _REMEDY, **self._decoding)
-        size = image.shape[:2]
-        image = image.astype(np.float32) if self._float else image
-        with DefaultScope.overwrite_default_scope(self._scope), torch.no_grad():
-            packed = self._pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
-                                         img_path=str(path)))
-            batch = {key: [value] for key, value in packed.items()}
-            return self._preprocessor(batch, False)['inputs'][0]
+def read_picture(path: str | Path, **decoding: Any) -> np.ndarray:
+    """Read an image, (H, W, 3) in BGR order; a DataError says what is wrong with the file."""
+    return load_image(str(path), f'picture {str(path)!r}', 'Leave it out or replace it.',
+                      **decoding)
 
 
 @dataclass(frozen=True)
 class GivenModel:
-    """A model as a command was given it.
+    """A model as a command was given it, and how it sees images.
+
+    A backbone alone sees them as SpaRTAN does at 224 pixels, a model of timm as timm shows them.
 
     Args:
         title: What to call it, with a remark if its weights are random.
-        name: See :func:`load_named_model`.
-        checkpoint: Its weights; None if `name` is a checkpoint, or for random ones.
-        trained: Whether it has weights of its own.
         named: The model.
+        origin: What it was made of, fit for JSON.
     """
 
     title: str
-    name: str
-    checkpoint: str | None
-    trained: bool
     named: NamedModel
+    origin: dict[str, Any]
+
+    @cached_property
+    def read(self) -> Callable[[Path], Tensor]:
+        """Reads a file as the model's test pipeline does, to the normalized image, (3, H, W).
+
+        Raises:
+            UsageError: The model's config has no test pipeline.
+        """
+        if self.named.source == 'timm':
+            import timm
+            options = timm.data.resolve_data_config({}, model=self.named.model)
+            transform = timm.data.create_transform(**options)
+            return lambda path: transform(Image.fromarray(
+                read_picture(path)[..., ::-1])).to(self._device)
+
+        scope, dataset = self._config.default_scope, find_test_dataset(self._config)
+        if not dataset.get('pipeline'):
+            raise UsageError(f'the config of {self.named.name} has no test_dataloader with a '
+                             'pipeline, which says how the model sees an image')
+        loader, *steps = dataset.pipeline
+        decoding = dict(flag=loader.get('color_type', 'color'),
+                        backend=loader.get('imdecode_backend'))
+        with DefaultScope.overwrite_default_scope(scope):
+            pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
+
+        def read(path: Path) -> Tensor:
+            image = read_picture(path, **decoding)
+            size = image.shape[:2]
+            image = image.astype(np.float32) if loader.get('to_float32') else image
+            with DefaultScope.overwrite_default_scope(scope), torch.no_grad():
+                packed = pipeline(dict(img=image, img_shape=size, ori_shape=size, img_id=0,
+                                       img_path=str(path)))
+                batch = {key: [value] for key, value in packed.items()}
+                return self._preprocessor(batch, False)['inputs'][0]
+
+        return read
+
+    def normalize(self, image: np.ndarray) -> Tensor:
+        """Make of an image of bytes (H, W, 3) what the model takes, (1, 3, H, W)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return self._preprocessor(dict(inputs=[pixels], data_samples=None), False)['inputs']
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that two models share if all their weights are equal."""
+        digest = hashlib.sha256()
+        for name, value in self.named.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.named.model.parameters()).device
+
+    @cached_property
+    def _config(self) -> Config:
+        return self.named.config or zoo.get_config(_BACKBONE_CONFIG)
+
+    @cached_property
+    def _preprocessor(self) -> nn.Module:
+        model = self.named.model
+        if hasattr(model, 'data_preprocessor'):
+            return model.data_preprocessor
+        if self.named.source == 'timm':
+            return ImgDataPreprocessor(bgr_to_rgb=True, **{
+                key: [255 * value for value in model.pretrained_cfg[key]]
+                for key in ('mean', 'std')}).to(self._device)
+        config = self._config
+        settings = config.model.get('data_preprocessor') or config.data_preprocessor
+        with DefaultScope.overwrite_default_scope(config.default_scope):
+            return MODELS.build(dict(type='ClsDataPreprocessor') | settings).to(self._device)
 
 
 def load_models(models: Sequence[str], titles: Sequence[str] | None = None, random: bool = False,
@@ -125,25 +134,30 @@ def load_models(models: Sequence[str], titles: Sequence[str] | None = None, rand
         seed: Of random weights.
 
     Raises:
-        UsageError: If two would be called the same; and what :func:`load_with_weights` raises.
+        UsageError: Two would be called the same; a model has no weights, and random ones are not
+            asked for; or there is no such device.
+        UnknownModelError: A name stands for nothing.
+        FileNotFoundError: There is no such checkpoint.
+        CheckpointError: A checkpoint belongs to another architecture.
     """
     given = []
     for title, model in zip(title_models(models, titles), models, strict=True):
         name, checkpoint = split_checkpoint(model)
+        device, trained = choose_device(device), has_weights(name, checkpoint)
+        read_config(name)  # a name that stands for nothing is the first thing to say
+        if not trained and not random:
+            raise UsageError(f'{name} is a model without weights: name a checkpoint, too, as '
+                             f'{name}=CHECKPOINT, or take random ones with --random')
         torch.manual_seed(seed)
-        named = load_with_weights(name, checkpoint, random, device)
-        trained = has_weights(name, checkpoint)
-        given.append(GivenModel(title if trained else f'{title} (random weights)', name, checkpoint,
-                                trained, named))
+        given.append(GivenModel(
+            title if trained else f'{title} (random weights)',
+            load_named_model(name, checkpoint, device),
+            dict(model=name, checkpoint=checkpoint, random_weights=not trained)))
     return given
 
 
 def title_models(models: Sequence[str], titles: Sequence[str] | None = None) -> list[str]:
     """Call models as the user does, by their own names, or by their checkpoints' if these differ.
-
-    Args:
-        models: As commands take them, see :func:`split_checkpoint`.
-        titles: What the user calls them, if anything.
 
     Raises:
         UsageError: If two would be called the same, or there is another number of titles.
@@ -161,42 +175,9 @@ def title_models(models: Sequence[str], titles: Sequence[str] | None = None) -> 
     return list(titles)
 
 
-def load_with_weights(name: str, checkpoint: str | None = None, random: bool = False,
-                      device: str | None = None) -> NamedModel:
-    """Load a model for a look at what it has learnt.
-
-    Args:
-        name: See :func:`load_named_model`.
-        checkpoint: The weights; None if `name` is a checkpoint.
-        random: Whether a model without weights gets random ones.
-        device: Where to put it; None for a GPU if there is one.
-
-    Raises:
-        UsageError: If there are no weights, and random ones are not asked for; or no such device.
-        UnknownModelError: If the name stands for nothing.
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If the checkpoint belongs to another architecture.
-    """
-    device = choose_device(device)
-    read_config(name)
-    if not random and not has_weights(name, checkpoint):
-        raise UsageError(f'{name} is a model without weights: name a checkpoint, too, as '
-                         f'{name}=CHECKPOINT, or take random ones with --random')
-    return load_named_model(name, checkpoint, device)
-
-
 def has_weights(name: str, checkpoint: str | None = None) -> bool:
     """Whether a model comes with weights: those of a checkpoint, which its name may be."""
     return checkpoint is not None or zoo.is_checkpoint(name)
-
-
-def digest_weights(model: nn.Module) -> str:
-    """Compute a short text that two models share if all their weights are equal."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def split_checkpoint(argument: str) -> tuple[str, str | None]:
@@ -216,12 +197,6 @@ def split_checkpoint(argument: str) -> tuple[str, str | None]:
 
 
 def choose_images(images: Sequence[Path], count: int | None, seed: int) -> list[Path]:
-    """Draw some of the images, so that fewer are among those that more would be.
-
-    Args:
-        images: The files.
-        count: Number of images; None for all.
-        seed: Of the choice.
-    """
+    """Draw some of the images, or all, so that fewer are among those that more would be."""
     order = np.random.default_rng(seed).permutation(len(images))[:count]
     return [images[index] for index in order]

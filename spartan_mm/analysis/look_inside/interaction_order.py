@@ -32,9 +32,9 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from ...errors import UsageError
 from ...files import write_json
 from ...text import count
 from ..style import COLOURS, Figure, finish, new_figure
+from .inputs import GivenModel
 
 #: Orders of the released settings, in parts of n - 2.
 FRACTIONS = (0., 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.)
@@ -59,6 +60,10 @@ _SIGNS = (1., -1., -1., 1.)
 
 #: (B, n), True for the patches that are left, to f, (B,).
 Game = Callable[[Tensor], Tensor]
+
+
+def _ignore(count: int) -> None:
+    """Do nothing about so many masked images that are done."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (('grid', self.grid, 2), ('pairs', self.pairs, 1),
-                                   ('contexts', self.contexts, 1),
-                                   ('distance', self.distance, 1)):
-            if value is not None and value < least:
+        for name, least in dict(grid=2, pairs=1, contexts=1, distance=1).items():
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f'{name}={value} must be at least {least}')
-        for name, value, choices in (('baseline', self.baseline, BASELINES),
-                                     ('target', self.target, TARGETS)):
-            if value not in choices:
+        for name, choices in dict(baseline=BASELINES, target=TARGETS).items():
+            if (value := getattr(self, name)) not in choices:
                 raise UsageError(f'{name}={value!r} must be one of {", ".join(choices)}')
         if not self.fractions or not all(0 <= part <= 1 for part in self.fractions):
             raise UsageError(f'fractions={self.fractions} must be orders in parts of n - 2, each '
@@ -123,27 +125,13 @@ class Settings:
         return sum(pairs * 4 * count_contexts(self.players, order, self.contexts)
                    for order in self.orders)
 
-    def generator(self, name: str) -> np.random.Generator:
-        """Random numbers for an image, the same whichever others there are."""
-        return np.random.default_rng([self.seed, zlib.crc32(name.encode(errors='replace'))])
-
 
 # ------------------------------------------------------------------------------------ interactions
 
 
 def draw_pairs(grid: int, pairs: int, distance: int | None,
                generator: np.random.Generator) -> np.ndarray:
-    """Draw pairs of patches, each at most once.
-
-    Args:
-        grid: Patches along each side.
-        pairs: Number of pairs; all there are if that is less.
-        distance: The largest distance along either side, in patches; None for any.
-        generator: Random numbers.
-
-    Returns:
-        Indices of patches, row by row, (P, 2).
-    """
+    """Draw pairs of patches, each at most once: their indices, row by row, (P, 2)."""
     reach = grid - 1 if distance is None else min(distance, grid - 1)
     patches = np.arange(grid ** 2)
     rows, columns = np.divmod(patches, grid)
@@ -164,14 +152,7 @@ def count_contexts(players: int, order: int, contexts: int) -> int:
 
 def draw_contexts(players: int, pair: Sequence[int], order: int, contexts: int,
                   generator: np.random.Generator) -> np.ndarray:
-    """Draw sets of players, independently; or list all, where there are no more than asked for.
-
-    Args:
-        players: Number of players n.
-        pair: The two that belong to no context.
-        order: Number of players in each context.
-        contexts: Number of contexts.
-        generator: Random numbers.
+    """Draw sets of `order` players without a pair; or list all, where no more are asked for.
 
     Returns:
         True for the players in each context, (K, n).
@@ -189,7 +170,7 @@ def draw_contexts(players: int, pair: Sequence[int], order: int, contexts: int,
 
 def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Sequence[int],
                          contexts: int, generator: np.random.Generator, batch_size: int = 256,
-                         done: Callable[[int], None] | None = None) -> np.ndarray:
+                         done: Callable[[int], Any] = _ignore) -> np.ndarray:
     """Measure the interaction of each pair at each order.
 
     Args:
@@ -197,8 +178,7 @@ def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Se
         players: Number of players n.
         pairs: (P, 2), different players from 0 to n - 1.
         orders: Numbers of players in a context, each from 0 to n - 2.
-        contexts: Number of contexts for each pair and order; the result is exact where there are
-            no more.
+        contexts: Number of contexts; the result is exact where there are no more.
         generator: Random numbers.
         batch_size: Number of masks that the game gets at once.
         done: Called after each batch, with its size.
@@ -210,14 +190,13 @@ def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Se
         UsageError: If the game gives numbers that are not finite.
     """
     values = []
-    for masks in _batches(_masks(players, pairs, orders, contexts, generator), batch_size):
+    for masks in _batches(players, pairs, orders, contexts, generator, batch_size):
         value = game(torch.from_numpy(masks))
         if not torch.isfinite(value).all():
             raise UsageError('the model gives log odds that are NaN or infinite, of which there '
                              'are no interactions; look at its weights')
         values.append(value.cpu().numpy())
-        if done is not None:
-            done(len(masks))
+        done(len(masks))
 
     counts = [count_contexts(players, order, contexts) for order in orders]
     ends = np.cumsum([len(pairs) * 4 * count for count in counts])
@@ -226,40 +205,25 @@ def measure_interactions(game: Game, players: int, pairs: np.ndarray, orders: Se
                      for value, count in zip(by_order, counts, strict=True)])
 
 
-def _masks(players: int, pairs: np.ndarray, orders: Sequence[int], contexts: int,
-           generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """The players that are there in each term of each difference, (4 K, n) for a pair."""
-    for order in orders:
-        for pair in pairs:
-            context = draw_contexts(players, pair, order, contexts, generator)
-            terms = context[:, None].repeat(4, axis=1)  # (K, 4, n)
-            terms[:, (0, 1), pair[0]] = True
-            terms[:, (0, 2), pair[1]] = True
-            yield terms.reshape(-1, players)
-
-
-def _batches(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Join and cut arrays to parts of equal length, but for the last."""
-    waiting: list[np.ndarray] = []
-    length = 0
-    for part in parts:
-        waiting.append(part)
-        length += len(part)
-        if length >= size:
-            joined = np.concatenate(waiting)
-            whole = length - length % size
-            yield from (joined[start:start + size] for start in range(0, whole, size))
-            waiting, length = [joined[whole:]], length - whole
-    if length:
-        yield np.concatenate(waiting)
+def _batches(players: int, pairs: np.ndarray, orders: Sequence[int], contexts: int,
+             generator: np.random.Generator, size: int) -> Iterator[np.ndarray]:
+    """The players in each term of each difference, in parts (size, n), but for the last."""
+    waiting = np.empty((0, players), dtype=bool)
+    for order, pair in product(orders, pairs):
+        context = draw_contexts(players, pair, order, contexts, generator)
+        terms = context[:, None].repeat(4, axis=1)  # (K, 4, n)
+        terms[:, (0, 1), pair[0]] = True
+        terms[:, (0, 2), pair[1]] = True
+        waiting = np.concatenate([waiting, terms.reshape(-1, players)])
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if len(waiting):
+        yield waiting
 
 
 def relative_strength(strengths: np.ndarray) -> np.ndarray:
-    """Relate strengths to their average over the orders; J^(m) for E_x E_ij |I^(m)|.
-
-    Returns:
-        In the shape that was given; zeros if nothing interacts.
-    """
+    """Relate strengths to their average over the orders, J^(m); zeros if nothing interacts."""
     average = strengths.mean()
     return strengths / average if average else np.zeros_like(strengths)
 
@@ -268,14 +232,9 @@ def relative_strength(strengths: np.ndarray) -> np.ndarray:
 
 
 def log_odds(logits: Tensor, label: int) -> Tensor:
-    """The log odds of a class, log(p / (1 - p)), without the rounding of p near 1.
+    """The log odds log(p / (1 - p)) of a class, (B,), without the rounding of p near 1.
 
-    Args:
-        logits: (B, K), before the softmax, of two classes or more.
-        label: Class index.
-
-    Returns:
-        (B,), in float64 on the CPU.
+    They are computed of logits (B, K) of two classes or more, in float64 on the CPU.
     """
     logits = logits.cpu().double()
     others = torch.cat([logits[:, :label], logits[:, label + 1:]], 1)
@@ -288,29 +247,23 @@ class MaskedImage:
     Args:
         model: Takes images (B, 3, H, W) to logits (B, K).
         image: As the model sees it, normalised, (3, H, W).
-        grid: Patches along each side. Where it does not divide H or W, some patches are a pixel
-            longer than others.
-        baseline: See :class:`Settings`.
+        settings: Of which grid and baseline count. Where the grid does not divide H or W, some
+            patches are a pixel longer than others.
         label: Class index; None for what the model takes the whole image for.
-
-    Attributes:
-        classes: Number of classes.
-        label: Class index.
-        log_odds: f(N), of the whole image.
 
     Raises:
         UsageError: If there are more patches than pixels along a side, or the model is no
             classifier of two classes or more.
     """
 
-    def __init__(self, model: nn.Module, image: Tensor, grid: int, baseline: str,
+    def __init__(self, model: nn.Module, image: Tensor, settings: Settings,
                  label: int | None = None) -> None:
-        height, width = image.shape[1:]
+        (height, width), grid = image.shape[1:], settings.grid
         if grid > min(height, width):
             raise UsageError(f'a grid of {grid}×{grid} patches needs images of at least that many '
                              f'pixels, and the model sees {height}×{width}: take a smaller grid')
         self.model, self.image = model, image
-        self.baseline = (image.mean((1, 2), keepdim=True) if baseline == 'mean'
+        self.baseline = (image.mean((1, 2), keepdim=True) if settings.baseline == 'mean'
                          else image.new_zeros(3, 1, 1))
         # The patch that each pixel belongs to, (H, W).
         rows, columns = (torch.arange(length) * grid // length for length in (height, width))
@@ -323,7 +276,7 @@ class MaskedImage:
                              'interactions are measured on classifiers')
         self.classes = logits.shape[1]
         self.label = int(logits.argmax()) if label is None else label
-        self.log_odds = float(log_odds(logits, self.label))
+        self.log_odds = float(log_odds(logits, self.label))  # f(N), of the whole image
 
     @torch.inference_mode()
     def __call__(self, masks: Tensor) -> Tensor:
@@ -333,23 +286,6 @@ class MaskedImage:
 
 
 # ----------------------------------------------------------------------------------------- results
-
-
-@dataclass
-class Measured:
-    """A model to measure, and how it sees an image.
-
-    Args:
-        name: To show.
-        model: Takes images (B, 3, H, W) to logits (B, K).
-        read: A file to the image as the model sees it, (3, H, W).
-        weights: A text that tells its weights from others.
-    """
-
-    name: str
-    model: nn.Module
-    read: Callable[[Path], Tensor]
-    weights: str
 
 
 class Results:
@@ -377,128 +313,102 @@ class Results:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f'{self.path} holds no interactions; move it away or write somewhere '
                              'else') from error
-        changes = [f'{field.name} {found.get(field.name)} instead of {stated[field.name]}'
-                   for field in fields(settings) if found.get(field.name) != stated[field.name]]
+        changes = [f'{name} {found.get(name)} instead of {wanted}'
+                   for name, wanted in stated.items() if found.get(name) != wanted]
         if changes:
             raise UsageError(f'{self.path} was measured with {", ".join(changes)}: take these '
                              'settings, or write somewhere else')
         self.content = content
 
-    def of_model(self, subject: Measured) -> dict[str, Any]:
+    def of_model(self, given: GivenModel) -> dict[str, Any]:
         """Get the record of a model, a new one if there is none.
 
         Raises:
-            UsageError: If the file has results of another model of that name.
+            UsageError: If the file has results of another model of that title.
         """
         record = self.content['models'].setdefault(
-            subject.name, dict(weights=subject.weights, images={}))
-        if record['weights'] != subject.weights:
-            raise UsageError(f'{self.path} has results of {subject.name} with other weights: write '
+            given.title, dict(weights=given.digest, images={}))
+        if record['weights'] != given.digest:
+            raise UsageError(f'{self.path} has results of {given.title} with other weights: write '
                              'somewhere else')
         return record
-
-    def find(self, subject: Measured, image: str, digest: str) -> dict[str, Any] | None:
-        """Get what was measured at an image, unless that was another one of the same name."""
-        found = self.of_model(subject)['images'].get(image)
-        return found if found is not None and found['digest'] == digest else None
-
-    def add(self, subject: Measured, image: str, record: dict[str, Any]) -> None:
-        """Write what was measured at an image."""
-        self.of_model(subject)['images'][image] = record
-        self.save()
-
-    def summarize(self, subject: Measured, images: Sequence[str]) -> np.ndarray:
-        """Average over images and write the curve.
-
-        Returns:
-            J^(m), one for each order.
-        """
-        record = self.of_model(subject)
-        strengths = np.mean([record['images'][image]['strength'] for image in images], axis=0)
-        relative = relative_strength(strengths)
-        record['curve'] = dict(images=len(images), strength=strengths.tolist(),
-                               relative_strength=relative.tolist())
-        self.save()
-        return relative
 
     def save(self) -> None:
         """Write the file."""
         write_json(self.path, self.content)
 
 
-def measure(subjects: Sequence[Measured], images: Sequence[Path], root: Path, settings: Settings,
-            results: Results, batch_size: int = 256,
-            done: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
+def measure(models: Sequence[GivenModel], images: Sequence[Path], root: Path, results: Results,
+            batch_size: int = 256, done: Callable[[int], Any] = _ignore) -> dict[str, np.ndarray]:
     """Measure models at images, of which those that the results have are not measured again.
 
     Args:
-        subjects: The models.
+        models: Classifiers.
         images: Files under ``root``.
         root: The folder that the names in the results start from; with the true class as the
             target, it has a folder for each class, in the order of the classes.
-        settings: What to measure.
         results: What is there already; each image is written to them as soon as it is done.
         batch_size: Number of masked images in one pass.
         done: Called with the number of masked images, after each batch and for what is there
             already.
 
     Returns:
-        J^(m) of each model by its name.
+        J^(m) of each model by its title.
 
     Raises:
         DataError: If an image cannot be read; all are read before anything is measured.
         UsageError: If the results have other weights, a model is no classifier of the classes, the
             grid is too fine, or the folders are not those of classes.
     """
+    settings = results.settings
     names = [path.relative_to(root).as_posix() for path in images]
     labels: list[int | None] = [None] * len(images)
     if settings.target == 'true':
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         labels = [_find_label(name, folders, root) for name in names]
-    for subject in subjects:
-        results.of_model(subject)
+    for given in models:
+        results.of_model(given)
         for path, label in zip(images, labels, strict=True):
-            game = MaskedImage(subject.model, subject.read(path), settings.grid, settings.baseline)
+            game = MaskedImage(given.named.model, given.read(path), settings)
             if label is not None and len(folders) != game.classes:
-                raise UsageError(f'{root} has {len(folders)} folders, and {subject.name} has '
+                raise UsageError(f'{root} has {len(folders)} folders, and {given.title} has '
                                  f'{game.classes} classes: the true class of an image is known if '
                                  'there is a folder for each class, in the order of the classes')
 
     curves = {}
-    for subject in subjects:
+    for given in models:
+        record = results.of_model(given)
+        stored = record['images']
         for path, name, label in zip(images, names, labels, strict=True):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            if results.find(subject, name, digest) is None:
-                record = measure_image(subject.model, subject.read(path), name, settings, label,
-                                       batch_size, done)
-                results.add(subject, name, dict(digest=digest, **record))
-            elif done is not None:
+            # It may be another one of the same name.
+            if name not in stored or stored[name]['digest'] != digest:
+                game = MaskedImage(given.named.model, given.read(path), settings, label)
+                stored[name] = dict(
+                    digest=digest, **measure_image(game, name, settings, batch_size, done))
+                results.save()
+            else:
                 done(settings.cost)
-        curves[subject.name] = results.summarize(subject, names)
+        strengths = np.mean([stored[name]['strength'] for name in names], axis=0)
+        curve = curves[given.title] = relative_strength(strengths)
+        record['curve'] = dict(images=len(names), strength=strengths.tolist(),
+                               relative_strength=curve.tolist())
+        results.save()
     return curves
 
 
-def measure_image(model: nn.Module, image: Tensor, name: str, settings: Settings,
-                  label: int | None = None, batch_size: int = 256,
-                  done: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Measure how strongly the patches of an image interact, at each order.
+def measure_image(game: MaskedImage, name: str, settings: Settings, batch_size: int = 256,
+                  done: Callable[[int], Any] = _ignore) -> dict[str, Any]:
+    """Measure how strongly the patches of one image interact, see :func:`measure`.
 
-    Args:
-        model: Takes images (B, 3, H, W) to logits (B, K).
-        image: As the model sees it, (3, H, W).
-        name: Of the image, on which the random numbers depend.
-        settings: What to measure.
-        label: Class index; None for what the model takes the whole image for.
-        batch_size: Number of masked images in one pass.
-        done: Called after each batch, with its size.
+    Random numbers depend on its name, whichever others there are.
 
     Returns:
         A record fit for JSON: the class, its log odds, the strength E_ij |I^(m)| of each order, and
         what it took.
     """
     start = time.perf_counter()
-    game = MaskedImage(model, image, settings.grid, settings.baseline, label)
-    generator = settings.generator(name)
+    generator = np.random.default_rng([settings.seed, zlib.crc32(name.encode(errors='replace'))])
     pairs = draw_pairs(settings.grid, settings.pairs, settings.distance, generator)
     interactions = measure_interactions(game, settings.players, pairs, settings.orders,
                                         settings.contexts, generator, batch_size, done)
@@ -516,16 +426,7 @@ def _find_label(name: str, folders: Sequence[str], root: Path) -> int:
 
 
 def draw_strengths(curves: Mapping[str, np.ndarray], settings: Settings, images: int) -> Figure:
-    """Draw the strength of interactions over their order.
-
-    Args:
-        curves: J^(m) of each model by its name.
-        settings: What was measured.
-        images: Number of images averaged over.
-
-    Returns:
-        The figure; its ``savefig`` writes it.
-    """
+    """Draw the strengths J^(m) of models over the order, averages over some images."""
     figure = new_figure(8, 4.6)
     axes = figure.add_subplot()
     x = np.array(settings.orders) / (settings.players - 2)

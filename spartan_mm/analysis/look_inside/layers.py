@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,40 +17,17 @@ _MAX_LISTED = 12
 # A class token, a distillation token or four registers before the tokens of the patches.
 _MAX_EXTRA_TOKENS = 5
 
+#: What is wrong with a layer that a forward pass does not run.
+NOT_ON_ITS_OWN = ('does not run on its own, what is around it uses its weights or leaves it out; '
+                  'name a layer around it or beside it')
+
 
 class LayerError(UsageError):
     """A layer that does not exist or cannot be looked at."""
 
 
-@dataclass(frozen=True)
-class LayerOutput:
-    """What a layer gave in a forward pass.
-
-    Args:
-        name: With dots, from the model on.
-        layer: The layer.
-        output: Whatever its ``forward`` returned.
-    """
-
-    name: str
-    layer: nn.Module
-    output: Any
-
-    def describe(self) -> str:
-        """Say what the output is: a shape, or what stands in the place of one."""
-        if isinstance(self.output, Tensor):
-            return str(tuple(self.output.shape))
-        if isinstance(self.output, tuple | list):
-            return f'{len(self.output)} results'
-        return type(self.output).__name__
-
-
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """Find a layer by its name.
-
-    Args:
-        model: Where to look.
-        name: With dots, as ``model.named_modules()`` has it, such as 'backbone.stages.3'.
+    """Find a layer by its name, with dots, such as 'backbone.stages.3'.
 
     Raises:
         LayerError: If there is none of this name; the message lists names that exist, close ones
@@ -73,71 +50,56 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
                     key=lambda other: other.count('.'))
     listed = [*close, *others][:_MAX_LISTED]
     left = len(layers) - len(listed)
-    more = f', and {left} more' if left else ''
     raise LayerError(f'{type(model).__name__} has no layer {name!r}; it has: '
-                     f'{", ".join(listed) or "none at all"}{more}')
+                     f'{", ".join(listed) or "none at all"}{f", and {left} more" if left else ""}')
 
 
 @contextmanager
-def recorded_outputs(model: nn.Module, within: nn.Module | None = None
-                     ) -> Iterator[list[LayerOutput]]:
-    """Collect what the layers give while the block runs the model.
+def _recorded_outputs(model: nn.Module, prefix: str = '') -> Iterator[list[tuple[str, Any]]]:
+    """Collect name and output of each layer of a model, itself left out, while the block runs it.
 
-    Args:
-        model: What the names start from.
-        within: The part of it whose layers count, itself left out; None for all.
-
-    Yields:
-        The list that is filled in the order in which the layers finish: a block comes after its
-        parts. A layer that runs twice is in it twice; one whose weights alone are used is not.
+    A block comes after its parts. A layer that runs twice is there twice; one whose weights alone
+    are used is not.
     """
-    names = {layer: name for name, layer in model.named_modules()}
-    outputs: list[LayerOutput] = []
+    outputs: list[tuple[str, Any]] = []
 
-    def record(layer: nn.Module, _: Any, output: Any) -> None:
-        outputs.append(LayerOutput(names[layer], layer, output))
+    def record(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        outputs.append((name, output))
 
-    root = model if within is None else within
-    handles = [layer.register_forward_hook(record) for layer in root.modules() if layer is not root]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules(prefix=prefix):
+            if layer is not model:
+                hooks.enter_context(layer.register_forward_hook(partial(record, name)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def describe_layers(model: nn.Module, shape: tuple[int, int]) -> list[str]:
-    """Say of each layer that runs what it gives for an image.
-
-    Args:
-        model: A detector, a classifier or a backbone.
-        shape: Height and width of the image.
+    """Say of each layer that runs what it gives for an image of a height and a width.
 
     Returns:
         A line for each layer with its name, its type and the shapes that it gives, one for each
         time that it runs; a block comes before its parts.
     """
     parameter = next(model.parameters())
-    with torch.no_grad(), recorded_outputs(model) as outputs:
+    with torch.no_grad(), _recorded_outputs(model) as outputs:
         model(parameter.new_zeros(1, 3, *shape))
     described: dict[str, list[str]] = {}
-    for item in outputs:
-        described.setdefault(item.name, []).append(item.describe())
+    for name, output in outputs:
+        described.setdefault(name, []).append(_describe(output))
     width = max(map(len, described), default=0)
     return [f'{name:<{width}}  {type(layer).__name__}  {", ".join(described[name])}'
             for name, layer in model.named_modules() if name in described]
 
 
-def find_last_map(model: nn.Module, run: Callable[[], Tensor | None], size: tuple[int, int],
-                  within: nn.Module | None = None) -> str:
+def find_last_map(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> str:
     """Find the layer of the last map in a forward pass: the last stage of a backbone.
 
     Args:
-        model: What the name starts from.
-        run: Runs the model. If it returns a number, a layer that has a say in it is preferred,
-            which the patches that leave a transformer that is read by its class token have not.
+        model: A backbone, or a model with one.
+        run: Runs it. If it returns a number with a gradient, a layer that has a say in it is
+            preferred, which the patches that leave a transformer that is read by its class token
+            have not.
         size: Height and width of the input.
-        within: The part of the model to look in; None for all of it.
 
     Returns:
         The name, see :func:`find_layer`.
@@ -145,26 +107,24 @@ def find_last_map(model: nn.Module, run: Callable[[], Tensor | None], size: tupl
     Raises:
         LayerError: No layer gives a map of more than one position.
     """
-    with recorded_outputs(model, within) as outputs:
+    backbone = getattr(model, 'backbone', model)
+    with _recorded_outputs(backbone, '' if backbone is model else 'backbone') as outputs:
         target = run()
-    maps: list[LayerOutput] = []
-    for item in reversed(outputs):
+    maps: dict[str, Tensor] = {}
+    for name, output in reversed(outputs):
         # The parts of a stage stand for less than the stage.
-        if any(item.name.startswith(f'{other.name}.') for other in maps):
-            continue
-        try:
-            if as_map(item.output, size).shape[2:].numel() > 1:
-                maps.append(item)
-        except LayerError:
-            continue
+        if not any(name.startswith(f'{other}.') for other in maps):
+            with suppress(LayerError):
+                if as_map(output, size).shape[2:].numel() > 1:
+                    maps.setdefault(name, output)
     if not maps:
-        part = model if within is None else within
-        raise LayerError(f'no layer of {type(part).__name__} gives a map; name one')
-    if target is None or not target.requires_grad:
-        return maps[0].name
-    gradients = torch.autograd.grad(target, [item.output for item in maps], allow_unused=True)
-    return next((item.name for item, gradient in zip(maps, gradients, strict=True)
-                 if gradient is not None and as_map(gradient, size).any()), maps[0].name)
+        raise LayerError(f'no layer of {type(backbone).__name__} gives a map; name one')
+    names = [*maps]
+    if not getattr(target, 'requires_grad', False):
+        return names[0]
+    gradients = torch.autograd.grad(target, [*maps.values()], allow_unused=True)
+    return next((name for name, gradient in zip(names, gradients, strict=True)
+                 if gradient is not None and as_map(gradient, size).any()), names[0])
 
 
 def as_map(output: Any, size: tuple[int, int]) -> Tensor:
@@ -188,9 +148,8 @@ def as_map(output: Any, size: tuple[int, int]) -> Tensor:
         torch.Size([1, 384, 14, 14])
     """
     if not isinstance(output, Tensor):
-        what = (f'{len(output)} results in a {type(output).__name__}'
-                if isinstance(output, tuple | list) else f'a {type(output).__name__}')
-        raise LayerError(f'it gives {what} instead of one map; name a layer inside of it')
+        raise LayerError(f'it gives {_describe(output)} instead of one map; name a layer inside of '
+                         'it')
     if output.dim() == 4:
         channels_last = not _fits(*output.shape[2:], size) and _fits(*output.shape[1:3], size)
         return output.permute(0, 3, 1, 2) if channels_last else output
@@ -201,10 +160,18 @@ def as_map(output: Any, size: tuple[int, int]) -> Tensor:
             if height and count % height == 0 and _fits(height, count // height, size):
                 # (N, L, C) -> (N, C, H', W')
                 return output[:, extra:].transpose(1, 2).unflatten(2, (height, -1))
-    raise LayerError(f'it gives a tensor of shape {tuple(output.shape)}, which is no map of an '
+    raise LayerError(f'it gives a tensor of shape {_describe(output)}, which is no map of an '
                      f'input of {size[0]} x {size[1]} pixels')
 
 
 def _fits(height: int, width: int, size: tuple[int, int]) -> bool:
     """Whether a map has the proportions of the input, but for rounding."""
     return abs(width - size[1] * height / size[0]) < 1
+
+
+def _describe(output: Any) -> str:
+    """Say what a layer gave: a shape, or what stands in the place of one."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    many = f'{len(output)} results in a' if isinstance(output, tuple | list) else 'a'
+    return f'{many} {type(output).__name__}'

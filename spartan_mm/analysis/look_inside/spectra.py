@@ -18,9 +18,10 @@ amplitudes, relative to a low frequency. Theirs run along the diagonal and are r
 0; these are averages over directions, relative to the lowest frequency above 0.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,24 +69,19 @@ def power_spectrum(maps: Tensor, window: str = 'hann') -> Tensor:
         (..., H, W), in float64 on the CPU, in the order of ``torch.fft.fft2``.
     """
     maps = maps.cpu().double()
-    height, width = maps.shape[-2:]
-    weights = _window(height, window)[:, None] * _window(width, window)
+    # Without the zeros at both ends, which would waste the border positions of a small map.
+    rows, columns = (
+        torch.hann_window(length + 2, periodic=False, dtype=maps.dtype)[1:-1]
+        if window == 'hann' else maps.new_ones(length) for length in maps.shape[-2:])
+    weights = rows[:, None] * columns
     average = (maps * weights).sum((-2, -1), keepdim=True) / weights.sum()
     transformed = torch.fft.fft2((maps - average) * weights)
     return transformed.abs().square() / weights.square().sum()
 
 
-def _window(length: int, window: str) -> Tensor:
-    if window == 'none':
-        return torch.ones(length, dtype=torch.float64)
-    # Without the zeros at both ends, which would waste the border positions of a small map.
-    return torch.hann_window(length + 2, periodic=False, dtype=torch.float64)[1:-1]
-
-
-def radii(height: int, width: int) -> Tensor:
+def _radii(height: int, width: int) -> Tensor:
     """The distance of each frequency from 0, in parts of the Nyquist frequency, (H, W)."""
-    rows, columns = (torch.fft.fftfreq(length, dtype=torch.float64)
-                     for length in (height, width))
+    rows, columns = (torch.fft.fftfreq(length, dtype=torch.float64) for length in (height, width))
     return 2 * torch.hypot(rows[:, None], columns)
 
 
@@ -100,27 +96,30 @@ def radial_average(power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         average power, (..., R), and the number of frequencies in each ring, (R,). The first ring is
         frequency 0.
     """
-    height, width = power.shape[-2:]
-    step = 2 / min(height, width)
-    ring = (radii(height, width) / step).round().long().flatten()
+    step = 2 / min(power.shape[-2:])
+    ring = (_radii(*power.shape[-2:]) / step).round().long().flatten()
     counts = ring.bincount().to(power.dtype)
     sums = power.new_zeros(*power.shape[:-2], len(counts))
     sums.index_add_(-1, ring, power.flatten(-2))
     return step * torch.arange(len(counts), dtype=power.dtype), sums / counts, counts
 
 
-def share_above(power: Tensor, cutoff: float = CUTOFF) -> Tensor:
-    """Compute the share of the power, frequency 0 left out, that lies above a frequency.
+def share_above(power: Tensor) -> Tensor:
+    """Compute the share of the power, frequency 0 left out, that lies above ``CUTOFF``.
 
     Args:
         power: (..., H, W), in the order of ``torch.fft.fft2``.
-        cutoff: In parts of the Nyquist frequency.
 
     Returns:
         (...), from 0 to 1; NaN where there is no power.
     """
-    distance = radii(*power.shape[-2:])
-    return (power * (distance > cutoff)).sum((-2, -1)) / (power * (distance > 0)).sum((-2, -1))
+    distance = _radii(*power.shape[-2:])
+    return (power * (distance > CUTOFF)).sum((-2, -1)) / (power * (distance > 0)).sum((-2, -1))
+
+
+def white_share(height: int, width: int) -> float:
+    """The share of power above ``CUTOFF`` in white noise of a size."""
+    return float(share_above(torch.ones(height, width, dtype=torch.float64)))
 
 
 # ------------------------------------------------------------------------------------------ mixers
@@ -136,11 +135,7 @@ PARTS = {
 
 
 def find_backbone(model: nn.Module, name: str) -> SpaRTAN:
-    """Find the SpaRTAN in a model.
-
-    Args:
-        model: A classifier, a detector or the backbone itself.
-        name: What to call it in a message.
+    """Find the SpaRTAN in a model, which messages call `name`.
 
     Raises:
         UsageError: If there is none, it is in deploy form, or has neither SMixers nor CMixers.
@@ -168,17 +163,15 @@ class Spectrum:
     Attributes:
         sizes: Of the maps seen, (H, W).
         frequencies: In parts of the Nyquist frequency, (R,), those of the first map.
-        rings: Sum over images of the power in each ring, in parts of the image's average over all
-            frequencies, (R,): 1 everywhere is white noise.
-        share: Sum over images of the share above ``CUTOFF``.
-        images: Number of images with any power.
+        rings: Of each image with any power, the power in each ring, in parts of the image's average
+            over all frequencies, (R,): 1 everywhere is white noise.
+        shares: Of each such image, the share above ``CUTOFF``.
     """
 
     sizes: set[tuple[int, int]] = field(default_factory=set)
     frequencies: np.ndarray | None = None
-    rings: np.ndarray | float = 0.
-    share: float = 0.
-    images: int = 0
+    rings: list[np.ndarray] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
     def add(self, maps: Tensor, window: str) -> None:
         """Add the map (N, C, H, W) of N images; channels are weighed by their power."""
@@ -187,74 +180,50 @@ class Spectrum:
             return
         power = power_spectrum(maps, window).sum(1)  # (N, H, W)
         power = power[power.sum((1, 2)) > 0]
-        if not len(power):
-            return
         frequencies, rings, counts = radial_average(power)
-        rings = rings / (rings * counts).sum(-1, keepdim=True) * (counts.sum() - 1)
-        frequencies, rings = frequencies[1:].numpy(), rings[:, 1:].sum(0).numpy()
+        frequencies = frequencies[1:].numpy()
         if self.frequencies is None:
             self.frequencies = frequencies
+        rings = rings / (rings * counts).sum(-1, keepdim=True) * (counts.sum() - 1)
         # Where sizes of images differ, those of the first map are kept to.
-        self.rings = self.rings + np.interp(self.frequencies, frequencies, rings)
-        self.share += float(share_above(power).sum())
-        self.images += len(power)
+        self.rings += [np.interp(self.frequencies, frequencies, values)
+                       for values in rings[:, 1:].numpy()]
+        self.shares += share_above(power).tolist()
 
 
 #: Of stages, blocks, mixers ('smixer' or 'cmixer') and their parts.
 Spectra = dict[tuple[int, int, str, str], Spectrum]
 
 
-@contextmanager
-def watch(backbone: SpaRTAN, window: str = 'hann') -> Iterator[Spectra]:
-    """Collect the spectra of what goes through a backbone while the block lasts.
-
-    Args:
-        backbone: In the training form; put it in evaluation mode.
-        window: See :func:`power_spectrum`.
-
-    Yields:
-        The spectra, which grow with each image that the backbone sees.
-    """
-    spectra: Spectra = {}
-    handles = []
-
-    def listen(key: tuple[int, int, str, str], module: nn.Module, to_input: bool) -> None:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-            spectra.setdefault(key, Spectrum()).add(inputs[0] if to_input else output, window)
-        handles.append(module.register_forward_pre_hook(hook) if to_input
-                       else module.register_forward_hook(hook))
-
-    for stage_number, stage in enumerate(backbone.stages, start=1):
-        for block_number, block in enumerate(stage.blocks, start=1):
-            for mixer in (block.smixer, block.cmixer):
-                for part, (name, to_input) in PARTS.get(type(mixer), {}).items():
-                    key = stage_number, block_number, type(mixer).__name__.lower(), part
-                    listen(key, mixer.get_submodule(name), to_input)
-    try:
-        yield spectra
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
-def collect(backbone: SpaRTAN, images: Iterable[Tensor], window: str = 'hann'
-            ) -> list[dict[str, Any]]:
-    """Send images through a backbone and describe the spectra of each stage.
+def collect(backbone: SpaRTAN, images: Iterable[Tensor], window: str = 'hann') -> Spectra:
+    """Send images through a backbone and collect the spectra of what its mixers get and give.
 
     Args:
         backbone: In the training form; it is put in evaluation mode.
         images: As the model sees them, each (3, H, W).
         window: See :func:`power_spectrum`.
-
-    Returns:
-        See :func:`describe`.
     """
+    spectra: Spectra = {}
+
+    def listen(spectrum: Spectrum, to_input: bool, _: nn.Module, inputs: tuple[Tensor, ...],
+               output: Tensor) -> None:
+        spectrum.add(inputs[0] if to_input else output, window)
+
     backbone.eval()
-    with watch(backbone, window) as spectra:
+    with ExitStack() as hooks:
+        for stage_number, stage in enumerate(backbone.stages, start=1):
+            for block_number, block in enumerate(stage.blocks, start=1):
+                for mixer in (block.smixer, block.cmixer):
+                    for part, (name, to_input) in PARTS.get(type(mixer), {}).items():
+                        key = stage_number, block_number, type(mixer).__name__.lower(), part
+                        spectra[key] = Spectrum()
+                        hooks.enter_context(mixer.get_submodule(name).register_forward_hook(
+                            partial(listen, spectra[key], to_input)))
         for image in images:
             backbone(image[None])
-    return describe(spectra)
+    # A backbone need not run its last stages.
+    return {key: spectrum for key, spectrum in spectra.items() if spectrum.sizes}
 
 
 def describe(spectra: Spectra) -> list[dict[str, Any]]:
@@ -269,20 +238,18 @@ def describe(spectra: Spectra) -> list[dict[str, Any]]:
     """
     records = []
     for stage in sorted({stage for stage, *_ in spectra}):
+        own = {key: spectrum for key, spectrum in spectra.items() if key[0] == stage}
+        sizes = sorted(set().union(*(spectrum.sizes for spectrum in own.values())))
         blocks: dict[tuple[str, str], list[Spectrum]] = {}
-        sizes: set[tuple[int, int]] = set()
-        for (number, _, mixer, part), spectrum in spectra.items():
-            if number == stage:
-                sizes |= spectrum.sizes
-                if spectrum.images:
-                    blocks.setdefault((mixer, part), []).append(spectrum)
-        sizes = sorted(sizes)
+        for (_, _, mixer, part), spectrum in own.items():
+            if spectrum.shares:
+                blocks.setdefault((mixer, part), []).append(spectrum)
         record: dict[str, Any] = dict(
             stage=stage, maps=[list(size) for size in sizes],
             white_noise_share=white_share(*sizes[0]) if blocks else None)
         for (mixer, part), found in blocks.items():
-            power = np.mean([spectrum.rings / spectrum.images for spectrum in found], axis=0)
-            shares = [spectrum.share / spectrum.images for spectrum in found]
+            power = np.mean([np.mean(spectrum.rings, axis=0) for spectrum in found], axis=0)
+            shares = [float(np.mean(spectrum.shares)) for spectrum in found]
             with np.errstate(divide='ignore', invalid='ignore'):
                 relative = np.log(power / power[0]) / 2
             record.setdefault(mixer, {})[part] = dict(
@@ -294,23 +261,11 @@ def describe(spectra: Spectra) -> list[dict[str, Any]]:
     return records
 
 
-def white_share(height: int, width: int) -> float:
-    """The share of power above ``CUTOFF`` in white noise of a size."""
-    return float(share_above(torch.ones(height, width, dtype=torch.float64)))
-
-
 # ------------------------------------------------------------------------------------------ drawing
 
 
 def draw_spectra(stages: list[dict[str, Any]], title: str) -> Figure:
-    """Draw the spectra of each stage, and the shares of high frequencies beside them.
-
-    Args:
-        stages: See :func:`describe`.
-        title: What the model is.
-
-    Returns:
-        The figure; its ``savefig`` writes it. A row for each kind of mixer that there is.
+    """Draw the spectra of each stage, see :func:`describe`, and the shares of high frequencies.
 
     Raises:
         UsageError: If the maps of every stage are too small.
@@ -360,14 +315,12 @@ def _draw_shares(axes: Axes, stages: list[dict[str, Any]], mixer: str) -> None:
     finish(axes, 'power above π/2, in %')
     axes.set_xlabel('stage', fontsize=11)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    parts = next(stage[mixer] for stage in stages if mixer in stage)
-    for part in parts:
-        shares = [(stage['stage'], 100 * stage[mixer][part]['share_above_half_nyquist'])
-                  for stage in stages if mixer in stage]
-        axes.plot(*zip(*shares, strict=True), linewidth=1.8, marker='o', markersize=5, label=part,
+    stages = [stage for stage in stages if mixer in stage]
+    numbers = [stage['stage'] for stage in stages]
+    for part in stages[0][mixer]:
+        shares = [100 * stage[mixer][part]['share_above_half_nyquist'] for stage in stages]
+        axes.plot(numbers, shares, linewidth=1.8, marker='o', markersize=5, label=part,
                   clip_on=False, **_STYLES[part])
-    white = [(stage['stage'], 100 * stage['white_noise_share'])
-             for stage in stages if mixer in stage]
-    axes.plot(*zip(*white, strict=True), linewidth=1.2, linestyle=':', color='0.2',
-              label='white noise')
+    axes.plot(numbers, [100 * stage['white_noise_share'] for stage in stages], linewidth=1.2,
+              linestyle=':', color='0.2', label='white noise')
     axes.set_ylim(0, 100)

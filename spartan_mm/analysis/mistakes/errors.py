@@ -5,16 +5,16 @@ Identifying Object Detection Errors", ECCV 2020, section 2.2).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...drawing import class_name, common_areas
+from ...drawing import class_name
 from ...errors import UsageError
 from ...inference import Detections
-from .predictions import DetectionDataset, Outcomes, found_in
+from .predictions import ClassifierResults, DetectorResults, Truth, read_truth
 
 #: Kinds of errors, each with what it is.
 KINDS = {
@@ -30,15 +30,13 @@ KINDS = {
 _UNRELATED = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass
 class DetectionError:
     """An object that was missed, or a false alarm.
 
     Args:
         kind: One of ``KINDS``.
         index: Of the image in the dataset.
-        severity: How bad it is, from 0 to 1. Of a false alarm, its score; of a missed object, what
-            the best detection of it below the threshold lacks to 1.
         found_box: The detection, corners x1, y1, x2, y2 in pixels, shape (4,); of a missed object,
             the best one below the threshold, or None.
         found_label: Its class index; None without a detection.
@@ -51,7 +49,6 @@ class DetectionError:
 
     kind: str
     index: int
-    severity: float
     found_box: np.ndarray | None = None
     found_label: int | None = None
     score: float = 0.
@@ -60,16 +57,17 @@ class DetectionError:
     overlap: float = 0.
 
     @property
+    def severity(self) -> float:
+        """How bad it is, from 0 to 1: a false alarm's score, what a missed object's lacks to 1."""
+        return 1 - self.score if self.kind == 'missed' else self.score
+
+    @property
     def boxes(self) -> np.ndarray:
         """The boxes there are, shape (1, 4) or (2, 4)."""
         return np.stack([box for box in (self.true_box, self.found_box) if box is not None])
 
     def describe(self, classes: Sequence[str]) -> tuple[str, str]:
-        """Say in two short lines what is wrong.
-
-        Args:
-            classes: Names by class index.
-        """
+        """Say in two short lines what is wrong; `classes` are names by class index."""
         if self.kind == 'missed':
             best = f'scored only {self.score:.2f}' if self.score else 'nothing found'
             return class_name(classes, self.true_label), best
@@ -81,18 +79,17 @@ class DetectionError:
             return found, f'is {class_name(classes, self.true_label)}, {overlap}'
         return found, overlap
 
-    def as_record(self, dataset: DetectionDataset) -> dict[str, Any]:
+    def as_record(self, results: DetectorResults) -> dict[str, Any]:
         """Describe it by a dict fit for JSON."""
-        classes = dataset.metainfo.get('classes', ())
-        record = dict(file=dataset.get_data_info(self.index)['img_path'], kind=self.kind,
+        record = dict(file=results.dataset.get_data_info(self.index)['img_path'], kind=self.kind,
                       severity=round(self.severity, 4))
         if self.found_box is not None:
             record.update(found_bbox=self.found_box.round(2).tolist(),
-                          found_class=class_name(classes, self.found_label),
+                          found_class=class_name(results.classes, self.found_label),
                           score=round(self.score, 4))
         if self.true_box is not None:
             record.update(true_bbox=self.true_box.round(2).tolist(),
-                          true_class=class_name(classes, self.true_label))
+                          true_class=class_name(results.classes, self.true_label))
         if len(self.boxes) == 2:
             record.update(iou=round(self.overlap, 4))
         return record
@@ -103,86 +100,58 @@ class Overlaps:
     """What was found in an image, beside what is annotated.
 
     Args:
+        index: Of the image in the dataset.
         found: N detections, the best first.
-        boxes: Of the M objects, crowds left out, corners x1, y1, x2, y2 in pixels, shape (M, 4).
-        labels: Their class indices, shape (M,).
+        truth: M objects, crowds left out.
         overlaps: IoU of each detection with each object, shape (N, M).
         own: The same, 0 for objects of another class than the detection's, shape (N, M).
-        in_crowd: Whether a detection lies in a crowd of its class, shape (N,).
+        counted: Which detections have the least score, shape (N,).
+        owned: Of each detection the index of the object of its class that it finds, or -1: the best
+            first, each takes the one that it overlaps most, of those that are left. Shape (N,).
+        alarms: Rows of those that count and find none, crowds of their class left out.
     """
 
+    index: int
     found: Detections
-    boxes: np.ndarray
-    labels: np.ndarray
+    truth: Truth
     overlaps: np.ndarray
     own: np.ndarray
-    in_crowd: np.ndarray
+    counted: np.ndarray
+    owned: np.ndarray
+    alarms: np.ndarray
 
 
-def find_errors(dataset: DetectionDataset, predictions: Mapping[Any, Detections],
-                score_threshold: float = 0.3, iou_threshold: float = 0.5) -> list[DetectionError]:
-    """Find missed objects and false alarms, the worst first.
-
-    As in COCO's evaluation, the best detection first, each takes the object of its class that it
-    overlaps most, of those that are left; detections in crowds are left out. A false alarm is, the
-    first of these that holds:
-
-    - a duplicate: it overlaps an object of its class by ``iou_threshold`` or more;
-    - of the wrong class: it overlaps another object as much;
-    - badly localised, of the right class or another: it overlaps an object by more than 0.1;
-    - on background.
-
-    An object that a false alarm of the wrong class or badly localised concerns is not counted as
-    missed: it is one error, not two. Severities compare within a kind; of equally bad ones, the
-    larger box is first.
-
-    NOTE: TIDE's code looks for bad localisation first, so that of two objects that a detection
-    overlaps, one of its class by 0.11 would count and another by 0.9 would not.
+def compare(results: DetectorResults, score_threshold: float = 0.3, iou_threshold: float = 0.5
+            ) -> Iterator[Overlaps]:
+    """Match detections with objects, image by image, as COCO's evaluation does.
 
     Args:
-        dataset: Where annotations come from.
-        predictions: By image id, see :func:`~.predictions.read_predictions`.
+        results: Predictions with their dataset.
         score_threshold: The least score of a detection that counts.
-        iou_threshold: The least overlap (IoU) of a detection with the object that it finds, above
-            0.1 and at most 1.
+        iou_threshold: The least overlap (IoU) of a detection with the object that it finds, or
+            share of it in the crowd that leaves it out, above 0.1 and at most 1.
 
     Raises:
-        UsageError: There is no prediction for one of the images, or ``iou_threshold`` is out of its
-            range.
-    """
-    check_overlap(iou_threshold)
-    errors = []
-    for index in range(len(dataset)):
-        info = dataset.get_data_info(index)
-        compared = compare(info['instances'], found_in(info, predictions), iou_threshold)
-        errors += _find_in_image(index, compared, score_threshold, iou_threshold)
-    return sorted(errors, key=_badness, reverse=True)
-
-
-def count_kinds(errors: Sequence[DetectionError]) -> dict[str, int]:
-    """Count the errors of each kind, those that do not occur included."""
-    counts = Counter(error.kind for error in errors)
-    return {kind: counts[kind] for kind in KINDS}
-
-
-def worst_by_kind(errors: Sequence[DetectionError], limit: int
-                  ) -> Iterator[tuple[str, Sequence[DetectionError]]]:
-    """Choose at most so many errors of each kind that occurs, each kind with a heading."""
-    for kind, title in KINDS.items():
-        own = [error for error in errors if error.kind == kind]
-        if own:
-            order = 'the worst first' if len(own) <= limit else f'the {limit} worst'
-            yield f'{title} ({len(own)}, {order})', own[:limit]
-
-
-def check_overlap(iou_threshold: float) -> None:
-    """Refuse a threshold that is none.
-
-    Raises:
-        UsageError: It is not above 0.1 and at most 1.
+        UsageError: There is no prediction for an image, or ``iou_threshold`` is out of its range.
     """
     if not _UNRELATED < iou_threshold <= 1:
         raise UsageError(f'iou_threshold={iou_threshold} must be above {_UNRELATED} and at most 1')
+    for index in range(len(results.dataset)):
+        info = results.dataset.get_data_info(index)
+        found, truth = results.found_in(info), read_truth(info)
+        order = np.argsort(-found.scores, kind='stable')
+        found = Detections(found.boxes[order], found.labels[order], found.scores[order])
+        objects = ~truth.crowds
+        overlaps = measure_overlaps(found.boxes, truth.boxes, truth.crowds)
+        own = overlaps * (found.labels[:, None] == truth.labels)
+        counted = found.scores >= score_threshold
+        owned = match(own[:, objects] * counted[:, None], iou_threshold)
+        in_crowd = (own[:, truth.crowds] >= iou_threshold).any(1)
+        yield Overlaps(
+            index, found,
+            Truth(truth.boxes[objects], truth.labels[objects], truth.crowds[objects]),
+            overlaps[:, objects], own[:, objects], counted, owned,
+            np.flatnonzero(counted & (owned < 0) & ~in_crowd))
 
 
 def match(overlaps: np.ndarray, threshold: float) -> np.ndarray:
@@ -205,79 +174,76 @@ def match(overlaps: np.ndarray, threshold: float) -> np.ndarray:
     return owned
 
 
-def measure_overlaps(boxes: np.ndarray, others: np.ndarray, crowds: bool = False) -> np.ndarray:
-    """Measure by how much boxes overlap.
+def measure_overlaps(boxes: np.ndarray, others: np.ndarray, crowds: np.ndarray) -> np.ndarray:
+    """Measure by how much boxes overlap, as COCO's evaluation does.
 
     Args:
         boxes: Corners x1, y1, x2, y2, shape (N, 4).
         others: The same, shape (M, 4).
-        crowds: Whether the others are crowds: the overlap is then the share of the box that lies in
-            a crowd, in place of intersection over union.
+        crowds: Which of the others are crowds, shape (M,): the overlap is then the share of the box
+            that lies in the crowd, in place of intersection over union.
 
     Returns:
         From 0 to 1, shape (N, M).
     """
-    boxes, others = boxes.astype(float), others.astype(float)
-    common = common_areas(boxes, others)
-    area, other_area = ((box[:, 2:] - box[:, :2]).clip(0).prod(-1) for box in (boxes, others))
-    total = area[:, None] + (0 if crowds else other_area - common)
-    total = np.broadcast_to(total, common.shape)
-    return np.divide(common, total, out=np.zeros_like(common), where=total > 0)
+    from pycocotools.mask import iou
+    if not len(boxes) or not len(others):
+        return np.zeros((len(boxes), len(others)))
+    return iou(*(np.hstack([box[:, :2], box[:, 2:] - box[:, :2]]).astype(float)
+                 for box in (boxes, others)), crowds)
 
 
-def compare(instances: Sequence[Mapping[str, Any]], found: Detections, iou_threshold: float
-            ) -> Overlaps:
-    """Lay what was found in an image beside what is annotated.
+def find_errors(results: DetectorResults, score_threshold: float = 0.3, iou_threshold: float = 0.5
+                ) -> list[DetectionError]:
+    """Find missed objects and false alarms, the worst first; arguments as of :func:`compare`.
 
-    Args:
-        instances: Annotations, as ``dataset.get_data_info(index)['instances']`` has them.
-        found: Detections in any order.
-        iou_threshold: The least share of a detection in a crowd of its class that leaves it out.
+    A false alarm is, the first of these that holds:
+
+    - a duplicate: it overlaps an object of its class by ``iou_threshold`` or more;
+    - of the wrong class: it overlaps another object as much;
+    - badly localised, of the right class or another: it overlaps an object by more than 0.1;
+    - on background.
+
+    An object that a false alarm of the wrong class or badly localised concerns is not counted as
+    missed: it is one error, not two. Severities compare within a kind; of equally bad ones, the
+    larger box is first.
+
+    NOTE: TIDE's code looks for bad localisation first, so that of two objects that a detection
+    overlaps, one of its class by 0.11 would count and another by 0.9 would not.
     """
-    order = np.argsort(-found.scores, kind='stable')
-    found = Detections(found.boxes[order], found.labels[order], found.scores[order])
-    (boxes, labels), (crowds, crowd_labels) = (
-        (np.array([item['bbox'] for item in chosen], dtype=float).reshape(-1, 4),
-         np.array([item['bbox_label'] for item in chosen], dtype=int))
-        for chosen in ([item for item in instances if not item['ignore_flag']],
-                       [item for item in instances if item['ignore_flag']]))
-    overlaps = measure_overlaps(found.boxes, boxes)
-    shares = measure_overlaps(found.boxes, crowds, crowds=True)
-    in_crowd = ((shares >= iou_threshold) & (found.labels[:, None] == crowd_labels)).any(1)
-    return Overlaps(found, boxes, labels, overlaps, overlaps * (found.labels[:, None] == labels),
-                      in_crowd)
+    errors = [error for compared in compare(results, score_threshold, iou_threshold)
+              for error in _find_in_image(compared, iou_threshold)]
+
+    def badness(error: DetectionError) -> tuple[float, float]:
+        box = error.found_box if error.true_box is None else error.true_box
+        return error.severity, float(np.prod(box[2:] - box[:2]))
+    return sorted(errors, key=badness, reverse=True)
 
 
-def _find_in_image(index: int, compared: Overlaps, score_threshold: float, iou_threshold: float
-                   ) -> list[DetectionError]:
-    found, overlaps, own = compared.found, compared.overlaps, compared.own
-    other = overlaps - own
-    counted = found.scores >= score_threshold
-    owned = match(own[counted], iou_threshold)
+def _find_in_image(compared: Overlaps, iou_threshold: float) -> Iterator[DetectionError]:
+    found, truth, own = compared.found, compared.truth, compared.own
+    other = compared.overlaps - own
 
-    def describe(kind: str, severity: float, row: int | None, column: int | None) -> DetectionError:
-        both = row is not None and column is not None
-        detection = {} if row is None else dict(
-            found_box=found.boxes[row], found_label=int(found.labels[row]),
-            score=float(found.scores[row]))
-        truth = {} if column is None else dict(
-            true_box=compared.boxes[column], true_label=int(compared.labels[column]))
-        return DetectionError(kind, index, float(severity), **detection, **truth,
-                              overlap=float(overlaps[row, column]) if both else 0.)
+    def describe(kind: str, row: int | None, column: int | None) -> DetectionError:
+        error = DetectionError(kind, compared.index)
+        if row is not None:
+            error.found_box, error.found_label = found.boxes[row], int(found.labels[row])
+            error.score = float(found.scores[row])
+        if column is not None:
+            error.true_box, error.true_label = truth.boxes[column], int(truth.labels[column])
+        if row is not None and column is not None:
+            error.overlap = float(compared.overlaps[row, column])
+        return error
 
-    errors = []
-    explained = set(owned.tolist())
-    for row in np.flatnonzero((owned < 0) & ~compared.in_crowd[counted]):
+    explained = set(compared.owned.tolist())
+    for row in compared.alarms:
         kind, column = _judge(own[row], other[row], iou_threshold)
-        errors.append(describe(kind, found.scores[row], row, column))
+        yield describe(kind, row, column)
         if kind in ('class', 'location'):
             explained.add(column)
-    for column in sorted(set(range(len(compared.boxes))) - explained):
-        weak = np.flatnonzero(~counted & (own[:, column] >= iou_threshold))
-        row = weak[0] if len(weak) else None
-        score = 0 if row is None else found.scores[row]
-        errors.append(describe('missed', 1 - score, row, column))
-    return errors
+    for column in sorted(set(range(len(truth.boxes))) - explained):
+        weak = np.flatnonzero(~compared.counted & (own[:, column] >= iou_threshold))
+        yield describe('missed', weak[0] if len(weak) else None, column)
 
 
 def _judge(own: np.ndarray, other: np.ndarray, iou_threshold: float) -> tuple[str, int | None]:
@@ -298,45 +264,51 @@ def _judge(own: np.ndarray, other: np.ndarray, iou_threshold: float) -> tuple[st
     return 'background', None
 
 
-def _badness(error: DetectionError) -> tuple[float, float]:
-    box = error.found_box if error.true_box is None else error.true_box
-    return error.severity, float(np.prod(box[2:] - box[:2]))
+def count_kinds(errors: Sequence[DetectionError]) -> dict[str, int]:
+    """Count the errors of each kind, those that do not occur included."""
+    counts = Counter(error.kind for error in errors)
+    return {kind: counts[kind] for kind in KINDS}
 
 
-def find_mistakes(outcomes: Outcomes) -> np.ndarray:
+def worst_by_kind(errors: Sequence[DetectionError], limit: int
+                  ) -> Iterator[tuple[str, Sequence[DetectionError]]]:
+    """Choose at most so many errors of each kind that occurs, each kind with a heading."""
+    for kind, title in KINDS.items():
+        own = [error for error in errors if error.kind == kind]
+        if own:
+            order = 'the worst first' if len(own) <= limit else f'the {limit} worst'
+            yield f'{title} ({len(own)}, {order})', own[:limit]
+
+
+def find_mistakes(results: ClassifierResults) -> np.ndarray:
     """Find what a classifier predicts wrong, the most confident mistakes first.
 
     Returns:
         Indices, shape (M,).
     """
-    wrong = np.flatnonzero(outcomes.predicted != outcomes.truths)
-    return wrong[np.argsort(-outcomes.scores[wrong].max(1), kind='stable')]
+    wrong = np.flatnonzero(results.predicted != results.truths)
+    return wrong[np.argsort(-results.scores[wrong].max(1), kind='stable')]
 
 
-def describe_mistake(outcomes: Outcomes, index: int, classes: Sequence[str]) -> tuple[str, str]:
-    """Say in two lines what a picture is, and what it is taken for.
-
-    Args:
-        outcomes: Predictions beside the truth.
-        index: Of the picture.
-        classes: Names by class index; of several names of a class, the first is taken.
-    """
-    return tuple(f'{verb} {classes[label].split(",")[0]} ({outcomes.scores[index, label]:.2f})'
-                 for verb, label in (('is', outcomes.truths[index]),
-                                     ('taken for', outcomes.predicted[index])))
+def describe_mistake(results: ClassifierResults, index: int) -> tuple[str, str]:
+    """Say in two lines what a picture is and is taken for; of several names, the first is taken."""
+    return tuple(f'{verb} {results.classes[label].split(",")[0]} '
+                 f'({results.scores[index, label]:.2f})'
+                 for verb, label in (('is', results.truths[index]),
+                                     ('taken for', results.predicted[index])))
 
 
-def record_mistake(outcomes: Outcomes, index: int, classes: Sequence[str]) -> dict[str, Any]:
+def record_mistake(results: ClassifierResults, index: int) -> dict[str, Any]:
     """Describe a mistake by a dict fit for JSON."""
-    return dict(file=outcomes.paths[index], true_class=classes[outcomes.truths[index]],
-                predicted_class=classes[outcomes.predicted[index]],
-                score=round(float(outcomes.scores[index].max()), 4))
+    return dict(file=results.paths[index], true_class=results.classes[results.truths[index]],
+                predicted_class=results.classes[results.predicted[index]],
+                score=round(float(results.scores[index].max()), 4))
 
 
-def summarize_mistakes(outcomes: Outcomes, limit: int) -> str:
+def summarize_mistakes(results: ClassifierResults, limit: int) -> str:
     """Say how many mistakes there are, and which of them are shown, at most `limit`."""
-    wrong = len(find_mistakes(outcomes))
+    wrong, total = len(find_mistakes(results)), len(results.paths)
     if not wrong:
-        return f'None of {len(outcomes)} pictures is misclassified'
+        return f'None of {total} pictures is misclassified'
     order = 'the most confident first' if wrong <= limit else f'the {limit} most confident'
-    return f'{wrong} of {len(outcomes)} misclassified, {order}'
+    return f'{wrong} of {total} misclassified, {order}'

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS, DefaultScope
 from mmengine.runner import set_random_seed
 from PIL import Image
-from torch import nn
 
 from ...drawing import add_caption, arrange, class_name, open_image, resize
 from ...errors import UsageError
 from ...zoo import without_pretrained
 from ..mistakes.pictures import draw_truth
-from ..mistakes.predictions import Truth, fill_box, read_truth
+from ..mistakes.predictions import Truth, read_truth
 
 #: How far a sample has come: as it is on the disk; after the dataset's pipeline; after the model's
 #: data preprocessor too, which mixes images or gives the whole batch another size in training.
@@ -40,24 +39,11 @@ class View:
     image: Image.Image
     name: str
     truth: Truth | None = None
-    shares: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass
-class Samples:
-    """Samples of a dataset at one or several stages.
-
-    Args:
-        classes: Names by class index.
-        views: The samples, in the same order at each stage, by stage.
-    """
-
-    classes: tuple[str, ...]
-    views: dict[str, list[View]]
+    shares: Sequence[tuple[int, float]] = ()
 
 
 def browse(config: Config, stages: Sequence[str] = STAGES, number: int = 16, seed: int = 0,
-           split: str = 'train') -> Samples:
+           split: str = 'train') -> tuple[tuple[str, ...], dict[str, list[View]]]:
     """Draw samples at random and follow them.
 
     At the stage 'model' they make batches of the config's size, as far as there are enough, and
@@ -70,6 +56,9 @@ def browse(config: Config, stages: Sequence[str] = STAGES, number: int = 16, see
         number: How many samples; of a smaller dataset, all.
         seed: Of the choice and the augmentation.
         split: 'train', 'val' or 'test'; only 'train' is augmented by the data preprocessor.
+
+    Returns:
+        Names by class index; the samples, in the same order at each stage, by stage.
 
     Raises:
         UsageError: There is no such stage, the config has no dataset for ``split``, or it is empty,
@@ -100,7 +89,7 @@ def browse(config: Config, stages: Sequence[str] = STAGES, number: int = 16, see
             if 'model' in stages:
                 views['model'] = _view_batches(config, loader, packed, split == 'train')
     classes = tuple(getattr(dataset, 'metainfo', {}).get('classes') or ())
-    return Samples(classes, {stage: views[stage] for stage in stages})
+    return classes, {stage: views[stage] for stage in stages}
 
 
 def draw_views(views: Sequence[View], classes: Sequence[str], columns: int = 4, side: int = 320
@@ -135,7 +124,7 @@ def _view_original(info: Mapping[str, Any]) -> View:
     else:
         image, name = Image.fromarray(info['img']), 'no file'
     if 'instances' in info:
-        return View(image, name, read_truth(info, image.size[::-1]))
+        return View(image, name, read_truth(info))
     return View(image, name, shares=_share(info.get('gt_label')))
 
 
@@ -158,6 +147,8 @@ def _view_batches(config: Config, loader: Mapping[str, Any], packed: list[dict[s
         settings.setdefault('data_preprocessor', config.data_preprocessor)
     # The whole model, because models add to what the config says of the preprocessor.
     preprocessor = MODELS.build(settings).data_preprocessor
+    # mmpretrain's name, and that of mmengine's, which mmdet's builds on.
+    swapped = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
     collate = FUNCTIONS.get((loader.get('collate_fn') or dict(type='pseudo_collate'))['type'])
     number = -(-len(packed) // loader['batch_size'])
     views = []
@@ -165,23 +156,12 @@ def _view_batches(config: Config, loader: Mapping[str, Any], packed: list[dict[s
     for places in np.array_split(np.arange(len(packed)), number):
         batch = collate([copy.deepcopy(packed[place]) for place in places])
         batch = preprocessor(batch, training)
-        images, bgr = _restore(batch['inputs'], preprocessor)
-        views += [_view(image, sample, bgr)
+        images = batch['inputs']
+        if getattr(preprocessor, '_enable_normalize', False):
+            images = images * preprocessor.std + preprocessor.mean
+        views += [_view(image, sample, bgr=not swapped)
                   for image, sample in zip(images, batch['data_samples'], strict=True)]
     return views
-
-
-def _restore(images: torch.Tensor, preprocessor: nn.Module) -> tuple[torch.Tensor, bool]:
-    """Undo the normalization of a batch.
-
-    Returns:
-        Images (N, 3, H, W) from 0 to 255, and whether their channels are in BGR order.
-    """
-    if getattr(preprocessor, '_enable_normalize', False):
-        images = images * preprocessor.std + preprocessor.mean
-    # mmpretrain's name, and that of mmengine's, which mmdet's builds on.
-    swapped = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', False))
-    return images, not swapped
 
 
 def _view(image: torch.Tensor, sample: Any, bgr: bool) -> View:
@@ -192,10 +172,11 @@ def _view(image: torch.Tensor, sample: Any, bgr: bool) -> View:
     name = Path(sample.get('img_path') or 'no file').name
     if 'gt_instances' not in sample:
         return View(picture, name, shares=_share(sample.get('gt_label'), sample.get('gt_score')))
-    boxes, labels = _take_boxes(sample.gt_instances)
-    crowds = [(label, fill_box(box, pixels.shape[:2]))
-              for box, label in zip(*_take_boxes(sample.get('ignored_instances', {})), strict=True)]
-    return View(picture, name, Truth(boxes, labels, crowds))
+    (boxes, labels), (crowds, crowd_labels) = map(
+        _take_boxes, (sample.gt_instances, sample.get('ignored_instances', {})))
+    return View(picture, name, Truth(
+        np.concatenate([boxes, crowds]), np.concatenate([labels, crowd_labels]),
+        np.arange(len(boxes) + len(crowds)) >= len(boxes)))
 
 
 def _take_boxes(instances: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,6 @@ _LOSS_GROUPS = {
 #: training counts them), or the hours that the iterations took, without validations and pauses.
 AXES = {'step': 'iteration', 'hours': 'hours of training'}
 
-Series = tuple[np.ndarray, np.ndarray]
-
-
 @dataclass(frozen=True)
 class RunLog:
     """What a training logged.
@@ -55,7 +52,7 @@ class RunLog:
         return list(dict.fromkeys(name for record in self.evaluations for name in record
                                   if name not in ('step', 'hours', 'time', 'data_time')))
 
-    def training(self, pattern: str, axis: str = 'step') -> Series:
+    def training(self, pattern: str, axis: str = 'step') -> tuple[np.ndarray, np.ndarray]:
         """Sum the training values whose whole name matches a regular expression.
 
         Args:
@@ -65,11 +62,11 @@ class RunLog:
         Returns:
             Iterations or hours, and sums; no elements if no name matches.
         """
-        records = [(record[axis], [value for name, value in record.items()
-                                   if re.fullmatch(pattern, name)]) for record in self.train]
-        return _as_arrays([(place, sum(values)) for place, values in records if values])
+        found = [(record[axis], [value for name, value in record.items()
+                                 if re.fullmatch(pattern, name)]) for record in self.train]
+        return _as_arrays([(place, sum(values)) for place, values in found if values])
 
-    def evaluation(self, name: str, axis: str = 'step') -> Series:
+    def evaluation(self, name: str, axis: str = 'step') -> tuple[np.ndarray, np.ndarray]:
         """Get a metric of the evaluations.
 
         Args:
@@ -84,6 +81,11 @@ class RunLog:
                            if record.get(name, -1) >= 0])
 
 
+def _as_arrays(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    places, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return places, values
+
+
 def read_log(path: str | Path) -> RunLog:
     """Read the log of a training.
 
@@ -96,7 +98,7 @@ def read_log(path: str | Path) -> RunLog:
         FileNotFoundError: There is no such file, or no log in the folder.
         UsageError: The log is empty, or is none.
     """
-    logs = _find_logs(Path(path))
+    logs = find_logs(Path(path))
     records: list[dict[str, Any]] = []
     for log in logs:
         records = _join(records, _read_records(log))
@@ -116,6 +118,39 @@ def read_log(path: str | Path) -> RunLog:
     # What was evaluated again after resuming counts once.
     evaluations = {record['step']: record for record in records if not _is_training(record)}
     return RunLog(train, list(evaluations.values()), by_epoch)
+
+
+def find_logs(path: Path) -> list[Path]:
+    """Find the latest log of a training, the last, and those of the runs that it went on from.
+
+    Args:
+        path: What :func:`read_log` takes.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no log in the folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist')
+    if path.is_file():
+        return [path]
+    own = next((log for folder in (path, path / 'vis_data')
+                if (log := folder / 'scalars.json').is_file()), None)
+    if own is not None:
+        return [own]
+    # Names of runs are times: the last is the latest.
+    logs = sorted(path.glob('*/vis_data/scalars.json'))
+    if not logs:
+        raise FileNotFoundError(f'{path} has no log of a training: none of it, its vis_data/ and '
+                                'its <time>/vis_data/ holds a scalars.json')
+    started = max((place for place, log in enumerate(logs) if not _has_resumed(log)), default=0)
+    return logs[started:]
+
+
+def _has_resumed(log: Path) -> bool:
+    """Tell from the config that mmengine writes beside a log whether the run was resumed."""
+    config = log.with_name('config.py')
+    return config.is_file() and bool(
+        re.search(r'^resume = True$', config.read_text(encoding='utf-8'), re.MULTILINE))
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -156,22 +191,14 @@ def _is_training(record: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """What is drawn into one pair of axes.
-
-    Args:
-        title: What it shows.
-        x_label: What it is drawn against.
-        lines: Name, places and values of each.
-        marker: Of the points, if each is to be seen.
-        values_beside: Whether the last value of each line stands beside the axes, in place of an
-            explanation of the lines.
-    """
+class _Panel:
+    """What is drawn into one pair of axes: name, places and values of each line."""
 
     title: str
     x_label: str
     lines: Sequence[tuple[str, np.ndarray, np.ndarray]]
     marker: str = ''
+    # Whether the last value of each line stands beside the axes.
     values_beside: bool = False
 
     def draw(self, axes: Axes, size: float = 13) -> None:
@@ -206,25 +233,7 @@ class Panel:
             _name_last_values(axes)
 
 
-def name_metrics(runs: Iterable[RunLog], chosen: Sequence[str] | None = None) -> dict[str, str]:
-    """Say what to call metrics, by their name in the log.
-
-    Args:
-        runs: What the metrics are of.
-        chosen: Names in the log; None for those of ``METRICS``.
-
-    Raises:
-        UsageError: No run has one of those that are chosen.
-    """
-    known = sorted({name for run in runs for name in run.metrics})
-    unknown = [name for name in chosen or () if name not in known]
-    if unknown:
-        raise UsageError(f'no validation has {", ".join(unknown)}; there is '
-                         f'{", ".join(known) or "none at all"}')
-    return {name: METRICS.get(name, name) for name in chosen or METRICS}
-
-
-def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
+def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Sequence[str] | None = None,
                 axis: str = 'step') -> Figure:
     """Draw loss, metrics, learning rate and, where it was logged, memory.
 
@@ -234,8 +243,8 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
 
     Args:
         runs: A run, or several by name.
-        metrics: What to call the metrics to draw, by their name in the log; those that no run has
-            are left out.
+        metrics: The metrics to draw, by their name in the log; None for those of ``METRICS`` that
+            there are.
         axis: What to draw against, one of ``AXES``.
 
     Returns:
@@ -243,8 +252,9 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
 
     Raises:
         ValueError: There are no runs, or there is no such axis.
+        UsageError: No run has one of the metrics.
     """
-    panels = list_panels(runs, metrics, axis)
+    panels = _list_panels(runs, metrics, axis)
     rows = (len(panels) + 1) // 2
     figure = new_figure(15, 4.2 * rows)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
@@ -261,11 +271,10 @@ def draw_curves(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
     return figure
 
 
-def draw_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
-                axis: str = 'step') -> list[Figure]:
+def draw_panels(runs: RunLog | Mapping[str, RunLog]) -> list[Figure]:
     """Draw each panel of :func:`draw_curves` in a figure of its own, for a narrow screen."""
     figures = []
-    for panel in list_panels(runs, metrics, axis):
+    for panel in _list_panels(runs):
         figure = new_figure(5.4, 3.9)
         panel.draw(figure.add_subplot(), 11)
         # Below, so that the lines have the whole width.
@@ -275,8 +284,8 @@ def draw_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
     return figures
 
 
-def list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] = METRICS,
-                axis: str = 'step') -> list[Panel]:
+def _list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Sequence[str] | None = None,
+                 axis: str = 'step') -> list[_Panel]:
     """List what there is to draw; arguments and errors as of :func:`draw_curves`."""
     if axis not in AXES:
         raise ValueError(f'axis={axis!r} must be one of {", ".join(map(repr, AXES))}')
@@ -285,13 +294,13 @@ def list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
     if not runs:
         raise ValueError('runs is empty: there is nothing to draw')
 
-    def trained(title: str, patterns: Mapping[str, str]) -> Panel:
+    def trained(title: str, patterns: Mapping[str, str]) -> _Panel:
         """Sums of what each run logged by the patterns, each called by its key or its run."""
-        return Panel(title, AXES[axis], [(run or name, *log.training(pattern, axis))
+        return _Panel(title, AXES[axis], [(run or name, *log.training(pattern, axis))
                                          for run, log in runs.items()
                                          for name, pattern in patterns.items()])
 
-    def measured(title: str, keys: Mapping[str, str]) -> Panel:
+    def measured(title: str, keys: Mapping[str, str]) -> _Panel:
         """Metrics of a single run, or one metric of several."""
         lines = []
         for run, log in runs.items():
@@ -300,22 +309,27 @@ def list_panels(runs: RunLog | Mapping[str, RunLog], metrics: Mapping[str, str] 
                 last = f' ({values[-1]:.3f} at the end)' if len(values) else ''
                 lines.append((run or f'{name}{last}', places, values))
         by_epoch = axis == 'step' and all(log.by_epoch for log in runs.values())
-        return Panel(title, 'epoch' if by_epoch else AXES[axis], lines, 'o', not single)
+        return _Panel(title, 'epoch' if by_epoch else AXES[axis], lines, 'o', not single)
 
+    measurable = sorted({name for log in runs.values() for name in log.metrics})
+    unknown = [name for name in metrics or () if name not in measurable]
+    if unknown:
+        raise UsageError(f'no validation has {", ".join(unknown)}; there is '
+                         f'{", ".join(measurable) or "none at all"}')
+    titles = {name: METRICS.get(name, name) for name in metrics or METRICS
+              if any(len(log.evaluation(name)[0]) for log in runs.values())}
     names = {name for log in runs.values() for record in log.train for name in record}
     terms = {name: re.escape(name) for name in sorted(names) if re.fullmatch(r'loss_\w+', name)}
     layers = any(re.fullmatch(_LOSS_GROUPS['other decoder layers'], name) for name in names)
     last = ' of the last decoder layer' if layers else ''
-    metrics = {key: name for key, name in metrics.items()
-               if any(len(log.evaluation(key)[0]) for log in runs.values())}
 
     panels = [trained('Training loss', {'total': 'loss', **(_LOSS_GROUPS if single else {})})]
     if len(terms) > 1:
         panels += [trained(f'Training loss, terms{last}', terms)] if single else [
             trained(f'{term}{last}', {term: pattern}) for term, pattern in terms.items()]
     # Of several runs each apart: runs of other tasks have other metrics.
-    panels += [measured('Validation', metrics)] if single or not metrics else [
-        measured(f'Validation: {name}', {key: name}) for key, name in metrics.items()]
+    panels += [measured('Validation', titles)] if single or not titles else [
+        measured(f'Validation: {name}', {key: name}) for key, name in titles.items()]
     panels.append(trained('Learning rate', {'first parameter group': 'lr'}))
     if 'memory' in names:
         panels.append(trained('Largest GPU memory in use, MiB', {'first process': 'memory'}))
@@ -339,46 +353,3 @@ def _name_last_values(axes: Axes) -> None:
         least = height + 0.07  # of the axes' height, a line of text
         axes.text(1.02, height, f'{value:.3f}', color=line.get_color(), fontsize=11, va='center',
                   transform=axes.transAxes)
-
-
-def find_log(path: str | Path) -> Path:
-    """Find the log of a training, of several runs that of the latest.
-
-    Args:
-        path: What :func:`read_log` takes.
-
-    Raises:
-        FileNotFoundError: There is no such file, or no log in the folder.
-    """
-    return _find_logs(Path(path))[-1]
-
-
-def _find_logs(path: Path) -> list[Path]:
-    """Find the latest log of a training, after those of the runs that it went on from."""
-    if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist')
-    if path.is_file():
-        return [path]
-    own = next((log for folder in (path, path / 'vis_data')
-                if (log := folder / 'scalars.json').is_file()), None)
-    if own is not None:
-        return [own]
-    # Names of runs are times: the last is the latest.
-    logs = sorted(path.glob('*/vis_data/scalars.json'))
-    if not logs:
-        raise FileNotFoundError(f'{path} has no log of a training: none of it, its vis_data/ and '
-                                'its <time>/vis_data/ holds a scalars.json')
-    started = max((place for place, log in enumerate(logs) if not _has_resumed(log)), default=0)
-    return logs[started:]
-
-
-def _has_resumed(log: Path) -> bool:
-    """Tell from the config that mmengine writes beside a log whether the run was resumed."""
-    config = log.with_name('config.py')
-    return config.is_file() and bool(
-        re.search(r'^resume = True$', config.read_text(encoding='utf-8'), re.MULTILINE))
-
-
-def _as_arrays(points: list[tuple[float, float]]) -> Series:
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return steps, values

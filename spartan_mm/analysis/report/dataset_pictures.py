@@ -8,17 +8,17 @@ import numpy as np
 from PIL import Image
 
 from ...datasets.data_errors import DataError
-from ...drawing import add_caption, arrange, open_image
+from ...drawing import add_caption, arrange, open_image, resize
 from ...files import write_whole
 from ...text import shorten
+from ..mistakes.class_bars import new_class_rows
 from ..mistakes.pictures import draw_truth
 from ..mistakes.predictions import Truth
-from ..style import COLOURS, Figure, colors, finish, new_figure, write_figure
+from ..style import COLOURS, Figure, colors, new_figure, write_figure
 
 if TYPE_CHECKING:
     from ...datasets.check import Content, Report
 
-_MAX_CLASSES = 80
 #: COCO's bounds of small and medium objects: the square root of the area, in pixels.
 _COCO_SIDES = (32, 96)
 
@@ -38,10 +38,10 @@ def describe(report: 'Report') -> str:
 def write_pictures(reports: list['Report'], out_dir: Path) -> None:
     """Draw what there is to draw: classes.png, box_sizes.png and suspects_SPLIT_NUMBER.png."""
     contents = {report.split: report.content for report in reports if report.content.infos}
-    if any(content.classes for content in contents.values()):
-        write_figure(out_dir / 'classes.png', draw_class_counts(contents))
-    if any(content.boxes is not None and len(content.boxes) for content in contents.values()):
-        write_figure(out_dir / 'box_sizes.png', draw_box_sizes(contents))
+    for name, draw in (('classes', draw_class_counts), ('box_sizes', draw_box_sizes)):
+        figure = draw(contents)
+        if figure:
+            write_figure(out_dir / f'{name}.png', figure)
     for number, report in enumerate(reports):
         suspects = report.suspects()
         if suspects:
@@ -49,69 +49,49 @@ def write_pictures(reports: list['Report'], out_dir: Path) -> None:
                 draw_suspects(report.content, suspects).save(file, 'PNG')
 
 
-def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure:
-    """Draw how many objects of each class the datasets have, the most frequent first.
-
-    Of more than 80 classes, the 40 most frequent and the 40 least frequent are drawn.
+def draw_class_counts(contents: Mapping[str, 'Content']) -> Figure | None:
+    """Draw how many objects of each class the datasets have, see :func:`new_class_rows`.
 
     Args:
         contents: The datasets by name; those of other classes than the first are left out.
 
     Returns:
-        The figure; its ``savefig`` writes it.
-
-    Raises:
-        ValueError: There is no dataset with classes.
+        The figure; its ``savefig`` writes it. None if no dataset has classes.
     """
     contents = {name: content for name, content in contents.items() if content.classes}
     if not contents:
-        raise ValueError('no dataset has classes: there is nothing to draw')
+        return None
     classes = next(iter(contents.values())).classes
     counts = {name: content.count_objects() for name, content in contents.items()
               if content.classes == classes}
-    order = np.argsort(-next(iter(counts.values())), kind='stable')
-    left_out = len(order) - _MAX_CLASSES
-    if left_out > 0:
-        order = np.concatenate([order[:_MAX_CLASSES // 2], order[-_MAX_CLASSES // 2:]])
-
-    figure = new_figure(9, 1.8 + 0.22 * len(order))
-    axes = figure.add_subplot()
-    places = np.arange(len(order))
+    figure, axes, order = new_class_rows(
+        f'Objects of {len(classes)} classes', next(iter(counts.values())),
+        [shorten(name) for name in classes], 9)
     height = 0.8 / len(counts)
     for number, (name, count) in enumerate(counts.items()):
-        axes.barh(places + (number + 0.5) * height - 0.4, np.maximum(count[order], 0.5), height,
-                  color=COLOURS[number % len(COLOURS)], label=f'{name}: {count.sum()} objects')
-    axes.set_yticks(places, [shorten(classes[i]) for i in order], fontsize=9)
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xscale('log')
+        axes.barh(np.arange(len(order)) + (number + 0.5) * height - 0.4,
+                  np.maximum(count[order], 0.5), height, color=COLOURS[number % len(COLOURS)],
+                  label=f'{name}: {count.sum()} objects')
+    axes.set(xscale='log', xlabel='objects (a bar of no length: none)')
     axes.set_xlim(left=0.5)
-    axes.set_xlabel('objects (a bar of no length: none)', fontsize=11)
-    title = f'Objects of {len(classes)} classes'
-    if left_out > 0:
-        title += f', {left_out} in the middle left out'
-    finish(axes, title, 13)
-    axes.grid(visible=False, axis='y')
     # Below the frequent classes the bars are short.
     axes.legend(loc='lower right', frameon=False)
     return figure
 
 
-def draw_box_sizes(contents: Mapping[str, 'Content']) -> Figure:
+def draw_box_sizes(contents: Mapping[str, 'Content']) -> Figure | None:
     """Draw width against height of the boxes, and the share of each of COCO's ranges of size.
 
     Args:
         contents: The datasets by name; those without boxes are left out.
 
     Returns:
-        The figure; its ``savefig`` writes it.
-
-    Raises:
-        ValueError: There is no dataset with boxes.
+        The figure; its ``savefig`` writes it. None if no dataset has boxes.
     """
     contents = {name: content for name, content in contents.items()
                 if content.boxes is not None and len(content.boxes)}
     if not contents:
-        raise ValueError('no dataset has boxes: there is nothing to draw')
+        return None
     figure = new_figure(6.2 * len(contents), 5.6)
     for place, (name, content) in enumerate(contents.items()):
         sides = (content.boxes[:, 2:] - content.boxes[:, :2]).clip(min=0.5)
@@ -158,13 +138,13 @@ def draw_suspects(content: 'Content', suspects: Mapping[str, str], limit: int = 
             field = Image.new('RGB', (longer_side, longer_side * 3 // 4), (200, 200, 200))
             panels.append(add_caption(field, kind, name, 'cannot be read'))
             continue
-        truth = Truth(np.zeros((0, 4)), np.zeros(0, dtype=int))
-        if content.boxes is not None and path in index_of:
-            own = ((content.image_index == index_of[path]) & (content.labels >= 0)
-                   & ~content.crowds)
-            truth = Truth(content.boxes[own], content.labels[own])
-        panels.append(add_caption(draw_truth(image, truth, content.classes, longer_side), kind,
-                                  name))
+        if content.boxes is None:
+            picture = resize(image, longer_side)
+        else:
+            own = (content.image_index == index_of.get(path, -1)) & (content.labels >= 0)
+            truth = Truth(content.boxes[own], content.labels[own], content.crowds[own])
+            picture = draw_truth(image, truth, content.classes, longer_side)
+        panels.append(add_caption(picture, kind, name))
     return arrange(panels, columns)
 
 

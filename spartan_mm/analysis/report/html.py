@@ -27,45 +27,29 @@ _PNG_DPI = 200
 _COARSE = 64
 
 
-class Element:
-    """Something on a page; the template knows by its class how to show it."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the class, as the template writes it."""
-        return type(self).__name__.lower()
-
-
 @dataclass(frozen=True)
-class Note(Element):
+class Note:
     """A line of text.
 
     Args:
         text: The line.
-        missing: Whether it says what is missing.
+        kind: 'note'; 'missing' if it says what is missing; 'heading' if it is one.
     """
 
     text: str
-    missing: bool = False
+    kind: str = 'note'
 
 
 @dataclass(frozen=True)
-class Heading(Element):
-    """A heading inside of a section."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Facts(Element):
+class Facts:
     """What something is called, and what it is."""
 
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Table(Element):
-    """A table, its first column names, the others numbers.
+class Table:
+    """A table, its first column names, the others numbers; a long one is folded.
 
     Args:
         caption: What it shows.
@@ -87,22 +71,20 @@ class Picture:
     Args:
         source: The data URI.
         alt: What it shows, for those who do not see it.
-        width: In pixels of the page, before it is fitted to the screen.
-        height: In pixels of the page.
+        size: Width and height in pixels of the page, before it is fitted to the screen.
         caption: Lines of text.
         coarse: Whether it has so few pixels that each is to be seen.
     """
 
     source: str
     alt: str
-    width: int
-    height: int
+    size: tuple[int, int]
     caption: tuple[str, ...] = ()
     coarse: bool = False
 
 
 @dataclass(frozen=True)
-class Pictures(Element):
+class Pictures:
     """Pictures side by side, as the screen has room.
 
     Args:
@@ -115,34 +97,31 @@ class Pictures(Element):
 
 
 @dataclass(frozen=True)
-class Pairs(Element):
+class Pairs:
     """Pictures in pairs, each with a caption."""
 
-    pairs: Sequence[tuple[str, tuple[Picture, Picture]]]
+    pairs: Sequence[tuple[str, Sequence[Picture]]]
 
 
 @dataclass(frozen=True)
-class Folded(Element):
-    """What is shown when somebody asks for it: text as it is, or blocks."""
+class Folded:
+    """Text that is shown as it is, when somebody asks for it."""
 
     summary: str
-    text: str = ''
-    blocks: Sequence[Any] = ()
+    text: str
+
+
+#: Something on a page; the template knows by its class how to show it.
+Block = Note | Facts | Table | Pictures | Pairs | Folded
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
-
-    Args:
-        name: Its anchor.
-        title: Its heading.
-        blocks: What it shows.
-    """
+    """A part of the page: its anchor, its heading, and what it shows."""
 
     name: str
     title: str
-    blocks: Sequence[Element]
+    blocks: Sequence[Block]
 
 
 def render(title: str, subtitle: str, cards: Sequence[tuple[str, str]],
@@ -174,24 +153,24 @@ def embed_figure(figure: Figure) -> Picture:
             figure.savefig(buffer, format=form, **options)
         return buffer.getvalue()
 
-    content, kind = draw('svg', metadata=dict(Date=None)), 'image/svg+xml'
+    content, kind = draw('svg', metadata=dict(Date=None)), 'svg+xml'
     if len(content) > _SMALL_SVG:
         raster = draw('png', dpi=_PNG_DPI)
         if len(raster) < len(content):
-            content, kind = raster, 'image/png'
+            content, kind = raster, 'png'
     titles = [axes.get_title(loc='left') or axes.get_title() for axes in figure.axes]
     width, height = (round(100 * inches) for inches in figure.get_size_inches())
-    return Picture(_as_uri(content, kind), ' '.join(', '.join(filter(None, titles)).split()), width,
-                   height)
+    return Picture(_as_uri(content, kind), ' '.join(', '.join(filter(None, titles)).split()),
+                   (width, height))
 
 
-def embed_image(image: Image.Image, alt: str, caption: tuple[str, ...] = ()) -> Picture:
+def embed_image(image: Image.Image, caption: tuple[str, ...], alt: str | None = None) -> Picture:
     """Encode a picture; what has few pixels without loss.
 
     Args:
         image: The picture.
-        alt: What it shows.
         caption: Lines of text.
+        alt: What it shows; None if the caption says it.
     """
     coarse = max(image.size) <= _COARSE
     buffer = io.BytesIO()
@@ -200,9 +179,9 @@ def embed_image(image: Image.Image, alt: str, caption: tuple[str, ...] = ()) -> 
     else:
         # Full colour resolution: the frames are thin.
         image.save(buffer, 'JPEG', quality=85, subsampling=0, optimize=True)
-    return Picture(_as_uri(buffer.getvalue(), 'image/png' if coarse else 'image/jpeg'), alt,
-                   *image.size, caption, coarse)
+    return Picture(_as_uri(buffer.getvalue(), 'png' if coarse else 'jpeg'),
+                   alt or ', '.join(caption), image.size, caption, coarse)
 
 
 def _as_uri(content: bytes, kind: str) -> str:
-    return f'data:{kind};base64,{base64.b64encode(content).decode()}'
+    return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'

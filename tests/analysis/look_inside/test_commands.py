@@ -3,24 +3,16 @@
 import json
 
 import pytest
-import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 pytest.importorskip('pytorch_grad_cam', reason='grad-cam is not installed')
 
 QUICK = ['--grid', 4, '--pairs', 3, '--contexts', 2, '--orders', 0, 0.5, 1, '--device', 'cpu']
 
 
-@pytest.fixture(scope='module')
-def classifier(user_project):
-    """The user's classifier, untrained, with its weights."""
-    config = user_project / 'user_classifier.py'
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(Config.fromfile(config).model)
-    torch.save(dict(state_dict=model.state_dict()), user_project / 'mapped.pth')
-    return 'user_classifier.py=mapped.pth'
+@pytest.fixture
+def classifier(user_models):
+    """The user's classifier with its weights."""
+    return '='.join(user_models['classifier'])
 
 
 class TestCam:
@@ -83,7 +75,7 @@ class TestReceptiveField:
     @pytest.mark.parametrize('flags, message', [
         (['--names', 'a', 'b', '--layer', 'backbone.stages.1', 'backbone.stage.1'],
          "error: b: ImageClassifier has no layer 'backbone.stage.1'; it has: backbone.stages.1"),
-        ([], 'error: two models are called mapped: give each a name with --names'),
+        ([], 'error: two models are called own_classifier: give each a name with --names'),
         (['--names', 'a'], 'error: --names: 1 names for 2 models'),
         (['--layer', 'a', 'b', 'c'], 'error: --layer: 3 layers for 2 models'),
         (['--names', 'a', 'b', '--size', 1], 'error: a: the model does not run on images of 1×1: '),
@@ -97,7 +89,7 @@ class TestReceptiveField:
 
 class TestInteractions:
 
-    def test_curves(self, run, tmp_path):
+    def test_curves(self, run, tmp_path, monkeypatch):
         out = tmp_path / 'out'
         output = run('interactions', 'classes', 'user_classifier.py', '--random', *QUICK,
                      '--out-dir', out, '--images', 2, '--target', 'true')
@@ -105,6 +97,7 @@ class TestInteractions:
         assert 's for each image' in output
         assert (out / 'interaction_order.png').stat().st_size > 5000
 
+        monkeypatch.setattr('spartan_mm.commands.interactions.write_figure', lambda *_: None)
         # One more image and one more model are all that is measured.
         run('interactions', 'classes', 'user_classifier.py', 'user_classifier.py', '--names',
             'user_classifier', 'again', '--random', *QUICK, '--out-dir', out, '--images', 3,
@@ -126,7 +119,7 @@ class TestInteractions:
 
     @pytest.mark.parametrize('arguments, message', [
         (['user_detector.py'], 'no classifier'),
-        (['user_classfier'], 'there is no model'),
+        (['user_classfier.py'], 'config user_classfier.py does not exist'),
         (['user_classifier.py', '--grid', 1], 'grid=1'),
         (['user_classifier.py', '--grid', 33], 'grid of 33×33'),
         (['user_classifier.py'] * 2, 'two models are called'),
@@ -139,19 +132,25 @@ class TestInteractions:
 
 class TestSpectra:
 
-    @pytest.mark.parametrize('model', ['user_classifier.py', 'user_detector.py'])
-    def test_spectra(self, run, tmp_path, model):
-        output = run('spectra', 'pictures', model, '--random', '--out-dir', tmp_path, '--images', 3,
-                     '--device', 'cpu')
+    def test_classifier(self, run, tmp_path):
+        output = run('spectra', 'pictures', 'user_classifier.py', '--random', '--out-dir', tmp_path,
+                     '--images', 3, '--device', 'cpu')
         assert 'stage 1, ' in output and 'smixer low-frequency branch' in output
         assert (tmp_path / 'spectra.png').stat().st_size > 5000
         record = json.loads((tmp_path / 'spectra.json').read_text())
         assert record['random_weights'] is True and record['images'] == 3
         assert 0 < record['stages'][0]['cmixer']['modulated wave']['share_above_half_nyquist'] < 1
 
+    def test_detector(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr('spartan_mm.commands.spectra.write_figure', lambda *_: None)
+        output = run('spectra', 'pictures', 'user_detector.py', '--random', '--out-dir', tmp_path,
+                     '--images', 1, '--device', 'cpu')
+        assert 'stage 1, 16×16: ' in output and 'cmixer refined wave' in output
+
     def test_no_spartan(self, run, tmp_path):
-        assert 'has no SpaRTAN' in run('spectra', 'pictures', 'rtdetr_r18vd', '--random',
-                                       '--out-dir', tmp_path, '--device', 'cpu', status=2)
+        assert 'has no SpaRTAN' in run(
+            'spectra', 'pictures', 'timm:test_resnet', '--random', '--out-dir', tmp_path,
+            '--device', 'cpu', status=2)
 
 
 COMMANDS = ['cam', 'receptive-field', 'spectra', 'interactions']

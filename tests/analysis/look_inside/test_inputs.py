@@ -1,20 +1,19 @@
 """Images are what the models themselves make of them; weights must be there or be waived."""
 
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 from torch.testing import assert_close
 
 from spartan_mm.analysis.look_inside.inputs import (
-    ImageReader,
-    digest_weights,
+    GivenModel,
     has_weights,
-    load_with_weights,
+    load_models,
     split_checkpoint,
 )
 from spartan_mm.analysis.models import load_named_model
@@ -24,43 +23,30 @@ from spartan_mm.inference import load_model
 from spartan_mm.zoo import UnknownModelError
 
 
-@pytest.fixture(scope='module')
-def trained_classifier(user_project):
-    return save_weights(user_project, 'classifier')
+def read_as(name, path):
+    return GivenModel(name, load_named_model(name), {}).read(path)
 
 
-@pytest.fixture(scope='module', params=['detector', 'classifier'])
-def trained(request, user_project):
-    return save_weights(user_project, request.param)
+def load_given(config, checkpoint):
+    return load_models([f'{config}={checkpoint}'])[0]
 
 
-def save_weights(user_project, task):
-    """A config of the user and a checkpoint for it."""
-    torch.manual_seed(0)
-    config = user_project / f'user_{task}.py'
-    read = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope(read.default_scope):
-        model = MODELS.build(read.model)
-    path = user_project / f'inputs_{task}.pth'
-    torch.save(dict(state_dict=model.state_dict(), meta={}), path)
-    return str(config), str(path)
-
-
-def test_as_the_model_sees_it(trained, user_project):
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_as_the_model_sees_it(user_models, task, user_project):
     """What reaches the network in a prediction."""
     picture = user_project / 'pictures' / '1.png'
-    model = load_model(*trained, device='cpu')
+    model = load_model(*user_models[task], device='cpu')
     seen = []
     model.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.process([model.read(picture)])
 
-    image = ImageReader(load_with_weights(*trained))(picture)
+    image = load_given(*user_models[task]).read(picture)
     assert image.std() > 0
     assert_close(image[None], seen[0], rtol=0, atol=0)
 
 
 def test_backbone_alone(user_project):
-    image = ImageReader(load_named_model('xt'))(user_project / 'pictures' / '0.png')  # black
+    image = read_as('xt', user_project / 'pictures' / '0.png')  # black
     assert image.shape == (3, 224, 224)
     assert_close(image[:, 0, 0], torch.tensor([-2.1179, -2.0357, -1.8044]), rtol=0, atol=1e-3)
 
@@ -69,13 +55,13 @@ def test_timm(tmp_path):
     pytest.importorskip('timm')
     red = np.full((300, 400, 3), (0, 0, 255), np.uint8)  # BGR
     cv2.imwrite(str(tmp_path / 'red.png'), red)
-    image = ImageReader(load_named_model('timm:resnet10t'))(tmp_path / 'red.png')
+    image = read_as('timm:resnet10t', tmp_path / 'red.png')
     assert image.shape == (3, 176, 176)
     assert_close(image[:, 80, 80], torch.tensor([2.2489, -2.0357, -1.8044]), rtol=0, atol=1e-3)
 
 
-def test_unreadable(trained_classifier, tmp_path):
-    read = ImageReader(load_with_weights(*trained_classifier))
+def test_unreadable(user_models, tmp_path):
+    read = load_given(*user_models['classifier']).read
     (tmp_path / 'broken.png').write_text('no picture')
     with pytest.raises(DataError, match=r'broken\.png.* cannot be decoded'):
         read(tmp_path / 'broken.png')
@@ -83,28 +69,31 @@ def test_unreadable(trained_classifier, tmp_path):
         read(tmp_path / 'missing.png')
 
 
-def test_config_without_pipeline(trained_classifier, tmp_path):
-    config, _ = trained_classifier
+def test_config_without_pipeline(user_models, tmp_path):
+    config, _ = user_models['classifier']
     content = Config.fromfile(config)
     content.pop('test_dataloader')
     content.dump(tmp_path / 'short.py')
     with pytest.raises(UsageError, match='short has no test_dataloader'):
-        ImageReader(load_named_model(str(tmp_path / 'short.py')))
+        read_as(str(tmp_path / 'short.py'), None)
 
 
-def test_weights_are_asked_for(trained_classifier):
-    config, checkpoint = trained_classifier
+def test_weights_are_asked_for(user_models):
+    config, checkpoint = user_models['classifier']
     with pytest.raises(UsageError, match=r'model without weights: .*CHECKPOINT.*--random'):
-        load_with_weights(config)
-    load_with_weights(config, random=True)
+        load_models([config])
+    load_models([config], random=True)
     with pytest.raises(UnknownModelError):
-        load_with_weights('spartan_xxt')
+        load_models(['none.py'])
     assert has_weights(checkpoint) and has_weights(config, checkpoint)
     assert has_weights('https://example.org/model.pth')
     assert not has_weights(config) and not has_weights('spartan_xt')
 
 
 def test_digest():
+    def digest_weights(model):
+        return GivenModel('title', SimpleNamespace(model=model), {}).digest
+
     layer = torch.nn.BatchNorm2d(3)
     first = digest_weights(layer)
     assert first == digest_weights(torch.nn.BatchNorm2d(3))
@@ -113,7 +102,7 @@ def test_digest():
     assert len(digest_weights(layer.bfloat16())) == 16
 
 
-def test_file_with_an_equals_sign(trained_classifier, tmp_path):
+def test_file_with_an_equals_sign(user_models, tmp_path):
     path = tmp_path / 'lr=1.pth'
-    shutil.copy(trained_classifier[1], path)
+    shutil.copy(user_models['classifier'][1], path)
     assert split_checkpoint(str(path)) == (str(path), None)

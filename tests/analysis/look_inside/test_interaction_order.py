@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +18,6 @@ from spartan_mm.analysis.look_inside.inputs import choose_images
 from spartan_mm.analysis.look_inside.interaction_order import (
     FRACTIONS,
     MaskedImage,
-    Measured,
     Results,
     Settings,
     count_contexts,
@@ -33,6 +33,7 @@ from spartan_mm.analysis.look_inside.interaction_order import (
 from spartan_mm.errors import UsageError
 
 EXACT = 10 ** 6
+SETTINGS = Settings(grid=3, pairs=4, contexts=2, fractions=(0, 0.5, 1))
 CLOSE = dict(rtol=0, atol=1e-6)
 
 
@@ -47,47 +48,20 @@ def interactions(game, players, contexts=EXACT, orders=None, seed=0, **options):
 
 
 @pytest.mark.parametrize('contexts', [EXACT, 3])
-def test_additive_game(contexts):
-    """Players that add up do not interact, in whatever context."""
-    weights = torch.randn(7, dtype=torch.float64)
-    found = interactions(lambda masks: masks.double() @ weights + 3, 7, contexts)
-    assert_close(found, np.zeros((6, 21)), **CLOSE)
-
-
-@pytest.mark.parametrize('contexts', [EXACT, 3])
-def test_product_of_two(contexts):
-    """What two players give together they give in any context; other pairs do not interact."""
-    found = interactions(lambda masks: 2.5 * (masks[:, 1] & masks[:, 4]).double(), 7, contexts)
-    expected = [[2.5 * ((first, second) == (1, 4)) for first, second in all_pairs(7)]] * 6
-    assert_close(found, np.array(expected), **CLOSE)
-
-
-@pytest.mark.parametrize('size', [3, 4, 7])
-def test_product_of_several(size):
-    """A pair of the product interacts where the context has the rest of it."""
-    players = 7
-    found = interactions(lambda masks: masks[:, :size].all(1).double(), players)
-    expected = np.zeros_like(found)
-    for order, (column, pair) in itertools.product(range(6), enumerate(all_pairs(players))):
-        if max(pair) < size <= order + 2:
-            expected[order, column] = (math.comb(players - size, order - size + 2)
-                                       / math.comb(players - 2, order))
-    assert_close(found, expected, **CLOSE)
-    assert_close(found[-1], (all_pairs(players).max(1) < size).astype(float), **CLOSE)
-
-
-@pytest.mark.parametrize('contexts', [EXACT, 2])
-def test_parity(contexts):
-    found = interactions(lambda masks: 1 - 2 * (masks.sum(1) % 2).double(), 8, contexts)
-    assert_close(found, np.array([[4. * (-1) ** order] * 28 for order in range(7)]), **CLOSE)
-
-
-@pytest.mark.parametrize('contexts', [EXACT, 2])
-def test_majority(contexts):
-    """With one vote short of a majority of 5, two more help each other; with two, one is enough."""
-    found = interactions(lambda masks: (masks.sum(1) >= 5).double(), 8, contexts)
-    assert_close(found[:, 0], np.array([0., 0, 0, 1, -1, 0, 0]), **CLOSE)
-    assert_close(found, found[:, :1].repeat(28, axis=1), **CLOSE)
+@pytest.mark.parametrize(('game', 'expected'), [
+    # Players that add up do not interact, in whatever context.
+    (lambda masks: masks.double() @ torch.arange(8.).double() + 3, lambda order, pair: 0),
+    # What two players give together they give in any context; other pairs do not interact.
+    (lambda masks: 2.5 * (masks[:, 1] & masks[:, 4]).double(),
+     lambda order, pair: 2.5 * (pair == (1, 4))),
+    # Parity.
+    (lambda masks: 1 - 2 * (masks.sum(1) % 2).double(), lambda order, pair: 4 * (-1) ** order),
+    # With one vote short of a majority of 5, two more help each other; with two, one is enough.
+    (lambda masks: (masks.sum(1) >= 5).double(), lambda order, pair: {3: 1, 4: -1}.get(order, 0)),
+], ids=['sum', 'product', 'parity', 'majority'])
+def test_same_in_every_context(game, expected, contexts):
+    expected = [[expected(order, tuple(pair)) for pair in all_pairs(8)] for order in range(7)]
+    assert_close(interactions(game, 8, contexts), np.array(expected, float), **CLOSE)
 
 
 @pytest.fixture
@@ -204,25 +178,19 @@ class Patches(nn.Module):
         return torch.stack([scores, torch.zeros_like(scores)], 1)
 
 
-def test_masked_image():
-    """Interactions of patches of an image, in closed form: of three that a product consists of."""
-    settings = Settings(grid=3, pairs=36, contexts=EXACT, distance=None)
-    game = MaskedImage(Patches(lambda x: 5 * x[:, 0] * x[:, 4] * x[:, 8]), torch.ones(3, 12, 9), 3,
-                       'zero')
-    assert (game.label, game.classes) == (0, 2)
-    assert game.log_odds == pytest.approx(5)
-    found = measure_interactions(game, 9, np.array([[0, 4], [0, 1]]), settings.orders, EXACT, None)
-    chance = [order / 7 for order in settings.orders]  # that the context has the third
-    assert_close(found, np.array([[5 * part, 0] for part in chance]), **CLOSE)
-
-
 def test_measure_image():
-    """Of the 36 pairs of nine patches, 3 belong to the product."""
+    """In closed form, of three patches that a product consists of: 3 of the 36 pairs."""
     settings = Settings(grid=3, pairs=36, contexts=EXACT, distance=None)
-    model = Patches(lambda x: -5 * x[:, 0] * x[:, 4] * x[:, 8] + 1)
-    record = measure_image(model, torch.ones(3, 12, 9), 'a.png', settings, label=0)
-    assert_close(np.array(record['strength']),
-                 np.array([3 / 36 * 5 * order / 7 for order in settings.orders]), **CLOSE)
+    model, image = Patches(lambda x: 1 - 5 * x[:, 0] * x[:, 4] * x[:, 8]), torch.ones(3, 12, 9)
+    game = MaskedImage(model, image, settings)
+    assert (game.label, game.classes) == (1, 2)
+    game = MaskedImage(model, image, settings, label=0)
+    # The chance that the context has the third.
+    chances = np.array(settings.orders) / 7
+    found = measure_interactions(game, 9, np.array([[0, 4], [0, 1]]), settings.orders, EXACT, None)
+    assert_close(found, np.stack([-5 * chances, 0 * chances], 1), **CLOSE)
+    record = measure_image(game, 'a.png', settings)
+    assert_close(np.array(record['strength']), 3 / 36 * 5 * chances, **CLOSE)
     assert record['masked_images'] == settings.cost == 36 * 4 * 2 ** 7
     assert record['label'] == 0 and record['log_odds'] == pytest.approx(-4)
     assert json.loads(json.dumps(record)) == record
@@ -233,14 +201,15 @@ def test_baseline(baseline, expected):
     seen = []
     image = torch.full((3, 9, 9), 1.)
     image[:, 4:] = 2.8  # 2 on average
-    game = MaskedImage(Patches(lambda x: seen.append(x) or x[:, 0]), image, 3, baseline)
+    game = MaskedImage(Patches(lambda x: seen.append(x) or x[:, 0]), image,
+                       Settings(grid=3, baseline=baseline))
     game(torch.zeros(2, 9, dtype=torch.bool))
     assert_close(seen[-1], torch.full((2, 9), expected))
 
 
 def test_uneven_patches():
     """A side that is no multiple of the grid: each pixel belongs to one patch, in order."""
-    game = MaskedImage(Patches(lambda x: x[:, 0]), torch.ones(3, 7, 8), 3, 'zero')
+    game = MaskedImage(Patches(lambda x: x[:, 0]), torch.ones(3, 7, 8), SETTINGS)
     assert game.patches[:, 0].tolist() == [0, 0, 0, 3, 3, 6, 6]
     assert game.patches[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
@@ -248,20 +217,17 @@ def test_uneven_patches():
 def test_refused_models():
     image = torch.ones(3, 8, 8)
     with pytest.raises(UsageError, match='grid of 9×9'):
-        MaskedImage(Patches(lambda x: x[:, 0]), image, 9, 'zero')
+        MaskedImage(Patches(lambda x: x[:, 0]), image, Settings(grid=9))
     with pytest.raises(UsageError, match='two classes'):
-        MaskedImage(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), image, 2, 'zero')
+        MaskedImage(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), image, Settings(grid=2))
     with pytest.raises(UsageError, match='two classes'):
-        MaskedImage(nn.Conv2d(3, 3, 1), image, 2, 'zero')
-    broken = MaskedImage(Patches(lambda x: x[:, 0] / x[:, 1]), image, 3, 'zero')
+        MaskedImage(nn.Conv2d(3, 3, 1), image, Settings(grid=2))
+    broken = MaskedImage(Patches(lambda x: x[:, 0] / x[:, 1]), image, SETTINGS)
     with pytest.raises(UsageError, match='NaN'):
         measure_interactions(broken, 9, np.array([[0, 1]]), [0], 1, None)
 
 
 # ----------------------------------------------------------------------------------------- results
-
-SETTINGS = Settings(grid=3, pairs=4, contexts=2, fractions=(0, 0.5, 1))
-
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -274,18 +240,18 @@ def pictures(tmp_path):
     return root, sorted(root.glob('*/*.png'))
 
 
-def make_subject(name='model', weights='abc'):
+def make_given(title='model', digest='abc'):
     def read(path):
         return torch.from_numpy(cv2.imread(str(path))).permute(2, 0, 1) / 255
     model = Patches(lambda x: 3 * x[:, 0] * x[:, 4] - 5 * x.prod(1) - 0.2)
-    return Measured(name, model, read, weights)
+    return SimpleNamespace(title=title, named=SimpleNamespace(model=model), read=read,
+                           digest=digest)
 
 
 def test_resuming(pictures, tmp_path, monkeypatch):
     """Interrupted in the second image, it goes on there and comes to what it would have come to."""
     root, images = pictures
-    whole = measure([make_subject()], images, root, SETTINGS,
-                    Results(tmp_path / 'a.json', SETTINGS))
+    whole = measure([make_given()], images, root, Results(tmp_path / 'a.json', SETTINGS))
 
     path, calls = tmp_path / 'b.json', []
 
@@ -294,17 +260,17 @@ def test_resuming(pictures, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        measure([make_subject()], images, root, SETTINGS, Results(path, SETTINGS), done=interrupted)
+        measure([make_given()], images, root, Results(path, SETTINGS), done=interrupted)
     stored = json.loads(path.read_text())['models']['model']['images']
     assert list(stored) == ['black/0.png']
 
     from spartan_mm.analysis.look_inside import interaction_order
     measured = []
     original = interaction_order.measure_image
-    monkeypatch.setattr(interaction_order, 'measure_image', lambda model, image, name, *rest:
-                        measured.append(name) or original(model, image, name, *rest))
+    monkeypatch.setattr(interaction_order, 'measure_image', lambda game, name, *rest:
+                        measured.append(name) or original(game, name, *rest))
     counts = []
-    resumed = measure([make_subject()], images, root, SETTINGS, Results(path, SETTINGS),
+    resumed = measure([make_given()], images, root, Results(path, SETTINGS),
                       done=counts.append)
     assert measured == ['black/1.png', 'white/2.png', 'white/3.png']
     assert sum(counts) == 4 * SETTINGS.cost
@@ -312,7 +278,7 @@ def test_resuming(pictures, tmp_path, monkeypatch):
 
     # Another image of the same name is measured anew, another model is added.
     shutil.copy(images[0], images[3])
-    measure([make_subject(), make_subject('other', 'def')], images[2:], root, SETTINGS,
+    measure([make_given(), make_given('other', 'def')], images[2:], root,
             Results(path, SETTINGS))
     assert measured[3:] == ['white/3.png', 'white/2.png', 'white/3.png']
     content = json.loads(path.read_text())
@@ -324,11 +290,11 @@ def test_resuming(pictures, tmp_path, monkeypatch):
 def test_refused_results(pictures, tmp_path):
     root, images = pictures
     path = tmp_path / 'results.json'
-    measure([make_subject()], images[:1], root, SETTINGS, Results(path, SETTINGS))
+    measure([make_given()], images[:1], root, Results(path, SETTINGS))
     with pytest.raises(UsageError, match='pairs 4 instead of 5, seed 0 instead of 3: take these'):
         Results(path, replace(SETTINGS, pairs=5, seed=3))
     with pytest.raises(UsageError, match='model with other weights'):
-        measure([make_subject(weights='xyz')], images, root, SETTINGS, Results(path, SETTINGS))
+        measure([make_given(digest='xyz')], images, root, Results(path, SETTINGS))
     path.write_text('[1, 2')
     with pytest.raises(UsageError, match='holds no interactions'):
         Results(path, SETTINGS)
@@ -338,15 +304,15 @@ def test_true_class(pictures, tmp_path):
     root, images = pictures
     settings = replace(SETTINGS, target='true')
     results = Results(tmp_path / 'results.json', settings)
-    measure([make_subject()], images, root, settings, results)
+    measure([make_given()], images, root, results)
     records = results.content['models']['model']['images']
     assert [record['label'] for record in records.values()] == [0, 0, 1, 1]
 
     with pytest.raises(UsageError, match='true class of 0.png is not known'):
-        measure([make_subject()], images[:1], root / 'black', settings, results)
+        measure([make_given()], images[:1], root / 'black', results)
     (root / 'yellow').mkdir()
     with pytest.raises(UsageError, match='3 folders, and model has 2 classes'):
-        measure([make_subject()], images, root, settings, results)
+        measure([make_given()], images, root, results)
 
 
 def test_chosen_images():

@@ -1,22 +1,21 @@
 """The effective receptive field, where it is known in closed form and of the backbone."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from torch import nn
 
-import spartan_mm
+from spartan_mm.analysis.look_inside.inputs import GivenModel
 from spartan_mm.analysis.look_inside.layers import LayerError
 from spartan_mm.analysis.look_inside.receptive_field import (
+    choose_layer,
     draw_fields,
-    find_default_layer,
     find_square,
     measure_field,
-    normalize,
     read_square,
-    square_side,
 )
 
 
@@ -32,6 +31,10 @@ def convolutions(*kernels, dilation=1):
 @pytest.fixture
 def images():
     return [torch.rand(2, 3, 21, 25), torch.rand(1, 3, 21, 25)]
+
+
+def square_side(field, share):
+    return find_square(field, share)[2]
 
 
 class TestMeasureField:
@@ -75,22 +78,19 @@ class TestMeasureField:
 
     def test_average(self, images):
         model = convolutions(3)
-        model.append(nn.ReLU())
-        once, twice = measure_field(model, images[1:]), measure_field(model, images[1:] * 2)
+        once, twice = (measure_field(model, images[1:] * count, '0') for count in (1, 2))
         torch.testing.assert_close(once, twice)
 
     @pytest.mark.parametrize('deploy', [False, True])
-    def test_spartan(self, deploy):
+    def test_spartan(self, make_backbone, deploy):
         """The stem's two convolutions of stride 2 see 7 pixels, the last stage many more."""
-        backbone = spartan_mm.SpaRTAN(dict(
-            stem_channels=8, depths=(1, 1, 1, 1), channels=(8, 16, 24, 32),
-            expand_ratios=(2, 2, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise')))
+        backbone = make_backbone()
         if deploy:
             backbone.switch_to_deploy()
         image = torch.rand(1, 3, 64, 64)
-        assert find_default_layer(backbone.eval(), image) == 'stages.3'
+        assert choose_layer(backbone, image) == 'stages.3'
         assert square_side(measure_field(backbone, [image], 'stem'), 1.) <= 7
-        field = measure_field(backbone, [image])
+        field = measure_field(backbone, [image], 'stages.3')
         assert field.shape == (64, 64)
         assert np.isfinite(field).all() and (field >= 0).all()
         assert square_side(field, 0.9) > 7
@@ -114,22 +114,16 @@ class TestMeasureField:
             measure_field(convolutions(3), [], '0')
 
 
-class TestSquares:
-
-    def test_closed_form(self):
-        """Of [1, 2, 3, 2, 1] times itself, 81 in sum: 9, 25, 49, 64 and 81 in the best squares."""
-        field = np.zeros((40, 30))
-        field[20:25, 3:8] = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])
-        assert [square_side(field, share) for share in (0.1, 0.2, 0.3, 0.5, 0.7, 0.99)] == [
-            1, 2, 2, 3, 4, 5]
-        assert find_square(field, 0.5) == (21, 4, 3)
-
-    def test_up_to_the_longer_side(self):
-        assert square_side(np.ones((5, 9)), 1.) == 9
-        assert square_side(np.ones((5, 9)), 0.) == 1
-
-    def test_share_of_a_uniform_field(self):
-        assert [square_side(np.ones((10, 10)), share) for share in (0.25, 0.26, 0.99)] == [5, 6, 10]
+def test_squares():
+    """Of [1, 2, 3, 2, 1] times itself, 81 in sum: 9, 25, 49, 64 and 81 in the best squares."""
+    field = np.zeros((40, 30))
+    field[20:25, 3:8] = np.outer([1, 2, 3, 2, 1], [1, 2, 3, 2, 1])
+    assert [square_side(field, share) for share in (0.1, 0.2, 0.3, 0.5, 0.7, 0.99)] == [
+        1, 2, 2, 3, 4, 5]
+    assert find_square(field, 0.5) == (21, 4, 3)
+    # Up to the longer side.
+    assert [square_side(np.ones((5, 9)), share) for share in (0., 1.)] == [1, 9]
+    assert [square_side(np.ones((10, 10)), share) for share in (0.25, 0.26, 0.99)] == [5, 6, 10]
 
 
 class TestImages:
@@ -144,19 +138,26 @@ class TestImages:
 
     def test_normalize(self):
         """Blue, green, red in; red, green, blue out, with ImageNet's or the model's own numbers."""
-        model = nn.Conv2d(3, 1, 1)
+        named = SimpleNamespace(model=nn.Conv2d(3, 1, 1), source='spartan_mm', config=None)
         image = np.full((4, 6, 3), (103.53, 116.28, 255)).astype(np.uint8)
-        found = normalize(model, image)
+        found = GivenModel('title', named, {}).normalize(image)
         assert found.shape == (1, 3, 4, 6)
         torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([2.2489, 0., 0.]), atol=0.02,
                                    rtol=0)
-        model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        torch.testing.assert_close(normalize(model, image)[0, 0, 0, 0], torch.tensor(1.))
+        named.source = 'timm'
+        named.model.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        found = GivenModel('title', named, {}).normalize(image)
+        torch.testing.assert_close(found[0, 0, 0, 0], torch.tensor(1.))
 
 
-def test_draw_fields(tmp_path):
+def test_draw_fields():
     fields = {name: np.random.default_rng(0).random((32, 32)) for name in ('one', 'two (random)')}
-    draw_fields(fields).savefig(tmp_path / 'fields.png')
-    assert imread(tmp_path / 'fields.png').shape == (490, 890, 4)
+    figure = draw_fields(fields)
+    one, two, _ = figure.axes
+    assert (one.get_title(), two.get_title()) == ('one', 'two\n(random)')
+    side = find_square(fields['one'], 0.5)[2]
+    assert f'\n50 %: {side} px   99 %: ' in one.get_xlabel()
+    assert len(one.patches) == 2 * 4
+    assert one.patches[4].get_width() == side
     with pytest.raises(ValueError, match='fields is empty'):
         draw_fields({})

@@ -17,15 +17,10 @@ from spartan_mm.analysis.look_inside.spectra import (
     power_spectrum,
     radial_average,
     share_above,
-    watch,
     white_share,
 )
-from spartan_mm.backbones import SpaRTAN
 from spartan_mm.backbones.spartan import modulate
 from spartan_mm.errors import UsageError
-
-SMALL = dict(stem_channels=8, depths=(1, 2, 1, 1), channels=(8, 16, 24, 32),
-             expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise'))
 
 
 def wave(height, width, rows, columns):
@@ -35,8 +30,8 @@ def wave(height, width, rows, columns):
 
 
 @pytest.fixture
-def backbone():
-    model = SpaRTAN(SMALL).eval()
+def backbone(make_backbone):
+    model = make_backbone()
     for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
@@ -92,10 +87,10 @@ def test_share():
 
 
 def test_which_maps_are_seen(backbone, monkeypatch):
-    monkeypatch.setattr(Spectrum, 'add', lambda self, maps, window: setattr(self, 'maps', maps))
+    monkeypatch.setattr(Spectrum, 'add', lambda self, maps, window: vars(self).update(
+        maps=maps, sizes=True))
     smixer, cmixer = backbone.stages[0].blocks[0].smixer, backbone.stages[0].blocks[0].cmixer
-    with torch.no_grad(), watch(backbone) as spectra:
-        backbone(torch.rand(2, 3, 64, 96))
+    spectra = collect(backbone, torch.rand(1, 3, 64, 96))
     x, high, low = (spectra[1, 1, 'smixer', part].maps for part in (
         'input', 'high-frequency branch', 'low-frequency branch'))
     y, modulated, refined = (spectra[1, 1, 'cmixer', part].maps for part in (
@@ -121,17 +116,17 @@ def test_spectrum_of_images():
     spectrum = Spectrum()
     spectrum.add(torch.stack([low, 100 * high]), 'none')
     spectrum.add(torch.full((1, 1, 16, 16), 3.), 'none')
-    assert spectrum.images == 2
-    assert spectrum.share / 2 == pytest.approx(0.5)
+    assert len(spectrum.shares) == 2
+    assert np.mean(spectrum.shares) == pytest.approx(0.5)
     # All power in two of 255 frequencies, and those rings have 12 and 32 of them.
-    rings = spectrum.rings / 2
+    rings = np.mean(spectrum.rings, axis=0)
     counts = radial_average(torch.ones(16, 16))[2][1:].numpy()
     assert_close(rings[[1, 5]] * counts[[1, 5]], np.array([127.5, 127.5]))
 
 
 def test_collect(backbone):
     images = torch.rand(3, 3, 64, 96)
-    stages = collect(backbone, images)
+    stages = describe(collect(backbone, images))
     assert json.loads(json.dumps(stages)) == stages
     assert [stage['maps'] for stage in stages] == [[[16, 24]], [[8, 12]], [[4, 6]], [[2, 3]]]
     assert 'smixer' not in stages[3]  # too small
@@ -159,43 +154,41 @@ def test_low_pass_and_high_pass(backbone):
             for channel in range(conv.in_channels):
                 conv.weight[channel, channel] = weight
         backbone.stem[1].norm.running_var.fill_(1e-2)  # noise that is not smooth yet
-    found = collect(backbone, torch.randn(2, 3, 128, 128))[0]['smixer']
+    found = describe(collect(backbone, torch.randn(2, 3, 128, 128)))[0]['smixer']
     shares = {part: values['share_above_half_nyquist'] for part, values in found.items()}
     assert shares['low-frequency branch'] < shares['input'] < shares['high-frequency branch']
 
 
 def test_images_of_two_sizes(backbone):
-    with torch.no_grad(), watch(backbone) as spectra:
-        for size in (64, 96):
-            backbone(torch.rand(1, 3, size, size))
+    spectra = collect(backbone, [torch.rand(3, size, size) for size in (64, 96)])
     first = describe(spectra)[0]
     assert first['maps'] == [[16, 16], [24, 24]]
     assert len(first['smixer']['input']['frequencies']) == len(first['smixer']['input']['power'])
-    assert spectra[1, 1, 'smixer', 'input'].images == 2
+    assert len(spectra[1, 1, 'smixer', 'input'].shares) == 2
 
 
-def test_what_is_refused(backbone):
+def test_what_is_refused(backbone, make_backbone):
     with pytest.raises(UsageError, match='net has no SpaRTAN.* Conv2d'):
         find_backbone(nn.Conv2d(3, 3, 1), 'net')
     assert find_backbone(nn.Sequential(backbone), 'net') is backbone
     backbone.switch_to_deploy()
     with pytest.raises(UsageError, match='net is in deploy form'):
         find_backbone(backbone, 'net')
-    plain = SpaRTAN(SMALL, spatial_mixer='conv', channel_mixer='mlp')
+    plain = make_backbone(spatial_mixer='conv', channel_mixer='mlp')
     with pytest.raises(UsageError, match='neither SMixers nor CMixers'):
         find_backbone(plain, 'net')
 
 
-def test_one_kind_of_mixer():
-    backbone = find_backbone(SpaRTAN(SMALL, spatial_mixer='conv'), 'net')
-    stages = collect(backbone, torch.rand(1, 3, 64, 64))
+def test_one_kind_of_mixer(make_backbone):
+    backbone = find_backbone(make_backbone(spatial_mixer='conv'), 'net')
+    stages = describe(collect(backbone, torch.rand(1, 3, 64, 64)))
     assert 'smixer' not in stages[0] and 'cmixer' in stages[0]
     figure = draw_spectra(stages, 'one row')
     assert len(figure.axes) == 5
 
 
 def test_drawing(backbone):
-    stages = collect(backbone, torch.rand(1, 3, 96, 96))
+    stages = describe(collect(backbone, torch.rand(1, 3, 96, 96)))
     figure = draw_spectra(stages, 'title')
     assert len(figure.axes) == 10
     assert [axes.get_title(loc='left') for axes in figure.axes[:2]] == [

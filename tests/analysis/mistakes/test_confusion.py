@@ -2,76 +2,70 @@
 
 import numpy as np
 import pytest
-import torch
-from mmpretrain.structures import DataSample
 from PIL import Image
 
-from spartan_mm.analysis.mistakes.confusion import count_confusions, draw_confusion
+from spartan_mm.analysis.mistakes import pictures
+from spartan_mm.analysis.mistakes.confusion import Confusions, count_confusions, measure_tops
 from spartan_mm.analysis.mistakes.errors import (
     describe_mistake,
     find_mistakes,
     summarize_mistakes,
 )
-from spartan_mm.analysis.mistakes.pictures import draw_mistakes
-from spartan_mm.analysis.mistakes.predictions import Outcomes, collect_outcomes
+from spartan_mm.analysis.mistakes.predictions import ClassifierResults
 
 CLASSES = ('cat', 'dog', 'a long name, with a second one')
 # The class that is predicted, how sure, and the class that it is.
 CASES = [(0, 0.9, 0), (1, 0.8, 0), (1, 0.6, 1), (2, 0.95, 1), (0, 0.5, 2), (1, 0.7, 1)]
 
 
-def make_sample(index, predicted, score, truth, folder='.'):
-    scores = torch.full((3, ), (1 - score) / 2)
-    scores[predicted] = score
-    return DataSample(metainfo=dict(img_path=f'{folder}/{index}.png')).set_gt_label(
-        truth).set_pred_score(scores).set_pred_label(predicted)
-
-
 @pytest.fixture
-def outcomes(tmp_path):
-    for index in range(len(CASES)):
+def results(tmp_path):
+    scores = []
+    for index, (predicted, score, _) in enumerate(CASES):
         Image.new('RGB', (8, 8), (40 * index, 0, 0)).save(tmp_path / f'{index}.png')
-    return collect_outcomes([make_sample(index, *case, tmp_path)
-                             for index, case in enumerate(CASES)])
+        scores.append([score if label == predicted else (1 - score) / 2 for label in range(3)])
+    return ClassifierResults(tuple(str(tmp_path / f'{index}.png') for index in range(len(CASES))),
+                             np.array([truth for *_, truth in CASES]), np.array(scores), CLASSES)
 
 
-def test_counts(outcomes):
-    assert count_confusions(outcomes).tolist() == [[1, 1, 0], [0, 2, 1], [1, 0, 0]]
-
-
-def test_matrix(outcomes):
-    counts = count_confusions(outcomes)
-    axes = draw_confusion(counts, CLASSES).axes[0]
+def test_counts_and_matrix(results):
+    found = count_confusions(results)
+    assert found.counts.tolist() == [[1, 1, 0], [0, 2, 1], [1, 0, 0]]
+    axes = found.draw().axes[0]
     assert axes.get_title(loc='left') == '3 of 6 right (50.00 %)'
     shares = np.array(axes.images[0].get_array())
     np.testing.assert_allclose(shares, [[1 / 2, 1 / 2, 0], [0, 2 / 3, 1 / 3], [1, 0, 0]])
     written = {text.get_position()[::-1]: int(text.get_text()) for text in axes.texts}
-    assert written == {(row, column): count for (row, column), count in np.ndenumerate(counts)
-                       if count}
+    assert written == {place: count for place, count in np.ndenumerate(found.counts) if count}
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         'cat (2)', 'dog (3)', 'a long name, with a second one (1)']
 
 
-@pytest.mark.parametrize('num_classes, written', [(30, True), (100, False)])
-def test_matrix_of_many_classes(num_classes, written, tmp_path):
-    figure = draw_confusion(np.eye(num_classes, dtype=int), [str(i) for i in range(num_classes)])
-    assert bool(figure.axes[0].texts) == written
-    figure.savefig(tmp_path / 'matrix.png')
+@pytest.mark.parametrize('num_classes, written, named', [
+    (30, True, True), (31, False, True), (101, False, False)])
+def test_matrix_of_many_classes(num_classes, written, named):
+    names = tuple(map(str, range(num_classes)))
+    axes = Confusions(np.eye(num_classes, dtype=int), names).draw().axes[0]
+    assert bool(axes.texts) == written
+    assert bool(axes.get_xticklabels()) == bool(axes.get_yticklabels()) == named
 
 
 def test_a_class_without_pictures():
-    figure = draw_confusion(np.array([[0, 0], [1, 2]]), ('a', 'b'))
+    figure = Confusions(np.array([[0, 0], [1, 2]]), ('a', 'b')).draw()
     assert np.isfinite(np.array(figure.axes[0].images[0].get_array())).all()
 
 
-def test_another_number_of_names():
-    with pytest.raises(ValueError, match='3 classes in the counts, but 2 names'):
-        draw_confusion(np.eye(3), ('a', 'b'))
+def test_top_5():
+    scores = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
+    # Of equal scores, the class with the lower index comes first.
+    for truths, expected in (((5, 0), (1., 1.)), ((1, 1), (0., 1.)), ((0, 5), (0., 0.))):
+        results = ClassifierResults(('a', 'b'), np.array(truths), scores, tuple('abcdef'))
+        assert measure_tops(results) == dict(zip(('top-1', 'top-5'), expected, strict=True))
 
 
-def test_mistakes_are_sorted_by_confidence(outcomes):
-    assert find_mistakes(outcomes).tolist() == [3, 1, 4]
-    assert [describe_mistake(outcomes, index, CLASSES) for index in (3, 1, 4)] == [
+def test_mistakes_are_sorted_by_confidence(results):
+    assert find_mistakes(results).tolist() == [3, 1, 4]
+    assert [describe_mistake(results, index) for index in (3, 1, 4)] == [
         ('is dog (0.03)', 'taken for a long name (0.95)'),
         ('is cat (0.10)', 'taken for dog (0.80)'),
         ('is a long name (0.25)', 'taken for cat (0.50)')]
@@ -80,8 +74,8 @@ def test_mistakes_are_sorted_by_confidence(outcomes):
 @pytest.mark.parametrize('limit, order', [(48, 'the most confident first'),
                                           (3, 'the most confident first'),
                                           (2, 'the 2 most confident')])
-def test_summary(outcomes, limit, order):
-    assert summarize_mistakes(outcomes, limit) == f'3 of 6 misclassified, {order}'
+def test_summary(results, limit, order):
+    assert summarize_mistakes(results, limit) == f'3 of 6 misclassified, {order}'
 
 
 def reds(sheet):
@@ -91,24 +85,25 @@ def reds(sheet):
     return list(dict.fromkeys(pixels[rows, columns, 0].tolist()))
 
 
-def test_sheet(outcomes):
-    sheet = draw_mistakes(outcomes, CLASSES)
+def test_sheet(results, monkeypatch):
+    sheet = pictures.draw_mistakes(results)
     # Each pixel of the small pictures is a square, all of one colour.
     assert reds(sheet) == [120, 40, 160]
     assert (np.array(sheet)[..., 0] == 120).sum() >= 180 * 180
-    fewer = draw_mistakes(outcomes, CLASSES, limit=2, columns=1)
+    monkeypatch.setattr(pictures, '_COLUMNS', 1)
+    fewer = pictures.draw_mistakes(results, limit=2)
     assert reds(fewer) == [120, 40]
     assert fewer.height > sheet.height + 180
 
 
 def test_no_mistakes():
-    outcomes = Outcomes(('a.png', ), np.array([1]), np.array([[0.1, 0.9]]))
-    assert summarize_mistakes(outcomes, 48) == 'None of 1 pictures is misclassified'
-    sheet = draw_mistakes(outcomes, ('a', 'b'))
+    results = ClassifierResults(('a.png', ), np.array([1]), np.array([[0.1, 0.9]]), ('a', 'b'))
+    assert summarize_mistakes(results, 48) == 'None of 1 pictures is misclassified'
+    sheet = pictures.draw_mistakes(results)
     assert sheet.height < 100 and (np.array(sheet) != 255).any()
 
 
-def test_a_missing_picture(outcomes, tmp_path):
+def test_a_missing_picture(results, tmp_path):
     (tmp_path / '3.png').unlink()
     with pytest.raises(FileNotFoundError, match=r'3\.png'):
-        draw_mistakes(outcomes, CLASSES)
+        pictures.draw_mistakes(results)

@@ -7,11 +7,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from spartan_mm.analysis.mistakes.confusion import (
-    count_detections,
-    draw_confusion,
-    rank_confusions,
-)
+from spartan_mm.analysis.mistakes import pictures
+from spartan_mm.analysis.mistakes.confusion import Confusions, count_detections
 from spartan_mm.analysis.mistakes.errors import (
     KINDS,
     count_kinds,
@@ -19,8 +16,8 @@ from spartan_mm.analysis.mistakes.errors import (
     match,
     measure_overlaps,
 )
-from spartan_mm.analysis.mistakes.pictures import draw_errors
-from spartan_mm.inference import Detections
+
+from .results import make_results
 
 CAT, DOG = 0, 1
 BOX = (10, 10, 30, 30)
@@ -28,36 +25,8 @@ SHIFTED = (20, 10, 40, 30)  # an IoU of 1/3 with BOX
 ELSEWHERE = (60, 50, 80, 60)
 
 
-class Pictures:
-    """A dataset of pictures with objects: label, box and, for a crowd, True."""
-
-    metainfo = dict(classes=('cat', 'dog'))
-
-    def __init__(self, *images, folder='.'):
-        self.infos = [
-            dict(img_id=f'image {i}', img_path=f'{folder}/{i}.png', instances=[
-                dict(bbox=list(box), bbox_label=label, ignore_flag=int(any(crowd)))
-                for label, box, *crowd in objects])
-            for i, objects in enumerate(images)]
-
-    def __len__(self):
-        return len(self.infos)
-
-    def get_data_info(self, idx):
-        return self.infos[idx]
-
-
-def predict(*images):
-    """Make predictions of (label, box, score) for each image."""
-    return {f'image {i}': Detections(
-        np.array([box for _, box, _ in found], dtype=np.float32).reshape(-1, 4),
-        np.array([label for label, *_ in found], dtype=int),
-        np.array([score for *_, score in found], dtype=np.float32))
-        for i, found in enumerate(images)}
-
-
 def find(objects, found, **thresholds):
-    return find_errors(Pictures(objects), predict(found), **thresholds)
+    return find_errors(make_results([objects], [found]), **thresholds)
 
 
 @pytest.mark.parametrize('objects, found, kinds', [
@@ -100,9 +69,9 @@ def test_what_is_known_of_an_error():
 
 
 def test_the_worst_is_first():
-    errors = find_errors(
-        Pictures([(CAT, BOX)], [(CAT, ELSEWHERE)], [(CAT, BOX)], []),
-        predict([], [], [(CAT, BOX, 0.1)], [(DOG, BOX, 0.4), (DOG, ELSEWHERE, 0.95)]))
+    errors = find_errors(make_results(
+        [[(CAT, BOX)], [(CAT, ELSEWHERE)], [(CAT, BOX)], []],
+        [[], [], [(CAT, BOX, 0.1)], [(DOG, BOX, 0.4), (DOG, ELSEWHERE, 0.95)]]))
     # Of the objects without a trace of a detection, the larger first.
     assert [(error.kind, error.index, round(error.severity, 2)) for error in errors] == [
         ('missed', 0, 1), ('missed', 1, 1), ('background', 3, 0.95), ('missed', 2, 0.9),
@@ -121,19 +90,18 @@ def test_thresholds():
 
 
 def test_predictions_of_another_dataset():
-    with pytest.raises(ValueError, match="no prediction for image 'image 1'"):
-        find_errors(Pictures([], []), predict([]))
+    with pytest.raises(ValueError, match='no prediction for image 1'):
+        find_errors(make_results([[], []], [[]]))
 
 
 def test_overlaps():
     boxes = np.array([BOX, ELSEWHERE, (5, 5, 5, 9)], dtype=float)
-    others = np.array([BOX, SHIFTED, (0, 0, 100, 100)], dtype=float)
-    expected = [[1, 1 / 3, 0.04], [0, 0, 0.02], [0, 0, 0]]
-    torch.testing.assert_close(torch.tensor(measure_overlaps(boxes, others)),
+    others = np.array([BOX, SHIFTED, (0, 0, 100, 100)] * 2, dtype=float)
+    crowds = np.arange(6) > 2
+    expected = [[1, 1 / 3, 0.04, 1, 0.5, 1], [0, 0, 0.02, 0, 0, 1], [0, 0, 0, 0, 0, 0]]
+    torch.testing.assert_close(torch.tensor(measure_overlaps(boxes, others, crowds)),
                                torch.tensor(expected, dtype=torch.double))
-    crowds = measure_overlaps(boxes, others, crowds=True)
-    assert crowds.tolist() == [[1, 0.5, 1], [0, 0, 1], [0, 0, 0]]
-    assert measure_overlaps(boxes, np.zeros((0, 4))).shape == (3, 0)
+    assert measure_overlaps(boxes, np.zeros((0, 4)), crowds[:0]).shape == (3, 0)
 
 
 def test_matching_goes_by_turns():
@@ -155,7 +123,7 @@ def test_right_and_left_out_is_what_cocos_evaluation_says(seed, capsys):
                for box in draw_boxes(12)]
     found = [(int(random.integers(2)), tuple(box.tolist()), float(score))
              for box, score in zip(draw_boxes(40), random.permutation(40) / 40, strict=True)]
-    counts = count_detections(Pictures(objects), predict(found), score_threshold=0)
+    counts = count_detections(make_results([objects], [found]), score_threshold=0).counts
     errors = find(objects, found, score_threshold=0)
 
     def to_coco(label, box):
@@ -183,11 +151,12 @@ def test_right_and_left_out_is_what_cocos_evaluation_says(seed, capsys):
 
 
 def test_records():
-    dataset = Pictures([(CAT, BOX)], [(CAT, BOX)])
-    missed, alarm = find_errors(dataset, predict([], [(CAT, BOX, 0.9), (CAT, ELSEWHERE, 0.5)]))
-    assert missed.as_record(dataset) == dict(
+    results = make_results([[(CAT, BOX)], [(CAT, BOX)]],
+                           [[], [(CAT, BOX, 0.9), (CAT, ELSEWHERE, 0.5)]])
+    missed, alarm = find_errors(results)
+    assert missed.as_record(results) == dict(
         file='./0.png', kind='missed', severity=1., true_bbox=[10, 10, 30, 30], true_class='cat')
-    assert alarm.as_record(dataset) == dict(
+    assert alarm.as_record(results) == dict(
         file='./1.png', kind='background', severity=0.5, score=0.5, found_class='cat',
         found_bbox=[60, 50, 80, 60])
 
@@ -195,15 +164,20 @@ def test_records():
 class TestSheet:
 
     @pytest.fixture
-    def dataset(self, tmp_path):
+    def draw(self, tmp_path):
+        """Draws what was found in a cat, a cat as large as its picture, and nothing."""
         for i in range(3):
             Image.new('RGB', (100, 70), (40 + i, 90, 90)).save(tmp_path / f'{i}.png')
-        return Pictures([(CAT, BOX)], [(CAT, (0, 0, 100, 70))], [], folder=tmp_path)
 
-    def test_boxes_lie_where_they_are(self, dataset):
+        def draw(*found, per_kind=8):
+            results = make_results([[(CAT, BOX)], [(CAT, (0, 0, 100, 70))], []], found, tmp_path)
+            return pictures.draw_errors(find_errors(results), results, per_kind)
+        return draw
+
+    def test_boxes_lie_where_they_are(self, draw):
         # A window of 1.8 x 20 pixels around the box, in the middle of a cell of 180.
-        errors = find_errors(dataset, predict([(DOG, BOX, 0.9)], [(CAT, (0, 0, 100, 70), 1)], []))
-        pixels = np.array(draw_errors(errors, dataset, side=180)).astype(int)
+        sheet = draw([(DOG, BOX, 0.9)], [(CAT, (0, 0, 100, 70), 1)], [])
+        pixels = np.array(sheet).astype(int)
         true = np.abs(pixels - (0x56, 0xB4, 0xE9)).sum(-1) == 0
         found = np.abs(pixels - (0xE6, 0x9F, 0x00)).sum(-1) == 0
         cell = np.abs(pixels - (40, 90, 90)).sum(-1) == 0
@@ -215,48 +189,44 @@ class TestSheet:
         assert abs(columns - left - 40).min() <= 2 and abs(columns - left - 140).min() <= 2
         assert found[top:top + 180, left:left + 180].any()
 
-    def test_the_worst_of_each_kind(self, dataset):
-        errors = find_errors(dataset, predict([], [], [(DOG, BOX, 0.9), (DOG, ELSEWHERE, 0.8)]))
-        one = draw_errors(errors, dataset, per_kind=1, side=100)
-        both = draw_errors(errors, dataset, per_kind=2, columns=2, side=100)
-        below = draw_errors(errors, dataset, per_kind=2, columns=1, side=100)
+    def test_the_worst_of_each_kind(self, draw, monkeypatch):
+        found = [], [], [(DOG, BOX, 0.9), (DOG, ELSEWHERE, 0.8)]
+        one, both = draw(*found, per_kind=1), draw(*found, per_kind=2)
+        monkeypatch.setattr(pictures, '_COLUMNS', 1)
+        below = draw(*found, per_kind=2)
         assert one.width <= both.width and one.height == both.height < below.height
 
-    def test_no_errors(self, dataset):
-        assert draw_errors([], dataset).size > (50, 10)
+    def test_no_errors(self, draw):
+        assert draw([(CAT, BOX, 1)], [(CAT, (0, 0, 100, 70), 1)], []).size > (50, 10)
 
-    def test_a_missing_picture(self, dataset, tmp_path):
+    def test_a_missing_picture(self, draw, tmp_path):
         (tmp_path / '0.png').unlink()
-        errors = find_errors(dataset, predict([], [], []))
         with pytest.raises(FileNotFoundError, match=r'0\.png'):
-            draw_errors(errors, dataset)
+            draw([], [], [])
 
 
 class TestConfusions:
 
     def test_each_object_and_each_detection_counts_once(self):
-        dataset = Pictures(
-            [(CAT, BOX), (DOG, SHIFTED), (CAT, (50, 0, 90, 40), True)],
-            [(CAT, BOX), (DOG, ELSEWHERE)])
-        predictions = predict(
+        found = count_detections(make_results(
+            [[(CAT, BOX), (DOG, SHIFTED), (CAT, (50, 0, 90, 40), True)],
+             [(CAT, BOX), (DOG, ELSEWHERE)]],
             # A duplicate of the cat; in a crowd of cats; the dog is missed.
-            [(CAT, BOX, 0.9), (CAT, BOX, 0.8), (CAT, (60, 0, 80, 20), 0.9)],
-            # The cat taken for a dog, twice; the dog found; below the threshold.
-            [(DOG, BOX, 0.9), (DOG, BOX, 0.7), (DOG, ELSEWHERE, 0.5), (CAT, BOX, 0.2)])
-        counts = count_detections(dataset, predictions)
-        assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [1, 1, 0]]
-        assert rank_confusions(counts) == [(0, 1, 1), (1, 2, 1), (2, 0, 1), (2, 1, 1)]
-        title = draw_confusion(counts, ('cat', 'dog'), surplus=True).axes[0].get_title('left')
-        assert title == '2 of 4 objects found (50.0 %),\n2 of 5 detections right (40.0 %)'
+            [[(CAT, BOX, 0.9), (CAT, BOX, 0.8), (CAT, (60, 0, 80, 20), 0.9)],
+             # The cat taken for a dog, twice; the dog found; below the threshold.
+             [(DOG, BOX, 0.9), (DOG, BOX, 0.7), (DOG, ELSEWHERE, 0.5), (CAT, BOX, 0.2)]]))
+        assert found.counts.tolist() == [[1, 1, 0], [0, 1, 1], [1, 1, 0]]
+        assert found.rank() == [(0, 1, 1), (1, 2, 1), (2, 0, 1), (2, 1, 1)]
+        assert found.draw().axes[0].get_title('left') == (
+            '2 of 4 objects found (50.0 %),\n2 of 5 detections right (40.0 %)')
 
     def test_the_right_class_comes_first(self):
         """A better detection of the wrong class does not take the object away."""
-        counts = count_detections(Pictures([(CAT, BOX)]),
-                                  predict([(DOG, BOX, 0.9), (CAT, BOX, 0.8)]))
-        assert counts.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+        found = count_detections(make_results([[(CAT, BOX)]], [[(DOG, BOX, 0.9), (CAT, BOX, 0.8)]]))
+        assert found.counts.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
 
     def test_the_figure_has_a_row_and_a_column_more(self, tmp_path):
-        figure = draw_confusion(np.arange(9).reshape(3, 3), ('cat', 'dog'), surplus=True)
+        figure = Confusions(np.arange(9).reshape(3, 3), ('cat', 'dog'), surplus=True).draw()
         axes = figure.axes[0]
         assert [text.get_text() for text in axes.get_yticklabels()] == [
             'cat (3)', 'dog (12)', 'no object left (21)']
@@ -264,5 +234,5 @@ class TestConfusions:
         figure.savefig(tmp_path / 'matrix.png')
 
     def test_a_class_that_the_dataset_has_not(self):
-        with pytest.raises(ValueError, match='is of class 7, but the dataset has 2 classes'):
-            count_detections(Pictures([]), predict([(7, BOX, 0.9)]))
+        with pytest.raises(ValueError, match='0.png is of class 7, but the dataset has 2 classes'):
+            count_detections(make_results([[]], [[(7, BOX, 0.9)]]))

@@ -38,11 +38,11 @@ def at(view, x, y):
 
 
 def test_boxes_stay_with_their_objects(detector):
-    samples = browse(detector, number=4)
-    assert samples.classes == ('square', 'disc') and list(samples.views) == [*STAGES]
-    names = [view.name for view in samples.views['original']]
+    classes, samples = browse(detector, number=4)
+    assert classes == ('square', 'disc') and list(samples) == [*STAGES]
+    names = [view.name for view in samples['original']]
     assert sorted(names) == ['0.png', '1.png', '2.png', '3.png']
-    for stage, views in samples.views.items():
+    for stage, views in samples.items():
         assert [view.name for view in views] == names
         for view in views:
             height = 48 + 16 * int(view.name[0])
@@ -63,14 +63,14 @@ def test_boxes_stay_with_their_objects(detector):
 
 
 def test_evaluation_does_not_augment(detector):
-    samples = browse(detector, ['model'], split='val')
-    assert {view.image.size for view in samples.views['model']} == {(64, 64)}
+    _, samples = browse(detector, ['model'], split='val')
+    assert {view.image.size for view in samples['model']} == {(64, 64)}
 
 
 def test_labels_are_mixed_as_pictures_are(classifier):
-    samples = browse(classifier, number=4)
-    original, piped, mixed = (samples.views[stage] for stage in STAGES)
-    assert samples.classes == ('disc', 'square')
+    classes, samples = browse(classifier, number=4)
+    original, piped, mixed = (samples[stage] for stage in STAGES)
+    assert classes == ('disc', 'square')
     for view, other in zip(original, piped, strict=True):
         [(label, share)] = view.shares
         assert (view.name in ('2.png', '3.png')) == (label == 0)
@@ -89,7 +89,7 @@ def test_labels_are_mixed_as_pictures_are(classifier):
 def test_the_seed_decides(classifier):
     classifier.train_dataloader.dataset.pipeline.insert(
         1, dict(type='RandomResizedCrop', scale=24))
-    first, again, other = (browse(classifier, ['pipeline'], 2, seed).views['pipeline']
+    first, again, other = (browse(classifier, ['pipeline'], 2, seed)[1]['pipeline']
                            for seed in (1, 1, 2))
     assert [view.name for view in first] == [view.name for view in again]
     assert all(view.image == same.image for view, same in zip(first, again, strict=True))
@@ -99,9 +99,9 @@ def test_the_seed_decides(classifier):
 def test_colours_of_other_orders(detector):
     """Whatever order the model takes, the picture is shown as it is."""
     preprocessor = detector.model.data_preprocessor
-    shown = browse(detector, ['model']).views['model']
+    shown = browse(detector, ['model'])[1]['model']
     preprocessor.update(bgr_to_rgb=False, mean=[103., 116., 123.], std=[58., 57., 56.])
-    for view, other in zip(shown, browse(detector, ['model']).views['model'], strict=True):
+    for view, other in zip(shown, browse(detector, ['model'])[1]['model'], strict=True):
         np.testing.assert_allclose(np.array(view.image), np.array(other.image), atol=1)
 
 
@@ -122,7 +122,7 @@ def test_mistakes(detector, change, stages, message):
 
 def test_sheet():
     image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).convert('RGB')
-    truth = Truth(np.array([[1., 1, 3, 3]]), np.array([1]))
+    truth = Truth(np.array([[1., 1, 3, 3]]), np.array([1]), np.array([False]))
     boxes = [View(image, 'a.png', truth)] * 3
     sheet = draw_views(boxes, ('cat', 'dog'), columns=2, side=100)
     assert sheet.width == 2 * 112 + 12

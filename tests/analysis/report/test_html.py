@@ -11,7 +11,6 @@ from PIL import Image
 from spartan_mm.analysis.report.html import (
     Facts,
     Folded,
-    Heading,
     Note,
     Pairs,
     Pictures,
@@ -35,14 +34,16 @@ def make_figure(points):
 
 @pytest.mark.parametrize('text', ['plain', NASTY])
 def test_texts_are_shown_as_they_are(text, read_self_contained):
-    picture = embed_image(Image.new('RGB', (80, 60)), text, (text, ))
-    blocks = [Note(text), Note(text, missing=True), Heading(text), Facts([(text, text)]),
-              Table(text, [text], [[text]], 0), Pictures([picture]),
-              Pairs([(text, (picture, picture))]), Folded(text, text, [Note(text)])]
+    picture = embed_image(Image.new('RGB', (80, 60)), (text, ))
+    blocks = [Note(text), Note(text, 'missing'), Note(text, 'heading'), Facts([(text, text)]),
+              Table(text, [text], [[text]], 0), Table(text, [text], [[text]] * 13),
+              Pictures([picture]), Pairs([(text, (picture, picture))]), Folded(text, text)]
     html = render(text, text, [(text, text)], [Section('part', text, blocks)])
     reader = read_self_contained(html)
     assert html.count('<img ') == 3 and '49' not in re.sub('base64,[^"]*', '', html)
-    assert sum(text in part for part in reader.texts) == 22
+    # A long table is folded.
+    assert html.count('<details>') == 2
+    assert sum(text in part for part in reader.texts) == 36
     assert {attributes['alt'] for tag, attributes in reader.tags if tag == 'img'} == {text}
 
 
@@ -57,14 +58,14 @@ def test_parts_are_linked(read_self_contained):
 def test_figures_are_svg_or_png_whichever_is_lighter(points, kind):
     picture = embed_figure(make_figure(points))
     assert picture.source.startswith(f'data:{kind};base64,')
-    assert (picture.width, picture.height, picture.alt) == (300, 200, 'left < right')
+    assert (picture.size, picture.alt) == ((300, 200), 'left < right')
     # The same every time.
     assert picture == embed_figure(make_figure(points))
 
 
 @pytest.mark.parametrize('side, kind, coarse', [(8, 'png', True), (200, 'jpeg', False)])
 def test_images(side, kind, coarse):
-    picture = embed_image(Image.new('RGB', (side, side), (200, 0, 0)), 'red')
+    picture = embed_image(Image.new('RGB', (side, side), (200, 0, 0)), ('red', ))
     assert picture.source.startswith(f'data:image/{kind};base64,') and picture.coarse == coarse
     content = base64.b64decode(picture.source.partition(',')[2])
     assert content[:3] == (b'\x89PN' if coarse else b'\xff\xd8\xff')

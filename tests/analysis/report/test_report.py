@@ -5,12 +5,12 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from spartan_mm.analysis.report import report
 from spartan_mm.analysis.report.report import make_report
-from spartan_mm.analysis.report.work_dir import find_run, make_predictions
+from spartan_mm.analysis.report.work_dir import Run, make_predictions
 from spartan_mm.cli import main
 from spartan_mm.zoo import get_model
 
@@ -73,10 +73,16 @@ def detector(user, tmp_path):
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Leaves out what takes most of the time, and is drawn in other tests."""
+    monkeypatch.setattr(report, 'draw_panels', lambda log: [])
+
+
+@pytest.fixture
 def render(read_self_contained):
     """Makes a report; returns its HTML and the lines that say what is missing."""
     def render(folder, **options):
-        html = make_report(find_run(folder), **options).render()
+        html = make_report(Run(folder), **options).render()
         read_self_contained(html)
         return html, [line.partition('">')[2].removesuffix('</p>') for line in html.splitlines()
                       if line.startswith('<p class="missing">')]
@@ -107,7 +113,7 @@ def test_detector(detector, render):
     assert 'custom_imports' in html
 
 
-def test_training_in_progress(user, tmp_path, render):
+def test_training_in_progress(user, tmp_path, render, no_curves):
     folder = write_run(tmp_path / 'run', 'detector', 'coco/bbox_mAP', epochs=1)
     html, missing = render(folder)
     assert 'unfinished, epoch 1 of 2' in html and '<b>0.250</b><span>AP, last validation' in html
@@ -115,18 +121,18 @@ def test_training_in_progress(user, tmp_path, render):
         f'no predictions in {folder}: `spartan-mm report {folder} --test` makes them'}
 
 
-def test_hardly_anything_left(detector, render):
+def test_hardly_anything_left(detector, render, no_curves):
     for path in [*detector.glob('*.p*'), detector / 'last_checkpoint',
                  *detector.glob('*/*.log'), *detector.glob('*/*/config.py')]:
         path.unlink()
     html, missing = render(detector)
     assert '<h1>run</h1>' in html and '<h2>Curves</h2>' in html
     assert [line.partition(': ')[0].partition(' in ')[0] for line in missing] == [
-        'no predictions', 'no text log beside ' + str(find_run(detector).log_path)
+        'no predictions', 'no text log beside ' + str(Run(detector).log_path)
         + ' that describes the machine', 'no checkpoint', f'{detector} has no config']
 
 
-def test_missing_pictures(detector, user_project, monkeypatch, render):
+def test_missing_pictures(detector, monkeypatch, render, no_curves):
     write_detections(detector / 'predictions.pkl')
     monkeypatch.chdir(detector)
     _, missing = render(detector)
@@ -135,7 +141,7 @@ def test_missing_pictures(detector, user_project, monkeypatch, render):
         missing[0])
 
 
-def test_damaged_predictions(detector, render):
+def test_damaged_predictions(detector, render, no_curves):
     write_detections(detector / 'predictions.pkl')
     path = detector / 'predictions.pkl'
     path.write_bytes(path.read_bytes()[:-20])
@@ -149,7 +155,7 @@ def test_predictions_older_than_the_checkpoint(detector):
     path = detector / 'predictions.pkl'
     write_detections(path)
     os.utime(path, (1, 1))
-    text = make_report(find_run(detector)).show_measured()[-1].text
+    text = make_report(Run(detector)).show_measured()[-1].text
     assert 'predictions: predictions.pkl, which are older than epoch_2.pth' in text
 
 
@@ -170,22 +176,12 @@ def test_classifier(user, tmp_path, render):
     assert '<span>is disc (0.20)</span><span>taken for square (0.80)</span>' in html
 
 
-def test_top_5():
-    from spartan_mm.analysis.mistakes.confusion import measure_tops
-    from spartan_mm.analysis.mistakes.predictions import Outcomes
-    scores = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
-    # Of equal scores, the class with the lower index comes first.
-    for truths, expected in (((5, 0), (1., 1.)), ((1, 1), (0., 1.)), ((0, 5), (0., 0.))):
-        outcomes = Outcomes(('a', 'b'), np.array(truths), scores)
-        assert measure_tops(outcomes) == dict(zip(('top-1', 'top-5'), expected, strict=True))
-
-
 @pytest.mark.slow
 def test_predictions_are_made(detector):
-    model = get_model(find_run(detector).config)
+    model = get_model(Run(detector).config)
     torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()),
                detector / 'epoch_2.pth')
-    run = find_run(detector)
+    run = Run(detector)
     path = make_predictions(run)
     assert path == detector / 'evaluation' / 'predictions.pkl'
     assert '80 detections of any score' in make_report(run).show_measured()[-1].text
