@@ -164,7 +164,7 @@ def _check_module(name: Any) -> None:
 def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
     """Insist that an entry of a dict names nothing that must not be built or opened."""
     shown = f'{key}={value!r}'[:80]
-    if key == 'trust_remote_code' and value or key == 'checkpoint_path' and value is not None:
+    if key in ('trust_remote_code', 'checkpoint_path', 'save_dir') and value:
         raise CodeError(shown)
     if key in ('backend_args', 'file_client_args') and value is not None and not (
             isinstance(value, Mapping) and value.get('backend') in ('local', 'disk')):
@@ -175,8 +175,8 @@ def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
     elif key == 'type' or isinstance(value, str) and (
             key == 'constructor' or isinstance(key, str) and key.endswith('_type')):
         found = _find(value, modules)
-        # What is not called 'type' may be any word.
-        unknown = not found and value not in _OPERATIONS and key == 'type'
+        # What is not called 'type' may be any word, but no path to something.
+        unknown = not found and value not in _OPERATIONS and (key == 'type' or '.' in value)
         if unknown or not all(map(_is_harmless, found)):
             raise CodeError(shown)
 

@@ -73,6 +73,12 @@ class Scan:
         stack, outer, memo = [], [], {}
         for operation, argument, _ in pickletools.genops(file):
             match operation.name:
+                case name if name in _LITERALS:
+                    stack.append(argument)
+                case 'BINPUT' | 'LONG_BINPUT':
+                    memo[argument] = stack[-1]
+                case 'BINGET' | 'LONG_BINGET':
+                    stack.append(memo[argument])
                 case 'PROTO':
                     pass
                 case 'STOP':
@@ -82,10 +88,6 @@ class Scan:
                     stack = []
                 case 'GLOBAL':
                     stack.append(self._name(*argument.split(' ', 1)))
-                case 'BINPUT' | 'LONG_BINPUT':
-                    memo[argument] = stack[-1]
-                case 'BINGET' | 'LONG_BINGET':
-                    stack.append(memo[argument])
                 case 'EMPTY_TUPLE':
                     stack.append(())
                 case 'EMPTY_LIST' | 'EMPTY_DICT' | 'EMPTY_SET':
@@ -112,8 +114,6 @@ class Scan:
                     stack[-1] = self._claim_storage(stack[-1])
                 case 'NEWTRUE' | 'NEWFALSE':
                     stack.append(operation.name == 'NEWTRUE')
-                case name if name in _LITERALS:
-                    stack.append(argument)
                 case name:
                     raise ValueError(f'it holds {name}, which no checkpoint has')
 

@@ -122,6 +122,10 @@ def test_what_is_no_python_cannot_run(text):
     "visualizer = dict(vis_backends=[dict(type='WandbVisBackend')])",
     "hook = dict(type='EMAHook', ema_type='HuggingFaceClassifier')",
     "optim_wrapper = dict(constructor='HuggingFaceClassifier')",
+    "optim_wrapper = dict(constructor='planted.factory')",
+    "hook = dict(type='EMAHook', ema_type='os.system')",
+    "runner_type = 'Runner'",
+    "visualizer = dict(type='DetLocalVisualizer', save_dir='/somewhere')",
     "a = dict(type='nobody_knows')",
     "a = dict(type='mmseg.NotInstalled', _scope_='mmdet')",
     # Modules.
