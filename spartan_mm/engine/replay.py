@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..files import write_whole
 from ..model_index import find_config
 from ..weights.loading import load_all_weights
+from ..weights.safe_load import read_checkpoint
 from .random_state import set_random_state
 
 _FORMAT = 2
@@ -132,7 +133,7 @@ def read_dump(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], list
     if not Path(path).is_file():
         raise FileNotFoundError(f'dump {path} does not exist')
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = read_checkpoint(path)
         about = json.loads(content['about'])
         if about['format'] != _FORMAT:
             raise ValueError(f'its format is {about["format"]}, not {_FORMAT}')

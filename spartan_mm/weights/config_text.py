@@ -3,23 +3,63 @@
 mmengine runs a config of text as Python, and whatever its form, objects are built of what it names.
 """
 import ast
+import importlib.util
+import site
 import sys
-from collections.abc import Iterator, Mapping
-from types import FunctionType
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import mmengine.registry
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-# OpenMMLab's packages: a name in one of them may be imported to see what it is.
+# Modules whose classes a config may name, and all below them: parts of models, transforms,
+# datasets, what trainings are made of. Of other packages that register something classes may be
+# named, for somebody imported these packages; of the ones here and in _FETCHING nothing else.
+_MODULES = (
+    'spartan_mm', 'torch.nn', 'torch.optim', 'torchvision.transforms',
+    'mmcv.cnn.bricks', 'mmcv.ops', 'mmcv.transforms',
+    'mmengine.dataset', 'mmengine.evaluator', 'mmengine.hooks', 'mmengine.model', 'mmengine.optim',
+    'mmengine.runner.log_processor', 'mmengine.runner.loops', 'mmengine.utils.dl_utils',
+    'mmengine.visualization',
+    *(f'mmdet.{part}' for part in ('datasets', 'engine', 'evaluation', 'visualization')),
+    *(f'mmdet.models.{part}' for part in (
+        'backbones', 'data_preprocessors', 'dense_heads', 'detectors', 'layers', 'losses', 'necks',
+        'reid', 'roi_heads', 'seg_heads', 'task_modules', 'test_time_augs')),
+    *(f'mmpretrain.{part}' for part in ('datasets', 'engine', 'evaluation', 'visualization')),
+    *(f'mmpretrain.models.{part}' for part in (
+        'backbones', 'classifiers', 'heads', 'losses', 'necks', 'tta', 'utils')))
+
+# Of these, what evaluates text, fetches code, or opens a path or an address that is an argument.
+_EXCLUDED = (
+    'mmdet.datasets.transforms.text_transformers', 'mmdet.datasets.transforms.transforms.Albu',
+    'mmdet.models.dense_heads.atss_vlfusion_head', 'mmdet.models.task_modules.tracking',
+    *(f'mmdet.models.detectors.{part}' for part in (
+        'd2_wrapper', 'glip', 'grounding_dino', 'kd_one_stage', 'lad')),
+    *(f'mmengine.visualization.vis_backend.{part}VisBackend' for part in (
+        'Aim', 'ClearML', 'DVCLive', 'MLflow', 'Neptune', 'Wandb')),
+    'mmpretrain.datasets.transforms.processing.Albumentations',
+    'mmpretrain.engine.hooks.swav_hook', 'mmpretrain.models.backbones.timm_backbone',
+    'mmpretrain.models.classifiers.hugging_face', 'mmpretrain.models.classifiers.timm',
+    'mmpretrain.models.heads.margin_head', 'mmpretrain.models.utils.huggingface',
+    'mmpretrain.models.utils.tokenizer', 'mmpretrain.models.utils.vector_quantizer')
+_FETCHING = ('diffusers', 'functools', 'huggingface_hub', 'timm', 'transformers')
+
+# What is no class and may be named all the same: two functions that make batches; and parts of
+# mmcv.ops, which are not looked up in a registry, but evaluated.
+_FUNCTIONS = frozenset(('mmengine.dataset.utils.default_collate',
+                        'mmengine.dataset.utils.pseudo_collate'))
+_OPERATIONS = frozenset(('nms', 'nms_match', 'nms_rotated', 'soft_nms', 'RoIAlign',
+                         'RoIAlignRotated', 'RoIPool', 'DeformRoIPoolPack', 'PSAMask',
+                         'ModulatedDeformRoIPoolPack', 'SimpleRoIAlign'))
+
+# OpenMMLab's packages.
 _SCOPES = frozenset((
     'mmaction', 'mmagic', 'mmcls', 'mmcv', 'mmdet', 'mmdet3d', 'mmedit', 'mmengine', 'mmocr',
-    'mmpose', 'mmpretrain', 'mmrazor', 'mmrotate', 'mmseg', 'mmselfsup', 'mmtrack', 'mmyolo',
-    'spartan_mm'))
-
-# Of these, classes may be named by their path.
-_LIBRARIES = ('torch.nn.', 'torch.optim.', 'torchvision.transforms.')
+    'mmpose', 'mmpretrain', 'mmrazor', 'mmrotate', 'mmseg', 'mmselfsup', 'mmtrack', 'mmyolo'))
 
 # How a dump shows the numbers that have no literal.
 _NUMBERS = dict(inf=float('inf'), nan=float('nan'))
@@ -46,11 +86,11 @@ def read_text(text: str) -> dict[str, Any]:
         ValueError: The same.
 
     Example:
-        >>> read_text("model = dict(type='RTDETR', test_cfg=dict(max_per_img=300))")
-        {'model': {'type': 'RTDETR', 'test_cfg': {'max_per_img': 300}}}
+        >>> read_text("model = dict(type='SpaRTAN', out_indices=(1, 2, 3))")
+        {'model': {'type': 'SpaRTAN', 'out_indices': (1, 2, 3)}}
         >>> read_text("model = dict(type='os.system', command='ls')")
         Traceback (most recent call last):
-        spartan_mm.weights.config_text.CodeError: line 1: type='os.system'
+        spartan_mm.weights.config_text.CodeError: type='os.system'
     """
     # mmengine replaces these in the text before it runs it.
     if '{{' in text:
@@ -59,26 +99,24 @@ def read_text(text: str) -> dict[str, Any]:
     try:
         for statement in ast.parse(text).body:
             try:
-                assigned = _read_assignment(statement)
-                check(assigned)
+                content |= _read_assignment(statement)
             except CodeError as error:
                 raise CodeError(f'line {statement.lineno}: {error}') from None
-            content |= assigned
     except (RecursionError, MemoryError):
         raise CodeError('too deep a nesting to be looked through') from None
+    check(content)
     return content
 
 
 def check(content: Mapping[str, Any]) -> None:
-    """Insist that a config names nothing but what is meant for configs.
+    """Insist that a config names nothing but what is meant for configs, and import what it names.
 
-    Objects are built from whatever ``type`` names, functions of any installed package included. A
-    ``type`` with a dot in it passes if it names a class of ``torch.nn``, ``torch.optim`` or
-    ``torchvision.transforms``, or what is in a registry of OpenMMLab's packages or of one that was
-    imported before.
-
-    NOTE: Modules that a config names in ``custom_imports`` are imported, wherever Python finds
-    them; those of Python's own library are refused.
+    Objects are built from whatever ``type`` names, functions of any installed package included, of
+    which some hand all that a config says on. What passes is a *class*, by its name in a registry
+    or by its path, of the modules in `_MODULES`, or of another package than OpenMMLab's that
+    registered it. Modules in ``custom_imports``, ``default_scope`` and ``_scope_`` must be
+    installed or imported already: no file of the current folder is run, nor a module of Python's
+    own library, nor tests.
 
     Args:
         content: What the config holds, of Python's plain types.
@@ -87,15 +125,93 @@ def check(content: Mapping[str, Any]) -> None:
         CodeError: It names something else.
     """
     try:
-        for name in ('custom_imports', 'default_scope'):
-            if any(map(_is_unwanted_module, _walk(content.get(name)))):
-                raise CodeError(f'{name}={content[name]!r}'[:80])
-        for key, value in _walk_items(content):
-            if (key == 'type' and not _is_harmless_type(value)
-                    or key == '_scope_' and _is_unwanted_module(value)):
-                raise CodeError(f'{key}={value!r}'[:80])
+        imports = content.get('custom_imports') or {}
+        names = imports.get('imports') if isinstance(imports, Mapping) else imports
+        entries = list(_walk_items(content))
+        modules = [*([names] if isinstance(names, str) else names or []),
+                   *(value for key, value in entries
+                     if key in ('default_scope', '_scope_') and value is not None)]
+        for name in modules:
+            _check_module(name)
+        for key, value in entries:
+            _check_entry(key, value, modules)
     except RecursionError:
         raise CodeError('too deep a nesting to be looked through') from None
+
+
+def _check_module(name: Any) -> None:
+    """Insist that a module is installed, or imported already, and no test."""
+    parts = str(name).split('.')
+    top = parts[0]
+    if not isinstance(name, str) or top in sys.stdlib_module_names or any(
+            part.startswith('__') or part in ('test', 'tests', 'conftest') for part in parts):
+        raise CodeError(f'it imports {name!r}'[:80])
+    if top in sys.modules:
+        return
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    places = spec and (spec.submodule_search_locations or [spec.origin]) or []
+    installed = [Path(place).resolve() for place in (
+        *sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages())
+        if Path(place).name in ('site-packages', 'dist-packages')]
+    if not places or not all(any(Path(place).resolve().is_relative_to(folder)
+                                 for folder in installed) for place in places):
+        raise CodeError(f'it imports {name!r}, which is neither installed nor imported')
+
+
+def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
+    """Insist that an entry of a dict names nothing that must not be built or opened."""
+    shown = f'{key}={value!r}'[:80]
+    if key in ('trust_remote_code', 'checkpoint_path', 'save_dir') and value:
+        raise CodeError(shown)
+    if key in ('backend_args', 'file_client_args') and value is not None and not (
+            isinstance(value, Mapping) and value.get('backend') in ('local', 'disk')):
+        raise CodeError(shown)
+    if key == 'type' and not isinstance(value, str):
+        if isinstance(value, (list, tuple, set, Mapping, float)):
+            raise CodeError(shown)
+    elif key == 'type' or isinstance(value, str) and (
+            key == 'constructor' or isinstance(key, str) and key.endswith('_type')):
+        found = _find(value, modules)
+        # What is not called 'type' may be any word, but no path to something.
+        unknown = not found and value not in _OPERATIONS and (key == 'type' or '.' in value)
+        if unknown or not all(map(_is_harmless, found)):
+            raise CodeError(shown)
+
+
+def _find(name: str, modules: Iterable[str]) -> list[Any]:
+    """All that mmengine may take a name for: what registries know by it, else what it leads to."""
+    found = list(_registered(name))
+    if not found:
+        # As mmengine does before it gives up.
+        for package in dict.fromkeys([*modules, *({name.partition('.')[0]} & _SCOPES), 'mmcv']):
+            _import_registered(package)
+        found = list(_registered(name))
+    if not found and (_is_inside(name, _MODULES) or name.isidentifier()):
+        # By its path, or as a transform of ours for classifiers names one of torchvision's.
+        path = name if '.' in name else f'torchvision.transforms.v2.{name}'
+        try:
+            found = [get_object_from_string(path)]
+        except Exception:  # whatever keeps a module from being imported
+            pass
+    return [item for item in found if item is not None]
+
+
+def _is_harmless(item: Any) -> bool:
+    """Whether an object may be built of it."""
+    name = f'{getattr(item, "__module__", "")}.{getattr(item, "__qualname__", "")}'
+    if not isinstance(item, type):
+        return name in _FUNCTIONS
+    if _is_inside(name, _MODULES):
+        return not _is_inside(name, _EXCLUDED)
+    return name.partition('.')[0] not in (*_SCOPES, *_FETCHING, 'torch', 'torchvision',
+                                          *sys.stdlib_module_names)
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f'{module}.') for module in modules)
 
 
 def _read_assignment(statement: ast.stmt) -> dict[str, Any]:
@@ -153,60 +269,44 @@ def _walk_items(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from part.items()
 
 
-def _is_unwanted_module(name: Any) -> bool:
-    parts = name.split('.') if isinstance(name, str) else []
-    return bool(parts) and (parts[0] in sys.stdlib_module_names
-                            or any(part.startswith('__') for part in parts))
-
-
-def _is_harmless_type(name: Any) -> bool:
-    """Whether nothing but what is meant for configs is built from a ``type``."""
-    if not isinstance(name, str):
-        return not isinstance(name, (list, tuple, set, Mapping, float))
-    if any(name in registry.module_dict for registry in _registries()):
-        return True
-    if _is_unwanted_module(name):
-        return False
-    package, _, rest = name.partition('.')
-    # mmengine would import a module of this name, and cannot call it.
-    if not rest:
-        return True
-    if name.startswith(_LIBRARIES):
-        return _is_class_of_library(name)
-
-    if package in _SCOPES or package in {registry.scope for registry in _registries()}:
-        try:
-            found = get_object_from_string(name)
-        except Exception:  # whatever keeps a package from being imported
-            found = None
-        if found is None:
-            # A name after a scope, which is looked up in the registries alone.
-            return '.' not in rest
-        # The import may have filled the registries.
-        return any(found is item for item in _registered())
-    return any(name == f'{item.__module__}.{item.__qualname__}' for item in _registered()
-               if isinstance(item, (type, FunctionType)))
-
-
-def _is_class_of_library(name: str) -> bool:
-    try:
-        found = get_object_from_string(name)
-    except Exception:  # whatever keeps a package from being imported
-        return False
-    return isinstance(found, type) and f'{found.__module__}.'.startswith(_LIBRARIES)
-
-
-def _registries() -> Iterator[Registry]:
-    """Go through mmengine's registries and those that other packages derived from them."""
-    waiting = [item for item in vars(mmengine.registry).values() if isinstance(item, Registry)
-               # What a whole training is built by has no place inside of a config.
-               and item is not mmengine.registry.RUNNERS]
+def _registries() -> list[Registry]:
+    """The registries of mmengine and of OpenMMLab's packages, and those derived from them."""
+    waiting = [item for package in sorted(_SCOPES) if f'{package}.registry' in sys.modules
+               for item in vars(sys.modules[f'{package}.registry']).values()
+               if isinstance(item, Registry)]
+    found = {}
     while waiting:
         registry = waiting.pop()
-        yield registry
-        waiting.extend(registry.children.values())
+        if id(registry) not in found:
+            found[id(registry)] = registry
+            waiting.extend(registry.children.values())
+    return list(found.values())
 
 
-def _registered() -> Iterator[Any]:
+def _known_scopes() -> set[str]:
+    return {registry.scope for registry in _registries()}
+
+
+def _registered(name: str) -> Iterator[Any]:
+    """Go through all that registries have under a name, under its rest behind a scope, or there."""
+    scope, _, rest = name.partition('.')
     for registry in _registries():
-        yield from registry.module_dict.values()
+        for known, item in registry.module_dict.items():
+            if known == name or (known == rest and scope in _known_scopes()) or '.' in rest and (
+                    name == f'{getattr(item, "__module__", "")}.{getattr(item, "__name__", "")}'):
+                yield item
+
+
+@cache
+def _import_registered(package: str) -> None:
+    """Import a package, and of one of OpenMMLab all that it registers, if it is installed."""
+    try:
+        _check_module(package)
+        import_module(package)
+        if package.partition('.')[0] in _SCOPES:
+            import_module(f'{package.partition(".")[0]}.registry')
+        for registry in _registries():
+            if registry.scope == package:
+                registry.import_from_location()
+    except Exception:  # whatever keeps a package from being imported
+        pass

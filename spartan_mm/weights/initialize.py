@@ -116,7 +116,7 @@ class ConvertedPretrained:
                                       ('ema.module', 'model', 'state_dict'))
             module.load_state_dict(CONVERTERS[self.converter](weights), strict=True)
         except (ValueError, RuntimeError) as error:
-            first, *others = error.args
+            first, *others = map(str.strip, str(error).splitlines())
             raise CheckpointError(f'checkpoint {self.checkpoint} does not fit '
                                   f'{type(module).__name__}: {first}', *others) from error
         print_log(f'{type(module).__name__}: loaded {len(weights)} tensors of {self.checkpoint}',
@@ -150,4 +150,5 @@ def without_pretrained(settings: Any) -> Any:
 
 
 def _loads(init_cfg: Any) -> bool:
-    return isinstance(init_cfg, dict) and init_cfg.get('checkpoint') is not None
+    return any(isinstance(item, dict) and item.get('checkpoint') is not None
+               for item in (init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]))

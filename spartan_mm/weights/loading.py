@@ -105,8 +105,10 @@ def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
     # 'CLASSES' is what OpenMMLab's versions before 3.0 wrote.
     for place in (meta.get('dataset_meta') or {}, meta):
         classes = place.get('classes') or place.get('CLASSES')
-        if classes:
-            return (classes, ) if isinstance(classes, str) else tuple(map(str, classes))
+        if isinstance(classes, str) and classes:
+            return (classes, )
+        if isinstance(classes, list | tuple) and classes:
+            return tuple(map(str, classes))
     return None
 
 

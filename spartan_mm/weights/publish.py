@@ -36,7 +36,8 @@ from .stored_config import (
 _IMPORTS = {'mmdet': 'spartan_mm.detection', 'mmpretrain': 'spartan_mm.classification'}
 
 # What belongs to one run on one machine.
-_OF_THE_RUN = ('work_dir', 'load_from', 'resume', 'launcher', 'local_rank', 'gpu_ids', 'device')
+_OF_THE_RUN = ('work_dir', 'load_from', 'resume', 'launcher', 'local_rank', 'gpu_ids', 'device',
+               'vis_backends')
 
 _NO_TEXT = ('the config holds what cannot be written as plain text, such as a function; give its '
             'name in its place')
@@ -124,6 +125,9 @@ def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
     content = {key: _without_places(value) for key, value in config.to_dict().items()
                if key not in _OF_THE_RUN}
     content['model'] = without_pretrained(content['model'])
+    if content.get('visualizer'):
+        content['visualizer'] = dict(content['visualizer'],
+                                     vis_backends=[dict(type='LocalVisBackend')])
     imports = dict(content.get('custom_imports') or {})
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from safetensors import safe_open
 
 from ..errors import CheckpointError
+from .pickle_scan import Scan
 
 # What publishing appends to a name: the first digits of the content's SHA-256. Eight digits may be
 # a date, too.
@@ -40,23 +42,29 @@ _REFUSALS = {
 # Of Python's own modules, those whose classes hold values, as settings in checkpoints do.
 _VALUE_MODULES = frozenset(['argparse', 'collections', 'copyreg', 'datetime', 'decimal', 'enum',
                             'fractions', 'pathlib', 'types', 'typing', 'uuid'])
-_VALUE_TYPES = (bool, dict, float, frozenset, int, list, range, slice, str, tuple)
+_NO_VALUES = sys.stdlib_module_names - _VALUE_MODULES
+_LOCK = threading.Lock()
 
 
 class _Refused(Exception):
     """The name of something that reading a file would have to run."""
 
 
-def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
+def read_checkpoint(path: str | Path, map_location: Any = 'cpu', foreign: bool = False) -> Any:
     """Read a checkpoint without running anything that is in it.
 
     It is ``torch.load(weights_only=True)``, which is also told of the few classes that mmengine
-    writes beside the weights, and of what ``torch.serialization.add_safe_globals`` declared.
+    writes beside the weights, and of what ``torch.serialization.add_safe_globals`` declared. What a
+    file claims to hold is held against its size before any memory is taken.
 
     Args:
         path: A file written by ``torch.save`` or a safetensors file. Of the latter, the entry
             ``meta`` of the header, JSON, becomes the ``meta`` beside ``state_dict``.
         map_location: Where the tensors go, see ``torch.load``.
+        foreign: Whether objects of other packages' classes are read as empty placeholders, so that
+            the packages need not be installed: training checkpoints often hold more than tensors,
+            the authors' SpaRTAN files an omegaconf config. What names functions of Python or of the
+            operating system is refused all the same.
 
     Returns:
         What was saved.
@@ -68,9 +76,10 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
-    read = _read_safetensors if _is_safetensors(path) else _read_pickle
     try:
-        return read(path, map_location)
+        if _is_safetensors(path):
+            return _read_safetensors(path, map_location)
+        return _read_pickle(path, map_location, foreign)
     except _Refused as error:
         raise CheckpointError(
             f'{path} is refused: reading it would run {error}, which can do anything on this '
@@ -84,42 +93,17 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
 
 
 def read_foreign(path: str | Path) -> Any:
-    """Read a checkpoint of another code base onto the CPU, without running anything that is in it.
-
-    Training checkpoints often hold more than tensors: the authors' SpaRTAN files carry an omegaconf
-    config. Objects of classes from other packages are read as empty placeholders here, so that the
-    packages need not be installed either. A file that names functions of Python or of the operating
-    system is refused.
-
-    Args:
-        path: See :func:`read_checkpoint`.
-
-    Returns:
-        What was saved, with placeholders for foreign objects.
+    """Read a checkpoint of another code base onto the CPU, see :func:`read_checkpoint`.
 
     Raises:
         CheckpointError: The file does not exist, is not a checkpoint, or is refused.
     """
     if Path(path).is_dir():
         raise CheckpointError(f'{path} is a folder, not a checkpoint')
-    # What is left out here is refused when the file is read.
-    refused = sys.stdlib_module_names - _VALUE_MODULES
-    placeholders = {name: _make_placeholder(name) for name in _list_unknown_names(path)
-                    if name.partition('.')[0] not in refused}
-    while True:
-        try:
-            with torch.serialization.safe_globals([*_VALUE_TYPES, *placeholders.values()]):
-                return read_checkpoint(path)
-        except OSError as error:
-            raise CheckpointError(str(error)) from error
-        except CheckpointError as error:
-            # torch fills nothing but Python's own lists, and newer versions its own dicts alone.
-            found = re.search(r"Can only (SETITEM|append|extend).* but got <class '(.+)'>",
-                              str(error))
-            if not found or found[2] not in placeholders:
-                raise
-            content = OrderedDict if found[1] == 'SETITEM' else list
-            placeholders[found[2]] = _make_placeholder(found[2], content)
+    try:
+        return read_checkpoint(path, foreign=True)
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
 
 
 class _Placeholder:
@@ -137,23 +121,13 @@ class _Placeholder:
     __setstate__ = __setitem__ = _ignore
 
 
-def _make_placeholder(name: str, content: Callable[[], Any] | None = None) -> type:
-    """Make a class of a name; calling it gives a placeholder, or what `content` makes."""
-    module, _, qualname = name.rpartition('.')
-    members = dict(__module__=module, __qualname__=qualname)
+def _make_placeholder(name: str, content: type | None) -> type:
+    """Make a class of a name; calling it gives a placeholder, or what torch fills in its place."""
+    members = dict(__module__=name.rpartition('.')[0], __qualname__=name.rpartition('.')[2])
     if content:
-        members['__new__'] = lambda cls, *args, **kwargs: content()
-    return type(qualname, (_Placeholder, ), members)
-
-
-def _list_unknown_names(path: str | Path) -> list[str]:
-    """List what a file names and :func:`read_checkpoint` refuses; not if it is before torch 1.6."""
-    try:
-        with _declared_safe():
-            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    # What is no checkpoint can raise anything.
-    except Exception:
-        return []
+        made = OrderedDict if content is dict else list
+        members['__new__'] = lambda cls, *args, **kwargs: made()
+    return type(members['__qualname__'], (_Placeholder, ), members)
 
 
 def local_file(checkpoint: str | Path) -> Path:
@@ -223,16 +197,32 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
     return dict(meta=with_tuples(meta), state_dict=weights)
 
 
-def _read_pickle(path: Path, map_location: Any) -> Any:
+def _read_pickle(path: Path, map_location: Any, foreign: bool) -> Any:
     # torch refuses these, too, but advises to read them without care.
+    scan = Scan(path.stat().st_size)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if any(Path(name).name == 'constants.pkl' for name in file.namelist()):
+            # torch does not tell upper from lower case.
+            sizes = {entry.filename.lower(): entry.file_size for entry in file.infolist()}
+            if any(name.endswith('/constants.pkl') for name in sizes):
                 raise CheckpointError('it is a TorchScript program, not a checkpoint of weights')
+            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+                raise CheckpointError('its entries claim more bytes than it has')
+            for entry in file.infolist():
+                if entry.filename.lower().endswith('data.pkl'):
+                    scan.read(file.open(entry))
+            stored = {name.rpartition('/')[2]: size for name, size in sizes.items()}
+            if any(size > stored.get(key.lower(), -1) for key, (size, _) in scan.storages.items()):
+                raise CheckpointError('its tensors claim more bytes than their entries have')
     elif tarfile.is_tarfile(path):
         raise CheckpointError('it is a tar archive, which torch wrote before version 0.1.10')
+    else:
+        with path.open('rb') as file:
+            # Two numbers and what machine it was, the content, the keys of the storages.
+            for _ in range(5):
+                scan.read(file)
     try:
-        with _declared_safe():
+        with _declared_safe(scan if foreign else None):
             return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise _explain(str(error)) from error
@@ -250,19 +240,36 @@ def _explain(message: str) -> Exception:
 
 
 @contextmanager
-def _declared_safe() -> Iterator[None]:
-    """Tell torch what stands for which name; ours come before what the process declared."""
-    declared, own = torch.serialization.get_safe_globals(), _safe_globals()
+def _declared_safe(scan: Scan | None) -> Iterator[None]:
+    """Tell torch what stands for which name; ours come before what the process declared.
+
+    Args:
+        scan: Of a file whose foreign objects become placeholders.
+    """
+    own = _safe_globals()
     names = {name for _, name in own}
-    others = [entry for entry in declared if names.isdisjoint([
-        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'])]
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([*others, *own])
-    try:
-        yield
-    finally:
+    # torch has one list for all threads.
+    with _LOCK:
+        declared = torch.serialization.get_safe_globals()
+        others = {entry[1] if isinstance(entry, tuple) else
+                  f'{entry.__module__}.{entry.__qualname__}': entry for entry in declared}
+        if scan:
+            # What is left out here is refused when the file is read.
+            own = [*own, *((_make_placeholder(name, scan.filled.get(name)), name)
+                           for name in scan.names - {*names, *others}
+                           if name.partition('.')[0] not in _NO_VALUES)]
+        if names.isdisjoint(others):
+            with torch.serialization.safe_globals(own):
+                yield
+            return
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(declared)
+        torch.serialization.add_safe_globals(
+            [*own, *(entry for name, entry in others.items() if name not in names)])
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(declared)
 
 
 @cache
@@ -287,7 +294,9 @@ def _safe_globals() -> list[tuple[Callable, str]]:
         (_plain_dtype, 'numpy.dtype'),
         # Protocol 2 makes b'' so; an array without elements has it.
         (bytes, 'builtins.bytes'),
-        *((kind, f'builtins.{kind.__name__}') for kind in (frozenset, range, slice)),
+        # Their names alone, but for frozenset, range and slice, see pickle_scan.
+        *((kind, f'builtins.{kind.__name__}') for kind in (
+            bool, dict, float, frozenset, int, list, range, slice, str, tuple)),
         (_statistics_method, 'builtins.getattr'),
         (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
     ]

@@ -13,6 +13,7 @@ from mmengine.utils import import_modules_from_strings
 
 from ..errors import CheckpointError
 from .config_text import CodeError, check, read_text
+from .initialize import without_pretrained
 from .loading import find_meta
 from .safe_load import local_file, read_checkpoint
 
@@ -52,8 +53,12 @@ def read_config(checkpoint: Any, name: str | Path) -> Config | None:
         if plain is None:
             content = read_text(text)
         else:
+            _check_size(plain)
             content = from_plain(plain)
             check(content)
+        if 'model' in content:
+            # The weights are in the file.
+            content['model'] = without_pretrained(content['model'])
         return make_config(content)
     except CodeError as error:
         raise CheckpointError(_refusal(name, error)) from None
@@ -109,6 +114,7 @@ def give_text(checkpoint: Any) -> None:
     plain = _plain_config(checkpoint)
     if plain is not None and 'cfg' not in checkpoint['meta']:
         try:
+            _check_size(plain)
             checkpoint['meta']['cfg'] = as_text(from_plain(plain))
         except Exception:  # Who asks is told that there is no config.
             pass
@@ -175,6 +181,18 @@ def from_plain(value: Any) -> Any:
     if mark not in kinds:
         raise ValueError(f'it has the unknown mark {mark}')
     return kinds[mark](from_plain(items))
+
+
+def _check_size(plain: Any, limit: int = 1_000_000) -> None:
+    """Refuse what is small in a file, and endless for who goes through it, part by part."""
+    waiting, count = [plain], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        waiting.extend(value.values() if isinstance(value, dict) else
+                       value if isinstance(value, list) else ())
+        if count + len(waiting) > limit:
+            raise ValueError(f'it has more than {limit:,} parts')
 
 
 def _plain_config(checkpoint: Any) -> dict[str, Any] | None:

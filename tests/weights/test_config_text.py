@@ -1,10 +1,13 @@
 """Which configs are plain data."""
 
+import sys
+from importlib import import_module
+
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from spartan_mm.weights.config_text import CodeError, read_text
+from spartan_mm.weights.config_text import CodeError, check, read_text
 from spartan_mm.zoo import config_path
 
 
@@ -16,15 +19,23 @@ def test_a_config_is_data():
 @pytest.mark.parametrize('text', [
     "a = dict(type='mmdet.RTDETR', b=[1, -2.5, None, True], c={'d': (1, 'e')})",
     "collate_fn = dict(type='mmengine.dataset.pseudo_collate')",
-    "a = dict(type='torchvision/Resize', size=set())",
+    "a = dict(type='mmdet.RTDETR', size=set())",
     "a = dict({'b c': 1, -1: dict()}, )",
     "a = dict(type='torchvision.transforms.Resize')",
     "a = [dict(type='mmdet.RTDETR'), dict(type='torch.nn.modules.linear.Linear')]",
-    "a = dict(type='mmseg.NotInstalled', _scope_='mmdet')",
+    "a = dict(type='RTDETR', _scope_='mmdet')",
+    "test_cfg = dict(nms=dict(type='nms', iou_threshold=0.5))",
+    "custom_imports = dict(imports=['spartan_mm.classification'])\n"
+    "a = dict(type='TorchvisionTransforms', transforms=[dict(type='RandomVerticalFlip')])",
+    "a = dict(type='LoadImageFromFile', backend_args=None)",
+    "a = dict(type='LoadImageFromFile', backend_args=dict(backend='local'))",
+    "a = dict(type='TIMMFeatures', model_name='resnet10t')",
+    "a = dict(loss_type='anything')",
     "a = dict(type='mmengine.hooks.checkpoint_hook.CheckpointHook')",
     "a = dict(type='spartan_mm.engine.nan_guard.FiniteNumbersHook')",
-    "a = dict(type='my_function')",
-    "custom_imports = dict(imports=['my.random'], allow_failed_imports=False)",
+    "custom_imports = dict(imports=['spartan_mm.detection'], allow_failed_imports=False)",
+    "custom_imports = dict(imports='mmdet.models')",
+    "default_scope = 'mmpretrain'",
     "optimizer = dict(type='torch.optim.AdamW', eps=inf)",
 ])
 def test_data(text):
@@ -88,6 +99,41 @@ def test_what_is_no_python_cannot_run(text):
     'a = set([1])',
     'a = b = 1',
     "a = 'b' + 'c'",
+    # Factories, which hand all that they are given on.
+    *(f"a = [dict(type={name!r})]" for name in (
+        'HuggingFaceClassifier', 'mmpretrain.HuggingFaceClassifier', 'TimmClassifier',
+        'TIMMBackbone', 'AutoModelForCausalLM', 'AutoTokenizer', 'BertModel', 'BlipCaption',
+        'mmpretrain.models.utils.huggingface.register_hf_model',
+        'mmpretrain.models.classifiers.hugging_face.HuggingFaceClassifier')),
+    "default_scope = 'mmpretrain'\nmodel = dict(type='AutoModelForCausalLM')",
+    # Text that is evaluated, where mmcv, mmdet and mmpretrain do so.
+    "test_cfg = dict(nms=dict(type='exec(input())', iou_threshold=0.5))",
+    "a = dict(type='torchvision/ConvertImageDtype', dtype='float or exec(input())')",
+    "a = dict(type='CameraMotionCompensation', warp_mode='exec(input())')",
+    "a = dict(type='Albu', transforms=[])",
+    # Files and addresses.
+    "a = dict(type='KnowledgeDistillationSingleStageDetector', teacher_config='other.py')",
+    "a = dict(type='ArcFaceClsHead', margins='http://example.org/margins')",
+    "a = dict(type='VectorQuantizer', beit_v2=True)",
+    "a = dict(type='TIMMFeatures', model_name='resnet10t', checkpoint_path='a.pth')",
+    "a = dict(type='LoadImageFromFile', backend_args=dict(backend='memcached', sys_path='.'))",
+    "a = dict(type='LoadImageFromFile', file_client_args=dict(backend='petrel'))",
+    "a = dict(type='SpaRTAN', b=[(dict(trust_remote_code=True), )])",
+    "visualizer = dict(vis_backends=[dict(type='WandbVisBackend')])",
+    "hook = dict(type='EMAHook', ema_type='HuggingFaceClassifier')",
+    "optim_wrapper = dict(constructor='HuggingFaceClassifier')",
+    "optim_wrapper = dict(constructor='planted.factory')",
+    "hook = dict(type='EMAHook', ema_type='os.system')",
+    "runner_type = 'Runner'",
+    "visualizer = dict(type='DetLocalVisualizer', save_dir='/somewhere')",
+    "a = dict(type='nobody_knows')",
+    "a = dict(type='mmseg.NotInstalled', _scope_='mmdet')",
+    # Modules.
+    *(f"custom_imports = dict(imports=[{name!r}])\na = dict(type='RTDETR')" for name in (
+        'test.autotest', 'torch.test', 'idlelib.idle', 'numpy.tests', 'no_such_module', 'imports',
+        '', 3)),
+    "custom_imports = ['this']",
+    "a = [dict(type='RTDETR', _scope_='no_such_module')]",
     "custom_imports = dict(imports=['this'])",
     "custom_imports = dict(imports='os.path')",
     "custom_imports = dict(imports=['pip.__main__'])",
@@ -102,12 +148,50 @@ def test_code(text):
 
 @pytest.mark.parametrize('text, found', [
     ('a = 1\nb = open("c")', "line 2: open('c')"),
-    ("a = {\n'type': 'os.system'}", "line 1: type='os.system'"),
+    ("a = {\n'type': 'os.system'}", "type='os.system'"),
+    ("custom_imports = dict(imports=['no_such_module'])",
+     "it imports 'no_such_module', which is neither installed nor imported"),
 ])
-def test_the_line_is_named(text, found):
+def test_what_it_is_is_named(text, found):
     with pytest.raises(CodeError) as caught:
         read_text(text)
     assert str(caught.value) == found
+
+
+@pytest.mark.parametrize('text', [
+    "custom_imports = dict(imports=['planted'])", "default_scope = 'planted'",
+    "a = dict(type='planted.Net')", "a = dict(type='planted.RTDETR')", "a = dict(type='mmocr.Net')",
+    "a = dict(type='RTDETR', _scope_='mmocr')"])
+def test_no_file_of_the_current_folder_runs(tmp_path, monkeypatch, text):
+    for name in ('planted.py', 'mmocr.py'):
+        (tmp_path / name).write_text('open("trace", "w")\nclass Net:\n    pass')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend('')
+    with pytest.raises(CodeError):
+        read_text(text)
+    assert not (tmp_path / 'trace').exists()
+
+
+def test_of_what_was_imported_classes_may_be_named(tmp_path, monkeypatch):
+    (tmp_path / 'own_parts.py').write_text(
+        'from mmengine.registry import MODELS\n\n\n@MODELS.register_module()\nclass OwnPart:\n'
+        '    pass\n\n\n@MODELS.register_module()\ndef own_factory(**_):\n    pass\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module('own_parts')
+    try:
+        text = "custom_imports = dict(imports='own_parts')\na = dict(type='OwnPart')"
+        assert read_text(text)
+        with pytest.raises(CodeError, match='own_factory'):
+            read_text(text.replace('OwnPart', 'own_factory'))
+    finally:
+        del sys.modules['own_parts']
+        del MODELS.module_dict['OwnPart'], MODELS.module_dict['own_factory']
+
+
+@pytest.mark.parametrize('name', ['rtdetr_r18vd', 'spartan_xt_digits', 'rtdetr_timm',
+                                  'retinanet_spartan_t', 'spartan_xt_ema'])
+def test_configs_of_this_package_pass(name):
+    check(Config.fromfile(config_path(name)).to_dict())
 
 
 def test_what_is_registered_may_be_built(monkeypatch):

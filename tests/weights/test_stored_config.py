@@ -65,10 +65,13 @@ def publish(request, tmp_path):
     (dict(a={'$tuple': [dict(type='subprocess.Popen')]}), "type='subprocess.Popen'"),
     (dict(a={'$dict': [['type', 'os.system']]}), "type='os.system'"),
     (dict(a=dict(type=['os.system'])), 'type='),
-    (dict(a=dict(type='RTDETR', _scope_='this')), "_scope_='this'"),
-    (dict(custom_imports=dict(imports=['this'])), 'custom_imports='),
-    (dict(custom_imports=dict(imports='os.path')), 'custom_imports='),
-    (dict(default_scope='this'), "default_scope='this'"),
+    (dict(a=dict(type='RTDETR', _scope_='this')), "it imports 'this'"),
+    (dict(custom_imports=dict(imports=['this'])), "it imports 'this'"),
+    (dict(custom_imports=dict(imports='os.path')), "it imports 'os.path'"),
+    (dict(default_scope='this'), "it imports 'this'"),
+    (dict(custom_imports=dict(imports=['no_such_module'])), "it imports 'no_such_module'"),
+    (dict(a={'$tuple': [dict(type='RTDETR', trust_remote_code=True)]}), 'trust_remote_code=True'),
+    (dict(default_scope='mmpretrain', model=dict(type='HuggingFaceClassifier')), 'HuggingFace'),
     (dict(a=dict(type='torch.PyTorchFileWriter', file_name='/any/path')), 'PyTorchFileWriter'),
 ])
 def test_plain_data_that_would_run_code(publish, content, found):
@@ -80,7 +83,6 @@ def test_plain_data_that_would_run_code(publish, content, found):
 @pytest.mark.parametrize('content, message', [
     ({'$tuple': []}, ''), ({'$set': [[]]}, ''), (dict(a={'$set': 1, 'b': 2}), ''),
     (dict(a={'$object': 1}), r'unknown mark \$object'),
-    (dict(custom_imports=dict(imports=['no_such_module_at_all'])), 'no_such_module_at_all'),
 ])
 def test_plain_data_that_is_no_config(publish, content, message):
     with pytest.raises(CheckpointError, match=rf'config inside of .* cannot be used: .*{message}'):
@@ -114,6 +116,16 @@ class TestMMEngine:
             model = nn.Linear(2, 3)
             load(model, path)
             torch.testing.assert_close(dict(model.state_dict()), WEIGHTS)
+
+
+def test_weights_are_not_looked_for_elsewhere(publish):
+    init_cfg = dict(type='Pretrained', checkpoint='https://example.org/a.pth')
+    content = dict(model=dict(
+        type='SpaRTAN', arch='xt', init_cfg=[init_cfg, dict(type='Constant', layer='Conv2d')],
+        parts=[dict(type='TIMMFeatures', model_name='resnet10t', pretrained=True)]))
+    model = config_from(publish(to_plain(content))).model
+    assert model == dict(type='SpaRTAN', arch='xt',
+                         parts=[dict(type='TIMMFeatures', model_name='resnet10t')])
 
 
 def test_registered_parts_are_built(publish):

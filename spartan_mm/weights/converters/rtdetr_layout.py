@@ -161,7 +161,8 @@ def read_layout(names: Iterable[str], source: int) -> Layout:
     def count(part: str, **numbers) -> int:
         return max((int(match[1]) for match in find(part, **numbers)), default=-1) + 1
 
-    number, any_step = r'(\d+)', dict(step=r'\d+', path=_PATHS[0])
+    # What has more digits is no number of a model, and left over.
+    number, any_step = r'(\d{1,3})', dict(step=r'\d+', path=_PATHS[0])
     return Layout(
         depths=tuple(count('block', stage=stage, next=stage + 1, block=number)
                      for stage in range(4)),
@@ -275,7 +276,8 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
         num_classes = len(state_dict['bbox_head.cls_branches.0.bias'])
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f'the shapes are not those of an RT-DETR: {error}') from error
-    num_points, remainder = divmod(samples, decoder_heads * layout.levels)
+    heads = decoder_heads * layout.levels
+    num_points, remainder = divmod(samples, heads) if heads > 0 else (0, samples)
     if remainder:
         raise CheckpointError(f'the {samples} attention weights of a decoder layer are not equally '
                               f'many for each of {decoder_heads} heads and {layout.levels} maps')

@@ -119,7 +119,7 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
     """
     depths: dict[int, int] = {}
     for name in state_dict:
-        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name)
+        match = re.match(r'stages\.(\d)\.blocks\.(\d{1,3})\.', name)
         if match:
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)
@@ -146,7 +146,7 @@ def _read_layers(state_dict: Mapping[str, Tensor], prefix: str) -> list[list[int
     """
     is_block: dict[int, bool] = {}
     for name in state_dict:
-        match = re.match(re.escape(prefix) + r'layers\.(\d+)\.(smixer|cmixer)?', name)
+        match = re.match(re.escape(prefix) + r'layers\.(\d{1,3})\.(smixer|cmixer)?', name)
         if match:
             number = int(match[1])
             is_block[number] = bool(match[2]) or is_block.get(number, False)

@@ -160,6 +160,7 @@ def test_version_2_has_constants(ours, theirs):
     (dict(decoder_layers=3), 'decoder_layers=3, but the weights have 2'),
     (dict(d_model=256, hidden_expansion=1.0), 'hidden_expansion=1.0, but the weights have 0.5'),
     (dict(backbone_config=dict(depths=[3, 4, 6, 3])), r'depths=\[3, 4, 6, 3\], but'),
+    (dict(decoder_attention_heads=0), 'not equally many for each of 0 heads'),
     (dict(decoder_attention_heads=4), 'not equally many for each of 4 heads'),
     (dict(decoder_attention_heads=1), 'decoder_n_points=3, but the weights have 6'),
     (dict(id2label={'0': 'cat'}), 'names 1 classes in id2label, but the weights have 5'),
