@@ -175,6 +175,7 @@ def test_classifier_of_reversed_outputs(project, tmp_path, monkeypatch, capfd):
     assert evaluate(capfd, tmp_path / '1', *other, '--match-classes', 'name') == expected
 
 
+@pytest.mark.slow
 def test_inference(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

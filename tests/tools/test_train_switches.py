@@ -43,10 +43,10 @@ def train(user_project, monkeypatch, tmp_path):
     def train(*flags, options=()):
         recorder = Recorder()
 
-        def build(cfg):
+        def build(cfg, split):
             # Runners have names of their own in a process.
             cfg.experiment_name = f'{tmp_path.name}_{next(numbers)}'
-            recorder.runner = build_runner(cfg)
+            recorder.runner = build_runner(cfg, split)
             recorder.runner.register_hook(recorder)
             return recorder.runner
 
