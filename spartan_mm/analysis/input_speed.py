@@ -3,7 +3,9 @@
 import copy
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -166,15 +168,14 @@ def _time_transforms(settings: Config, seconds: float) -> tuple[int, float, dict
     for step, transform in enumerate(dataset.pipeline.transforms):
         _wrap(timer, transform, f'{step + 1} {type(transform).__name__}')
 
-    order = np.random.default_rng(0).permutation(len(dataset))
-    dataset[int(order[0])]
+    order = cycle(np.random.default_rng(0).permutation(len(dataset)).tolist())
+    dataset[next(order)]
     timer.seconds = {}
-    count, start = 0, perf_counter()
-    while perf_counter() - start < seconds or count == 0:
+
+    def read() -> None:
         with timer.part('the rest'):
-            dataset[int(order[count % len(order)])]
-        count += 1
-    taken = (perf_counter() - start) / count
+            dataset[next(order)]
+    count, taken = _repeat(read, seconds)
     return count, taken, {part: total / count for part, total in timer.seconds.items()}
 
 
@@ -199,10 +200,15 @@ def _time_loader(settings: Config, workers: int, seconds: float) -> tuple[int, f
     # What was prepared before the clock starts is handed out for nothing.
     for _ in range(workers * (loader.prefetch_factor or 0) + 1):
         next(batches)
+    taken = _repeat(partial(next, batches), seconds)[1]
+    del batches, loader
+    return settings.batch_size, settings.batch_size / taken
+
+
+def _repeat(step: Callable[[], object], seconds: float) -> tuple[int, float]:
+    """Repeat a step for some time; give how often, and the seconds for one."""
     count, start = 0, perf_counter()
     while perf_counter() - start < seconds or count == 0:
-        next(batches)
+        step()
         count += 1
-    taken = perf_counter() - start
-    del batches, loader
-    return settings.batch_size, count * settings.batch_size / taken
+    return count, (perf_counter() - start) / count

@@ -15,14 +15,7 @@ from rich.progress import track
 from ..analysis.look_inside import receptive_field as field
 from ..analysis.style import write_figure
 from ..files import write_json
-from .arguments import (
-    add_layers,
-    add_looked_at,
-    add_sample,
-    layer_of_each,
-    positive,
-    take_sample,
-)
+from .arguments import add_layers, add_looked_at, add_sample, layer_of_each, positive, take_sample
 
 
 def add_arguments(parser: ArgumentParser) -> None:
