@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def find_accuracy(name: str, given: float | None = None) -> Accuracy | None:
         for key, metric in _METRICS.items():
             if key in (result.get('Metrics') or {}):
                 # This package's metafiles say whose figure each is; the others' are their own.
-                source = result.get('Source') or f'{package} {version(package)}'
+                source = result.get('Source') or f'{package} {import_module(package).__version__}'
                 dataset = _DATASETS.get(result['Dataset'], result['Dataset'])
                 return Accuracy(float(result['Metrics'][key]), metric, dataset, source)
     return None

@@ -117,15 +117,14 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
     classes = getattr(DATASETS.get(dataset.type), 'METAINFO', {}).get('classes') or ('object', )
     height, width = _SIZES[task]
     random = np.random.default_rng(0)
-    folders = [folder / 'images' / name for name in ('a', 'b')]
     images, annotations = [], []
     for index in range(count):
-        path = folders[index % 2] / f'{index}.jpg'
+        name = f'{"ab"[index % 2]}/{index}.jpg'
+        path = folder / 'images' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), _draw_picture(random, height, width),
                     [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        images.append(dict(id=index, file_name=path.relative_to(folder / 'images').as_posix(),
-                           height=height, width=width))
+        images.append(dict(id=index, file_name=name, height=height, width=width))
         for _ in range(_NUM_OBJECTS):
             sides = random.uniform(0.05, 0.5, 2) * (width, height)
             corner = random.uniform(0, 1, 2) * ((width, height) - sides)
@@ -134,7 +133,6 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
                 category_id=int(random.integers(len(classes))) + 1,
                 bbox=[*corner.tolist(), *sides.tolist()]))
 
-    pipeline = dataset.pipeline
     if task == 'detection':
         categories = [dict(id=index + 1, name=name) for index, name in enumerate(classes)]
         (folder / 'annotations.json').write_text(json.dumps(
@@ -143,8 +141,9 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
         dataset.update(data_root=str(folder), ann_file='annotations.json',
                        data_prefix=dict(img='images/'))
     else:
-        dataset.clear()
-        dataset.update(type='CustomDataset', data_root=str(folder / 'images'), pipeline=pipeline)
+        for key in dataset.keys() - {'pipeline'}:
+            del dataset[key]
+        dataset.update(type='CustomDataset', data_root=str(folder / 'images'))
 
 
 def _draw_picture(random: np.random.Generator, height: int, width: int) -> np.ndarray:

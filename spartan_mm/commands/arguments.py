@@ -32,11 +32,6 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
 
 
-def _writable(text: str) -> Path:
-    check_writable(text)
-    return Path(text)
-
-
 class _Size(argparse.Action):
     """Height and width, of one number or two."""
 
@@ -64,7 +59,7 @@ _FLAGS = {
     '--batch-size': dict(type=positive, metavar='N'),
     '--rounds': dict(type=positive, metavar='N',
                      help='how often each is timed (default: as often as takes some 20 s)'),
-    '--json': dict(type=_writable, metavar='FILE', help='write the numbers to it, too'),
+    '--json': dict(type=Path, metavar='FILE', help='write the numbers to it, too'),
     '--score-thr': dict(type=share, default=0.3, metavar='SCORE',
                         help='least score of a detection that counts (default: %(default)s)'),
 }

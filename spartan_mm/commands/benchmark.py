@@ -15,7 +15,7 @@ from ..analysis import benchmark
 from ..analysis.benchmark import Form, Group, Workload
 from ..analysis.input_speed import input_table, measure_input
 from ..analysis.kernels import kernels_table
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..text import Console
 from .arguments import add, add_any_model, add_work
 
@@ -74,6 +74,8 @@ def run(args: Namespace) -> None:
                              or args.against_channels_last or args.against_fused):
         args.parser.error('--against-deploy, --against-compile, --against-channels-last and '
                           '--against-fused say how --against CONFIG runs')
+    if args.json:
+        check_writable(args.json)
     console = Console()
     with benchmark.measuring(args.threads):
         if args.data:

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from ..analysis.sizes import COUNTED, DEPLOY_FORM, count_model, forms_table, tree
-from ..files import write_json
+from ..files import check_writable, write_json
 from .arguments import add, add_any_model
 
 
@@ -29,6 +29,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Count, and print what was counted."""
+    if args.json:
+        check_writable(args.json)
     counts = [count_model(args.config, args.size)]
     if args.deploy and counts[0].form != DEPLOY_FORM:
         counts.append(count_model(args.config, args.size, deploy=True))
