@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmengine.config import DictAction
 
 from ..files import check_writable
+from ..text import printable
 
 if TYPE_CHECKING:
     from ..analysis.look_inside.inputs import GivenModel
@@ -201,5 +202,5 @@ def report_failures(failures: Iterable[object]) -> int:
     """Print what went wrong at the end of a command, a line each; return its status."""
     failures = list(failures)
     for failure in failures:
-        print(f'error: {failure}', file=sys.stderr)
+        print(printable(f'error: {failure}'), file=sys.stderr)
     return int(bool(failures))
