@@ -3,8 +3,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from .errors import UsageError
+from .text import printable
 from .version import __version__
 
 #: What each command does. It lives in ``commands/``, with an underscore for the hyphen.
@@ -33,10 +35,51 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose flags of many values take those that fit, and leave what follows.
+
+    NOTE: argparse's own gives both words of `--size 640 CONFIG` to the flag.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words, last, place = [*(sys.argv[1:] if args is None else args)], [], 0
+        rest = words[words.index('--'):] if '--' in words else []
+        del words[len(words) - len(rest):]
+        while place < len(words):
+            action, end = self._option_string_actions.get(words[place]), place + 1
+            while end < len(words) and action and _fits(action, words[end]):
+                end += 1
+            if end == place + 1:
+                place += 1
+                continue
+            # At the end nothing follows.
+            last += words[place:end]
+            del words[place:end]
+        return super().parse_known_args([*words, *last, *rest], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def _fits(action: argparse.Action, word: str) -> bool:
+    """Whether a word is surely a value of a flag that takes many."""
+    if action.nargs != '+':
+        return False
+    if action.choices is not None:
+        return word in action.choices
+    if action.type is None:
+        return '=' in word and '=' in str(action.metavar)
+    try:
+        action.type(word)
+        return True
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
 def make_parser(command: str) -> argparse.ArgumentParser:
     """The parser of one command; its module alone is imported."""
     module = import_module(f'.commands.{command.replace("-", "_")}', __package__)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f'spartan-mm {command}', description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
@@ -55,13 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config. Other errors, those of argparse included, leave by SystemExit.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='spartan-mm', usage='%(prog)s COMMAND ...', add_help=False,
         description=make_overview(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-h', '--help', action='help', help=argparse.SUPPRESS)
     parser.add_argument('--version', action='version', version=__version__,
                         help=argparse.SUPPRESS)
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
+    # Whatever is printed, no encoding fails on it.
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, 'reconfigure', dict)(errors='backslashreplace')
     command = parser.parse_args(argv[:1] or ['--help']).command
     try:
         return _run(command, argv[1:])

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
+from .text import printable
 
 Colour = tuple[int, int, int]
 
@@ -39,6 +40,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 
 def fit_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Cut a text where it is too long."""
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f'{text}…') > width:

@@ -16,5 +16,9 @@ class UsageError(ExplainedError, ValueError):
     """Arguments that do not go together, or not with the config or the machine."""
 
 
+class InputError(ExplainedError, ValueError):
+    """An image, a folder, a video or a config that nothing can be found in or with."""
+
+
 class CheckpointError(ExplainedError, RuntimeError):
     """A checkpoint that cannot be read, loaded, converted, published or written."""

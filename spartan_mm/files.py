@@ -1,9 +1,14 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and nothing else is lost.
+
+A link is written through: it stays, and what it leads to is replaced. Folders, FIFOs, devices,
+links to nowhere and what is read at the same time are never written over.
+"""
 
 import errno
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,34 +29,54 @@ class UnwritableError(ExplainedError, OSError):
         return printable(f'{self.filename} cannot be written: {self.strerror}; {remedy}')
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, *sources: str | Path) -> Path:
     """Check before long work that its result has a place, as far as one can tell by looking.
 
     Args:
         path: The file to write; its folder need not exist.
+        sources: What is read, which must not be written over.
+
+    Returns:
+        The file to write, behind all links.
 
     Raises:
-        UnwritableError: It is a folder, or its folder is a file or closed to this user.
+        UnwritableError: It is one of the sources, no regular file or closed to this user, or its
+            folder is a file or closed to this user.
     """
-    path = Path(path)
-    if os.path.isdir(path):
-        raise UnwritableError(errno.EISDIR, 'it is a folder', str(path))
-    folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
-    if not folder.is_dir():
-        raise UnwritableError(errno.ENOTDIR, f'{folder} is a file, not a folder', str(path))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UnwritableError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    # Not pathlib's own questions, which some names make fail.
+    path, target = Path(path), Path(os.path.realpath(path))
+    exists, is_file = os.path.exists(target), os.path.isfile(target)
+    folder = next(folder for folder in target.parents if os.path.lexists(folder))
+    if os.path.isdir(target):
+        problem = errno.EISDIR, 'it is a folder'
+    elif is_file and any(map(target.samefile, filter(os.path.exists, sources))):
+        problem = errno.EEXIST, 'it is what is read'
+    elif lost := [part for part in (path, *path.parents)
+                  if os.path.islink(part) and not os.path.exists(part)]:
+        problem = errno.ENOENT, f'{lost[0]} is a link that leads nowhere'
+    elif exists and not is_file:
+        problem = errno.EEXIST, 'it is there and no regular file'
+    elif not os.path.isdir(folder):
+        problem = errno.ENOTDIR, f'{folder} is a file, not a folder'
+    elif not os.access(folder, os.W_OK | os.X_OK) or (
+            exists and not os.access(target, os.W_OK)):
+        problem = errno.EACCES, os.strerror(errno.EACCES)
+    else:
+        return target
+    raise UnwritableError(*problem, str(path))
 
 
 @contextmanager
-def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
+def write_whole(path: str | Path, flush: bool = True) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes its name only when it is complete and on the disk.
 
     Until then, and for ever if the process is killed or an error leaves the block, the name stands
-    for what it stood for before.
+    for what it stood for before. Permissions are those of the file that is replaced, or the usual
+    ones, and never more.
 
     Args:
         path: The file; its folder is made if need be.
+        flush: Whether to wait until it is on the disk; without, a power failure may cost it.
 
     Yields:
         The file, open for bytes.
@@ -67,30 +92,27 @@ def write_whole(path: str | Path) -> Iterator[IO[bytes]]:
         >>> path.read_bytes()
         b'all of it'
     """
-    path = Path(path)
-    check_writable(path)
-    unfinished = None
+    target = check_writable(path)
+    # The name of a file may be as long as names may be.
+    unfinished = target.with_name(f'.{target.name[:40]}.{secrets.token_hex(4)}{UNFINISHED}')
+    mode = stat.S_IMODE(target.stat().st_mode) if os.path.exists(target) else 0o666
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(UNFINISHED, f'.{path.name}.', path.parent)
-        with os.fdopen(handle, 'wb') as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, 'xb', opener=lambda *args: os.open(*args, mode)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private to its owner; this one gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(unfinished, 0o666 & ~umask)
-        os.replace(unfinished, path)
+            if flush:
+                os.fsync(file.fileno())
+        os.replace(unfinished, target)
     except BaseException as error:
-        if unfinished is not None:
-            os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
         # An error of another file, or one that the system does not know, is the caller's own.
-        if (isinstance(error, OSError) and error.errno is not None
-                and error.filename in (None, unfinished, str(path.parent))):
+        if (isinstance(error, OSError) and error.errno is not None and str(error.filename) in
+                ('None', str(unfinished), *map(str, target.parents))):
             raise UnwritableError(error.errno, error.strerror, str(path)) from error
         raise
-    _flush_folder(path.parent)
+    if flush:
+        _flush_folder(target.parent)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -16,15 +16,15 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from rich.progress import track
 
-from .datasets.data_errors import UndecodableError
-from .datasets.images import decode_image
+from .datasets.classes import find_names
+from .datasets.images import list_images, take_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
-from .errors import ExplainedError
-from .files import write_json, write_whole
-from .weights.loading import find_meta, load_for_inference
+from .errors import InputError
+from .files import check_writable, write_json, write_whole
+from .weights.loading import find_classes, load_for_inference
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
 
@@ -36,10 +36,6 @@ Processed = tuple[np.ndarray, dict[str, Any]]
 
 # What says in the results which image or frame it is, and the image.
 Named = tuple[dict[str, Any], np.ndarray]
-
-
-class InputError(ExplainedError, ValueError):
-    """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
 class _Found:
@@ -164,28 +160,23 @@ class Model:
             # A pretrained backbone that the config names is not loaded: nothing calls
             # init_weights().
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
-            meta = find_meta(load_for_inference(model, checkpoint or name))
-            self.classes = _class_names(meta.get('dataset_meta') or {}, dataset, model)
+            classes = find_classes(load_for_inference(model, checkpoint or name))
+            self.classes = find_names(model, classes, dataset, checkpoint or name)
         self.model = model.to(device or get_device()).eval()
 
-    def read(self, path: Path) -> np.ndarray:
-        """Read an image the way the config's pipeline does.
+    def read(self, image: Any) -> np.ndarray:
+        """Read an image the way the config's pipeline does, see :func:`take_image`.
 
-        Grey and palette images become colour, 16 bits are scaled to 8, transparency is left out,
-        and the image is turned as its EXIF orientation says, see :func:`decode_image`.
+        Args:
+            image: The path or the content of a file, a Pillow image or an array.
 
         Returns:
             The image in BGR order, shape (H, W, 3).
 
         Raises:
-            InputError: If the file cannot be read or is no image.
+            InputError: If it cannot be read or is no image.
         """
-        try:
-            return decode_image(path.read_bytes(), **self._decoding)
-        except OSError as error:
-            raise InputError(f'{path} cannot be read: {error.strerror or error}') from error
-        except UndecodableError as error:
-            raise InputError(f'{path} cannot be decoded as an image: {error}') from error
+        return take_image(image, **self._decoding)
 
     def collate(self, images: Sequence[np.ndarray]) -> dict[str, list[Any]]:
         """Run images through the config's pipeline, which gives what ``test_step`` takes."""
@@ -198,9 +189,10 @@ class Model:
         return {key: [item[key] for item in batch] for key in batch[0]}
 
     @torch.inference_mode()
-    def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
+    def _predict(self, images: Any) -> list[Any]:
         """Run a batch of images through the pipeline and the model."""
-        return self.model.test_step(self.collate(images))
+        images = [*map(self.read, list_images(images))]
+        return self.model.test_step(self.collate(images)) if images else []
 
 
 class Detector(Model):
@@ -208,14 +200,15 @@ class Detector(Model):
 
     scope, kind, doing = 'mmdet', 'detector', 'detecting'
 
-    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
-        """Find objects in images in BGR order, each of shape (H, W, 3); sizes may differ."""
+    def detect(self, images: Any) -> list[Detections]:
+        """Find objects in images, whatever :meth:`read` takes; sizes may differ."""
         objects = [sample.pred_instances.cpu().numpy() for sample in self._predict(images)]
         return [Detections(each.bboxes, each.labels, each.scores).best_first() for each in objects]
 
-    def process(self, images: Sequence[np.ndarray], score_threshold: float = 0.3
+    def process(self, images: Any, score_threshold: float = 0.3
                 ) -> list[Processed]:
         """Draw and describe the detections with at least a score."""
+        images = [*map(self.read, list_images(images))]
         found = [detections.above(score_threshold) for detections in self.detect(images)]
         return [(draw_detections(image, detections, self.classes),
                  dict(detections=detections.as_records(self.classes)))
@@ -227,16 +220,17 @@ class Classifier(Model):
 
     scope, kind, doing = 'mmpretrain', 'classifier', 'classifying'
 
-    def classify(self, images: Sequence[np.ndarray]) -> list[Classification]:
-        """Score all classes of images in BGR order, each of shape (H, W, 3).
+    def classify(self, images: Any) -> list[Classification]:
+        """Score all classes of images, whatever :meth:`read` takes.
 
         Sizes may differ as far as the config's pipeline makes them equal.
         """
         scores = [sample.pred_score.float().cpu().numpy() for sample in self._predict(images)]
         return [Classification(np.arange(len(each)), each).best_first() for each in scores]
 
-    def process(self, images: Sequence[np.ndarray], top: int = 5) -> list[Processed]:
+    def process(self, images: Any, top: int = 5) -> list[Processed]:
         """Draw and describe the classes with the highest scores."""
+        images = [*map(self.read, list_images(images))]
         found = [classes.select(slice(top)) for classes in self.classify(images)]
         return [(draw_classification(image, classes, self.classes),
                  dict(predictions=classes.as_records(self.classes)))
@@ -269,21 +263,27 @@ def find_source(path: str | Path, out_dir: str | Path) -> Source:
     path, own_results = Path(path), Path(out_dir).resolve()
     if not path.exists():
         raise InputError(f'input {path} does not exist')
-    root = path if path.is_dir() else path.parent
-    if root.resolve() == own_results:
-        raise InputError(f'the results would overwrite the input in {root}: choose another folder '
-                         'to write to')
-    if root is not path:
-        return (Source(root, video=path) if path.suffix.lower() in VIDEO_SUFFIXES
-                else Source(root, [path]))
-    skip = own_results if root.resolve() in own_results.parents else None
-    images = sorted(file for file in root.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
-                    # A link that leads nowhere is an image that is missing.
-                    and (file.is_file() or file.is_symlink() and not file.exists())
-                    and skip not in file.resolve().parents)
-    if not images:
-        raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-    return Source(root, images)
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f'input {path} is no file')
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES
+        source = Source(path.parent, [] if is_video else [path], path if is_video else None)
+    else:
+        skip = own_results if path.resolve() in own_results.parents else None
+        source = Source(path, sorted(
+            file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+            # A link that leads nowhere is an image that is missing.
+            and (file.is_file() or file.is_symlink() and not file.exists())
+            and skip not in file.resolve().parents))
+        if not source.images:
+            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    inputs = [source.video] if source.video else source.images
+    replaced = {(own_results / file.relative_to(source.root)).resolve() for file in inputs}
+    if source.root.resolve() == own_results or replaced.intersection(
+            file.resolve() for file in inputs):
+        raise InputError(f'the results would overwrite the input in {source.root}: choose another '
+                         'folder to write to')
+    return source
 
 
 def find_images(path: str | Path, out_dir: str | Path) -> Source:
@@ -319,7 +319,7 @@ def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
             file, and the others are processed.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(out_dir / 'results.json')
     options = dict(top=top) if isinstance(model, Classifier) else dict(
         score_threshold=score_threshold)
     report, film = InferenceReport(), None
@@ -402,7 +402,8 @@ def _read_frames(path: Path, doing: str, report: InferenceReport) -> Iterator[Na
 
 def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWriter:
     """Begin a video as fast as another, of pictures as large as this one."""
-    target = out_dir / f'{video.stem}.mp4'
+    target = check_writable(out_dir / f'{video.stem}.mp4', video)
+    target.parent.mkdir(parents=True, exist_ok=True)
     rate = cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FPS) or 25.
     film = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
                            picture.shape[1::-1])
@@ -420,7 +421,7 @@ def _write_image(path: Path, image: np.ndarray) -> None:
         height, width = image.shape[:2]
         raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
                          f'{width}x{height} pixels; its results are in results.json')
-    with write_whole(path) as file:
+    with write_whole(path, flush=False) as file:
         file.write(content)
 
 
@@ -430,17 +431,3 @@ def _read_config(config: str | Config) -> tuple[Config, str]:
         return config, str(config.filename)
     return (config_from(config) if is_checkpoint(config)
             else Config.fromfile(find_config(config))), str(config)
-
-
-def _class_names(dataset_meta: dict[str, Any], dataset: dict[str, Any],
-                 model: torch.nn.Module) -> tuple[str, ...]:
-    """Find the names of the classes: in the checkpoint, else in the config, else COCO's if 80."""
-    for meta in (dataset_meta, dataset.get('metainfo', {}),
-                 getattr(DATASETS.get(dataset.type), 'METAINFO', {})):
-        classes = meta.get('classes') or meta.get('CLASSES')
-        if classes:
-            return (classes, ) if isinstance(classes, str) else tuple(classes)
-    if getattr(getattr(model, 'bbox_head', None), 'num_classes', None) == 80:
-        from mmdet.evaluation import get_classes
-        return tuple(get_classes('coco'))
-    return ()

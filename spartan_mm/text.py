@@ -95,6 +95,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """Show how far a step is."""
+        text = printable(text)
         if self._live:
             text = text[:shutil.get_terminal_size().columns - 1]
             print(f'\r{text:<{self._width}}', end='', flush=True)

@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from .datasets.classes import check_names
 from .model_index import (
     CONFIG_SUFFIXES,
     TASKS,
@@ -24,7 +25,7 @@ from .model_index import (
     task_of,
 )
 from .weights.initialize import without_pretrained
-from .weights.loading import find_meta, load_for_inference
+from .weights.loading import find_classes, find_meta, load_for_inference
 
 __all__ = [
     'CONFIG_SUFFIXES', 'TASKS', 'UnknownModelError', 'config_path', 'find_config', 'get_config',
@@ -48,7 +49,8 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         UnknownModelError: There is no such model; the message has the closest names.
         ImportError: What the model's task needs is not installed; the message says what to do.
         FileNotFoundError: There is no checkpoint at the path ``pretrained``.
-        CheckpointError: The checkpoint belongs to another architecture.
+        CheckpointError: The checkpoint belongs to another architecture, or names more or fewer
+            classes than the model has.
 
     Example:
         >>> model = get_model('spartan_xt', num_classes=10)
@@ -68,7 +70,9 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
             model.init_weights()
         meta = {}
     else:
-        meta = find_meta(load_for_inference(model, pretrained)).get('dataset_meta') or {}
+        checkpoint = load_for_inference(model, pretrained)
+        check_names(model, find_classes(checkpoint) or (), str(pretrained))
+        meta = find_meta(checkpoint).get('dataset_meta') or {}
     # Where the toolboxes' inferencers look for them.
     if classifies:
         model._config, model._dataset_meta = config, meta

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +14,11 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
+from spartan_mm import cli
+from spartan_mm.commands import infer as command
+from spartan_mm.datasets.images import take_image
 from spartan_mm.errors import CheckpointError
+from spartan_mm.files import UnwritableError
 from spartan_mm.inference import (
     Classification,
     Classifier,
@@ -229,6 +234,27 @@ class TestImages:
         assert best['score'] == pytest.approx(found.scores[0], abs=1e-4)
         assert best['class_name'] == ('box', 'ball')[best['label']]
 
+    @pytest.mark.parametrize('moment', ['detecting', 'writing a picture', 'writing results.json'])
+    def test_ctrl_c(self, detector, pictures, tmp_path, monkeypatch, capsys, moment):
+        """One line; what is written is whole."""
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, 'load_model', lambda *args: detector)
+        if moment == 'detecting':
+            monkeypatch.setattr(detector, 'detect', interrupt)
+        elif moment == 'writing a picture':
+            monkeypatch.setattr(os, 'replace', interrupt)
+        else:
+            monkeypatch.setattr(os, 'fsync', interrupt)
+        out = tmp_path / 'out'
+        assert cli.main(['infer', str(pictures), 'x', '--device', 'cpu', '--out-dir',
+                         str(out)]) == 130
+        assert capsys.readouterr().err == 'stopped by Ctrl-C\n'
+        left = [path for path in out.rglob('*') if path.is_file()]
+        assert len(left) == (4 if moment == 'writing results.json' else 0)
+        assert all(read_picture(path) is not None for path in left)
+
     def test_earlier_results_are_no_input(self, pictures):
         out = pictures / 'out'
         out.mkdir()
@@ -236,14 +262,30 @@ class TestImages:
         assert len(find_source(pictures, out).images) == 4
         assert len(find_source(pictures, pictures.parent).images) == 5
 
+    @pytest.mark.parametrize('kind', ['above', 'link to the input', 'link to the folder'])
+    def test_results_do_not_overwrite_their_input(self, pictures, tmp_path, kind):
+        out = tmp_path / 'out'
+        if kind == 'above':  # pictures/0.png of pictures/pictures/0.png
+            shutil.copytree(pictures, pictures / pictures.name)
+            out = tmp_path
+        elif kind == 'link to the input':
+            out.mkdir()
+            (out / '0.png').symlink_to(pictures / '1.png')
+        else:
+            out.symlink_to(pictures)
+        with pytest.raises(InputError, match='the results would overwrite the input in'):
+            find_source(pictures, out)
+
     @pytest.mark.parametrize('path, out, message', [
         ('none.jpg', 'out', r'none\.jpg does not exist'),
         ('empty', 'out', r'folder .*empty holds no images \(\.bmp'),
+        ('fifo.png', 'out', r'fifo\.png is no file'),
         ('pictures', 'pictures', 'would overwrite the input'),
         ('pictures/0.png', 'pictures', 'would overwrite the input'),
     ])
     def test_mistakes(self, pictures, tmp_path, path, out, message):
         (tmp_path / 'empty').mkdir()
+        os.mkfifo(tmp_path / 'fifo.png')
         with pytest.raises(InputError, match=message):
             find_source(tmp_path / path, tmp_path / out)
 
@@ -306,6 +348,140 @@ def strange(tmp_path_factory):
     (folder / 'notes.txt').write_text('no image by name')
     (folder / 'link.png').symlink_to(folder / 'nowhere.png')
     return folder
+
+
+FILE = encode(NOISE, 'PNG')
+BGR = NOISE[..., ::-1]
+GREY = NOISE[..., 1]
+COLOUR_OF_GREY = np.dstack([GREY] * 3)
+TAKEN = {
+    'content': (FILE, BGR), 'bytearray': (bytearray(FILE), BGR),
+    'memoryview': (memoryview(FILE), BGR), 'Pillow': (Image.fromarray(NOISE), BGR),
+    'a file of Pillow': (Image.open(io.BytesIO(FILE)), BGR),
+    'Pillow, grey': (Image.fromarray(GREY), COLOUR_OF_GREY),
+    'Pillow, alpha': (Image.fromarray(RGBA), BGR), 'Pillow, palette': (PALETTE, None),
+    'Pillow, 16 bits': (Image.fromarray(GREY_16), np.dstack([GREY_16 >> 8] * 3)),
+    'array': (BGR, BGR), 'grey': (GREY, COLOUR_OF_GREY),
+    'grey with an axis': (GREY[..., None], COLOUR_OF_GREY),
+    'alpha': (np.dstack([BGR, GREY]), BGR), '16 bits': (BGR.astype(np.uint16) * 257, BGR),
+    'int64': (BGR.astype(int), BGR), 'float32': (BGR.astype(np.float32), BGR),
+    'float16': (BGR.astype(np.float16) + 0.25, BGR), 'black': (np.zeros((9, 9)), None),
+    'read-only': (np.broadcast_to(BGR[:1, :1], (5, 5, 3)), None)}
+REFUSED = {
+    'URL': ('https://nowhere/a.png', 'is a URL: download it'),
+    'no file': ('nowhere.png', r'nowhere\.png cannot be read: No such file'),
+    'zero byte': ('no\0where.png', r'no\\x00where\.png cannot be read'),
+    'folder': ('.', r'\. is no file'),
+    'empty content': (b'', 'the bytes cannot be decoded .* the file is empty'),
+    'content of something else': (b'<html>', 'the bytes cannot be decoded as an image'),
+    'broken Pillow': (Image.open(io.BytesIO(FILE[:900])), 'ImageFile cannot be read: '),
+    '0 to 1': (NOISE / 254, 'values up to 1, which may be of 255 or of 1: give uint8'),
+    'dark 16 bits': (NOISE.astype(np.uint16), 'up to 254, which may be of 255 or of 65535'),
+    'normalized': (NOISE / 128 - 1, 'has values from -1 to'),
+    'NaN': (NOISE * np.nan, 'from nan to'), 'infinity': (NOISE + np.inf, 'from inf to inf'),
+    'large': (NOISE.astype(int) * 2, 'from 0 to 508'), 'bool': (NOISE > 99, 'bool is no image'),
+    'objects': (NOISE.astype(object), 'object is no image'),
+    'channels first': (NOISE.transpose(2, 0, 1), r'\(3, 60, 80\) and type uint8 is no image: give'),
+    'two channels': (NOISE[..., :2], r'\(60, 80, 2\)'), 'vector': (NOISE[0, :, 0], r'\(80,\)'),
+    'no pixels': (NOISE[:0], r'\(0, 80, 3\) and type uint8 has no pixels'),
+    'tensor': (torch.zeros(3, 8, 8), 'the Tensor is no image: give the path or the content'),
+    'number': (5, 'the int is no image'), 'nothing': (None, 'the NoneType is no image'),
+    'dict': (dict(img=BGR), 'the dict is no image'), 'list in a list': ([[BGR]], 'the list is no')}
+
+
+class TestInputs:
+
+    @pytest.mark.parametrize('kind', TAKEN)
+    def test_taken(self, kind):
+        value, expected = TAKEN[kind]
+        image = take_image(value)
+        assert image.dtype == np.uint8 and image.shape[2] == 3 and image.flags.c_contiguous
+        if expected is not None:
+            assert (image == expected).all()
+
+    @pytest.mark.parametrize('turn', [str, Path])
+    def test_file(self, strange, turn):
+        assert (take_image(turn(strange / 'rgba.png')) == BGR).all()
+
+    def test_a_turned_picture_of_pillow(self, strange):
+        with Image.open(strange / 'turned.jpg') as image:
+            assert take_image(image).shape == take_image(strange / 'turned.jpg').shape
+
+    @pytest.mark.parametrize('kind', REFUSED)
+    def test_refused(self, kind, tmp_path, monkeypatch, detector):
+        value, message = REFUSED[kind]
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match=message) as caught:
+            detector.detect(value)
+        assert '\n' not in str(caught.value)
+
+    def test_one_or_many(self, detector, classifier, strange):
+        path = strange / 'rgba.png'
+        many = [path, str(path), FILE, Image.fromarray(NOISE), BGR]
+        expected, = detector.detect([BGR])
+        for images in (many, tuple(many), iter(many), np.stack([BGR, BGR]), path, FILE, BGR):
+            for found in detector.detect(images):
+                np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
+        assert len(classifier.classify(iter(many))) == len(classifier.process(many)) == 5
+        assert detector.detect([]) == classifier.process([]) == []
+
+
+@pytest.mark.filterwarnings('ignore')
+class TestDetInferencer:
+
+    @pytest.fixture(scope='class')
+    def inferencer(self, user_project, checkpoint):
+        from spartan_mm.detection import DetInferencer
+        return DetInferencer(str(user_project / 'user_detector.py'), checkpoint, 'cpu',
+                             show_progress=False)
+
+    def test_one_or_many(self, inferencer, detector, strange):
+        expected, = detector.detect(BGR)
+        path = strange / 'rgba.png'
+        many = [path, str(path), FILE, Image.fromarray(NOISE), BGR]
+        for images in (many, iter(many), path, FILE, Image.fromarray(NOISE), BGR):
+            for found in inferencer(images, batch_size=2)['predictions']:
+                np.testing.assert_allclose(found['bboxes'], expected.boxes, rtol=1e-4, atol=1e-3)
+        assert inferencer([])['predictions'] == []
+
+    @pytest.mark.parametrize('kind', ['URL', 'no file', 'tensor', '0 to 1', 'list in a list'])
+    def test_refused(self, kind, inferencer):
+        value, message = REFUSED[kind]
+        with pytest.raises(InputError, match=message):
+            inferencer(value)
+
+    def test_a_folder_with_broken_files(self, inferencer, strange, tmp_path):
+        results = inferencer(strange, out_dir=tmp_path / 'out', batch_size=3, no_save_pred=False)
+        names = {Path(name).name for name in results['failures']}
+        # mmdet looks into no subfolder, and at no name in capitals.
+        listed = {name for name in PICTURES if '/' not in name and not name.endswith('.PNG')}
+        assert {*NO_PICTURES} <= names <= {*NO_PICTURES, 'link.png'}
+        assert len(results['predictions']) == len(listed)
+        assert {path.name for path in (tmp_path / 'out' / 'vis').iterdir()} == listed
+
+    @pytest.mark.parametrize('place', ['file', 'file/deeper'])
+    def test_no_place_for_results(self, inferencer, tmp_path, place):
+        (tmp_path / 'file').touch()
+        with pytest.raises(UnwritableError, match='file is a file, not a folder'):
+            inferencer(BGR, out_dir=tmp_path / place)
+
+    def test_results_do_not_overwrite_their_input(self, inferencer, user_project, tmp_path):
+        shutil.copytree(user_project / 'pictures', tmp_path / 'out' / 'vis')
+        for inputs in (tmp_path / 'out' / 'vis', str(tmp_path / 'out' / 'vis' / '1.png')):
+            with pytest.raises(UnwritableError, match='it is what is read'):
+                inferencer(inputs, out_dir=tmp_path / 'out')
+
+    def test_names(self, inferencer, user_project, checkpoint, tmp_path):
+        from spartan_mm.detection import DetInferencer
+        assert inferencer.model.dataset_meta['classes'] == ('box', 'ball')
+        config = str(user_project / 'user_detector.py')
+        weights = torch.load(checkpoint)['state_dict']
+        for classes in (('one', ), ('one', 'two', 'three')):
+            torch.save(dict(state_dict=weights, meta=dict(dataset_meta=dict(CLASSES=classes))),
+                       tmp_path / 'it.pth')
+            for kind in (DetInferencer, Detector):
+                with pytest.raises(CheckpointError, match=r'it\.pth names . class.*tells 2 apart'):
+                    kind(config, str(tmp_path / 'it.pth'), 'cpu')
 
 
 class TestStrangeInputs:

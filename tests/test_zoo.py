@@ -20,6 +20,7 @@ from spartan_mm.engine import launch
 from spartan_mm.errors import CheckpointError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
+TEN = tuple('abcdefghij')
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +116,8 @@ class TestModels:
         assert 'backbone.stem' not in ''.join(capfd.readouterr())
 
     @pytest.mark.parametrize('name, meta, classes', [
-        ('rtdetr_spartan_xt_digits', dict(dataset_meta=dict(classes=('a', 'b'))), ('a', 'b')),
-        ('spartan_xt_digits', dict(dataset_meta=dict(classes=('a', 'b'))), ('a', 'b')),
+        ('rtdetr_spartan_xt_digits', dict(dataset_meta=dict(classes=TEN)), TEN),
+        ('spartan_xt_digits', dict(dataset_meta=dict(classes=TEN)), TEN),
         ('spartan_xt_digits', None, None), ('spartan_xt_digits', dict(dataset_meta=None), None)])
     def test_checkpoint(self, name, meta, classes, tmp_path):
         weights = weights_of(name)
@@ -125,6 +126,13 @@ class TestModels:
         assert_close(model.state_dict(), weights)
         meta = model.dataset_meta if 'rtdetr' in name else model._dataset_meta
         assert meta == (dict(classes=classes) if classes else {})
+
+    @pytest.mark.parametrize('classes', [('a', 'b'), TEN + ('k', )])
+    def test_checkpoint_with_another_number_of_names(self, classes, tmp_path):
+        torch.save(dict(state_dict=weights_of('spartan_xt_digits'), meta=dict(CLASSES=classes)),
+                   tmp_path / 'it.pth')
+        with pytest.raises(CheckpointError, match=r'it\.pth names (2|11) classes \(a, b.*tells 10'):
+            zoo.get_model('spartan_xt_digits', pretrained=tmp_path / 'it.pth')
 
     def test_checkpoint_of_another_model(self, tmp_path):
         torch.save(weights_of('spartan_xt_digits'), tmp_path / 'digits.pth')

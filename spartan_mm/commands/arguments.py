@@ -33,10 +33,16 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
 
 
+def _sides(text: str) -> list[int]:
+    """Read a side, or HxW."""
+    return [*map(positive, text.split('x'))]
+
+
 class _Size(argparse.Action):
     """Height and width, of one number or two."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        values = sum(values, [])
         if len(values) > 2:
             parser.error(f'{option_string} takes a side, or a height and a width, not '
                          f'{len(values)} numbers')
@@ -56,7 +62,7 @@ _FLAGS = {
     '--names': dict(nargs='+', metavar='NAME',
                     help='what to call the models (default: their own names)'),
     '--images': dict(type=positive, metavar='N'),
-    '--size': dict(type=positive, nargs='+', action=_Size, metavar=('H', 'W')),
+    '--size': dict(type=_sides, nargs='+', action=_Size, metavar=('H', 'W')),
     '--batch-size': dict(type=positive, metavar='N'),
     '--rounds': dict(type=positive, metavar='N',
                      help='how often each is timed (default: as often as takes some 20 s)'),

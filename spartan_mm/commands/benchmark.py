@@ -75,7 +75,7 @@ def run(args: Namespace) -> None:
         args.parser.error('--against-deploy, --against-compile, --against-channels-last and '
                           '--against-fused say how --against CONFIG runs')
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, args.config, *filter(None, [args.against]))
     console = Console()
     with benchmark.measuring(args.threads):
         if args.data:

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..datasets.check import SPLITS
 from ..files import check_writable, write_whole
+from ..text import printable
 from .arguments import add, add_config, positive
 
 STAGES = ('original', 'pipeline', 'model')
@@ -45,4 +46,4 @@ def run(args: Namespace) -> None:
         path = args.out_dir / f'{args.split}_{stage}.png'
         with write_whole(path) as file:
             draw_views(views, classes, args.columns, args.size).save(file, 'PNG')
-        print(f'see {path}')
+        print(printable(f'see {path}'))

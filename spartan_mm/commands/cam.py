@@ -25,6 +25,7 @@ from ..analysis.look_inside.layers import LayerError, describe_layers
 from ..analysis.models import load_named_model
 from ..files import check_writable
 from ..inference import IMAGE_SUFFIXES, find_images
+from ..text import printable
 from .arguments import add, add_layers, add_looked_at, layer_of_each, positive, report_failures
 
 
@@ -63,7 +64,7 @@ def list_layers(args: Namespace) -> int:
     """Print the layers of the models."""
     for model in args.models:
         named = load_named_model(split_checkpoint(model)[0])
-        print(f'{named.name}:')
+        print(f'{printable(named.name)}:')
         for line in describe_layers(named.model, named.shape or (224, 224)):
             print(f'  {line}')
     return 0
@@ -79,5 +80,5 @@ def explain(args: Namespace, layers: list[str | None]) -> int:
         explained = load_explained(*split_checkpoint(model), args.device)
         explainers[title] = Explainer(explained, layer, args.method, args.score_thr, args.top)
     failures = explain_images(explainers, source.images, args.out_dir, args.classes)
-    print(f'{len(source.images) - len(failures)} images explained; see {args.out_dir}')
+    print(printable(f'{len(source.images) - len(failures)} images explained; see {args.out_dir}'))
     return report_failures(failures.values())

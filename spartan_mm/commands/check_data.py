@@ -12,6 +12,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from ..datasets.check import SPLITS, check_config
 from ..errors import UsageError
 from ..files import check_writable, write_json
+from ..text import printable
 from .arguments import add, add_config, positive
 
 
@@ -51,5 +52,5 @@ def run(args: Namespace) -> int:
                   datasets=[report.as_record() for report in reports])
     write_json(args.out_dir / 'report.json', record)
     write_pictures(reports, args.out_dir)
-    print(f'{errors} errors, {warnings} warnings; see {args.out_dir}')
+    print(printable(f'{errors} errors, {warnings} warnings; see {args.out_dir}'))
     return int(errors > 0)

@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
     console.line(text)
     for name, content in (('compare.md', text), ('compare.csv', make_csv(comparison))):
         with write_whole(args.out_dir / name) as file:
-            file.write(content.encode())
+            file.write(content.encode(errors='backslashreplace'))
     figure = draw_comparison(comparison)
     if figure is not None:
         write_figure(args.out_dir / 'compare.png', figure)

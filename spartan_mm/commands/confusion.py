@@ -10,6 +10,7 @@ confusion_matrix.csv; the most frequent confusions are printed.
 from argparse import ArgumentParser, Namespace
 
 from ..files import write_whole
+from ..text import printable
 from .arguments import add_results, read_results
 
 NUM_PRINTED = 10
@@ -29,9 +30,10 @@ def run(args: Namespace) -> None:
              else count_confusions(results))
     write_figure(args.out_dir / 'confusion_matrix.png', found.draw())
     with write_whole(args.out_dir / 'confusion_matrix.csv') as file:
-        file.write(found.as_csv().encode())
+        file.write(found.as_csv().encode(errors='backslashreplace'))
 
     print(found.summarize().replace('\n', ' '))
     for row, column, count in found.rank()[:NUM_PRINTED]:
-        print(f'{found.rows[row]} -> {found.columns[column]}: {count} of {found.counts[row].sum()}')
-    print(f'see {args.out_dir}')
+        print(printable(f'{found.rows[row]} -> {found.columns[column]}: {count} of '
+                        f'{found.counts[row].sum()}'))
+    print(printable(f'see {args.out_dir}'))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..files import check_writable, write_whole
+from ..text import printable
 from .arguments import add
 
 SUFFIXES = ('.png', '.svg', '.pdf')
@@ -46,7 +47,7 @@ def run(args: Namespace) -> None:
     figure = draw_curves(runs if len(runs) > 1 else runs[names[0]], args.metrics, args.x)
     with write_whole(args.out) as file:
         figure.savefig(file, format=args.out.suffix[1:])
-    print(f'see {args.out}')
+    print(printable(f'see {args.out}'))
 
 
 def _name_runs(paths: list[Path]) -> list[str]:

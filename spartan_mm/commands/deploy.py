@@ -8,6 +8,7 @@ cannot be trained further.
 from argparse import ArgumentParser, Namespace
 
 from ..engine.launch import load_config
+from ..text import printable
 from ..weights.saving import deploy_checkpoint
 from ..zoo import get_model
 from .arguments import add_config
@@ -26,4 +27,4 @@ def run(args: Namespace) -> None:
     before = sum(parameter.numel() for parameter in model.parameters())
     deploy_checkpoint(model, args.checkpoint, args.out)
     after = sum(parameter.numel() for parameter in model.parameters())
-    print(f'{args.out}: {before / 1e6:.2f} M parameters became {after / 1e6:.2f} M')
+    print(printable(f'{args.out}: {before / 1e6:.2f} M parameters became {after / 1e6:.2f} M'))

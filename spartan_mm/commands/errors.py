@@ -11,6 +11,7 @@ ranked by their AP are what mmdet's own analyze_results.py draws.
 from argparse import ArgumentParser, Namespace
 
 from ..files import write_json, write_whole
+from ..text import printable
 from .arguments import add_results, positive, read_results
 
 
@@ -41,4 +42,4 @@ def run(args: Namespace) -> None:
     with write_whole(args.out_dir / f'{name}.png') as file:
         sheet.save(file, 'PNG')
     write_json(args.out_dir / f'{name}.json', records)
-    print(f'see {args.out_dir}')
+    print(printable(f'see {args.out_dir}'))

@@ -12,6 +12,7 @@ import torch
 
 from ..analysis.sizes import COUNTED, DEPLOY_FORM, count_model, forms_table, tree
 from ..files import check_writable, write_json
+from ..text import printable
 from .arguments import add, add_any_model
 
 
@@ -30,12 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Count, and print what was counted."""
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, args.config)
     counts = [count_model(args.config, args.size)]
     if args.deploy and counts[0].form != DEPLOY_FORM:
         counts.append(count_model(args.config, args.size, deploy=True))
     last = counts[-1]
-    print(f'{last.name} ({last.source})\n\n{forms_table(counts)}\n'
+    print(f'{printable(last.name)} ({last.source})\n\n{forms_table(counts)}\n'
           f'{last.form}, module by module\n\n'
           f'{tree(last, None if args.depth < 0 else args.depth)}\n'
           f'{COUNTED} torch {torch.__version__}')

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from ..engine.launch import choose_device
 from ..files import check_writable
 from ..inference import find_source, infer, load_model
+from ..text import printable
 from .arguments import add, positive, report_failures
 
 
@@ -35,14 +36,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Infer, and say what was found."""
     source = find_source(args.input, args.out_dir)
-    check_writable(args.out_dir / 'results.json')
+    check_writable(args.out_dir / 'results.json', args.config)
     model = load_model(args.config, args.checkpoint, choose_device(args.device))
     report = infer(model, source, args.out_dir, args.score_thr, args.batch_size, args.top)
 
     pictures = f'{len(report.results)} pictures'
     if model.kind == 'detector':
         detections = sum(len(result['detections']) for result in report.results)
-        print(f'{detections} detections in {pictures}; see {args.out_dir}')
+        print(printable(f'{detections} detections in {pictures}; see {args.out_dir}'))
     else:
-        print(f'{pictures} classified; see {args.out_dir}')
+        print(printable(f'{pictures} classified; see {args.out_dir}'))
     return report_failures(report.failures.values())

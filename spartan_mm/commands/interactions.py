@@ -19,6 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from ..analysis.look_inside import interaction_order as interactions
 from ..analysis.style import write_figure
 from ..errors import UsageError
+from ..text import printable
 from .arguments import add, add_looked_at, add_sample, take_sample
 
 
@@ -74,5 +75,5 @@ def run(args: Namespace) -> None:
     for given in models:
         records = results.of_model(given)['images'].values()
         seconds = sum(record['seconds'] for record in records) / len(records)
-        print(f'{given.title}: {seconds:.1f} s for each image')
-    print(f'see {target} and {results.path}')
+        print(printable(f'{given.title}: {seconds:.1f} s for each image'))
+    print(printable(f'see {target} and {results.path}'))

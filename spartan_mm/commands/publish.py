@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 
 from ..engine.launch import load_config
 from ..errors import CheckpointError
+from ..text import printable
 from ..weights.publish import publish
 
 
@@ -33,4 +34,4 @@ def run(args: Namespace) -> None:
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f'{args.src} was not published: {error}') from error
     for path in files:
-        print(f'{path} ({path.stat().st_size / 1e6:.1f} MB)')
+        print(printable(f'{path} ({path.stat().st_size / 1e6:.1f} MB)'))

@@ -15,6 +15,7 @@ from rich.progress import track
 from ..analysis.look_inside import receptive_field as field
 from ..analysis.style import write_figure
 from ..files import write_json
+from ..text import printable
 from .arguments import add_layers, add_looked_at, add_sample, layer_of_each, positive, take_sample
 
 
@@ -49,5 +50,5 @@ def run(args: Namespace) -> None:
     for record in records:
         sides = ', '.join(f'{100 * float(share):g} %: {side}'
                           for share, side in record['sides'].items())
-        print(f'  {record["name"]}, {record["layer"]}: {sides}')
-    print(f'see {target} and {target.with_suffix(".json")}')
+        print(printable(f'  {record["name"]}, {record["layer"]}: {sides}'))
+    print(printable(f'see {target} and {target.with_suffix(".json")}'))

@@ -8,6 +8,7 @@ layer that makes something not finite of finite inputs, and the gradients that a
 """
 from argparse import ArgumentParser, Namespace
 
+from ..text import printable
 from .arguments import add
 
 
@@ -23,14 +24,14 @@ def run(args: Namespace) -> None:
     from ..engine.replay import replay
     result = replay(args.config, args.dump, args.device)
     about = result.about
-    print(f'iteration {about["iteration"]} of epoch {about["epoch"]}: {about["what"]} was not '
-          'finite')
+    print(printable(f'iteration {about["iteration"]} of epoch {about["epoch"]}: {about["what"]} '
+                    'was not finite'))
     for then, now in zip(about['passes'], result.terms, strict=True):
-        print(f'images: {", ".join(then["images"])}')
+        print(printable(f'images: {", ".join(then["images"])}'))
         width = max(map(len, now))
         print(f'  {"term":<{width}} {"then":>12} {"now":>12}')
         for name, value in then['terms'].items():
-            print(f'  {name:<{width}} {value:12.6g} {now[name]:12.6g}')
+            print(printable(f'  {name:<{width}} {value:12.6g} {now[name]:12.6g}'))
     print('the terms are those of the training' if not result.differences() else
           f'other than in the training: {", ".join(result.differences())}')
     print(f'first output that is not finite: {", ".join(result.first_broken) or "none"}')

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..files import check_writable, write_whole
+from ..text import printable
 from .arguments import add
 
 
@@ -37,7 +38,7 @@ def run(args: Namespace) -> None:
     from ..analysis.report.report import make_report
     from ..analysis.report.work_dir import Run, find_predictions, make_predictions
     out = args.out or args.work_dir / 'report.html'
-    check_writable(out)
+    check_writable(out, *filter(None, [args.predictions]))
     run = Run(args.work_dir)
     predictions = args.predictions
     if args.test and predictions is None and not find_predictions(run):
@@ -46,5 +47,5 @@ def run(args: Namespace) -> None:
     with Console(stderr=True).status('') as status:
         page = report.render(lambda title: status.update(f'{title} ...'))
     with write_whole(out) as file:
-        file.write(page.encode())
-    print(f'{out} ({len(page) / 1e6:.1f} MB)')
+        file.write(page.encode(errors='backslashreplace'))
+    print(printable(f'{out} ({len(page) / 1e6:.1f} MB)'))

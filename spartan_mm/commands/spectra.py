@@ -13,7 +13,7 @@ from rich.progress import track
 from ..analysis.look_inside import spectra
 from ..analysis.style import write_figure
 from ..files import write_json
-from ..text import count
+from ..text import count, printable
 from .arguments import add_looked_at, add_sample, take_sample
 
 
@@ -47,4 +47,4 @@ def run(args: Namespace) -> None:
         for mixer in ('smixer', 'cmixer'):
             for part, values in stage.get(mixer, {}).items():
                 print(f'  {mixer} {part:<22}{100 * values["share_above_half_nyquist"]:6.1f} %')
-    print(f'see {target} and {target.with_suffix(".json")}')
+    print(printable(f'see {target} and {target.with_suffix(".json")}'))

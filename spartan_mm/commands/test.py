@@ -7,6 +7,7 @@ For several processes, see tools/dist_test.sh; a wheel has it in spartan_mm/.mim
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
+from ..files import check_writable
 from .arguments import add_config, add_run
 
 
@@ -35,6 +36,7 @@ def run(args: Namespace) -> None:
     if args.show or args.show_dir:
         launch.visualize(cfg, args.show, args.show_dir, args.wait_time)
     if args.out:
+        check_writable(args.out, args.config, args.checkpoint)
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.

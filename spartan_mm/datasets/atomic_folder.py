@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -43,10 +44,11 @@ def make_once(root: str | Path, description: str, stamp: Stamp, infos: Sequence[
     if is_made():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
+    # Unlike mkdtemp's, which nobody else may read, it has the usual permissions.
+    partial = root.parent / f'.{root.name}-{secrets.token_hex(4)}'
+    partial.mkdir()
     try:
         write(partial)
-        partial.chmod(0o755)  # mkdtemp lets nobody else read
         if not _is_missing(root):
             # Another process may have made the same in the meantime.
             if is_made():

@@ -3,9 +3,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from mmengine.registry import DATASETS
 from torch import nn
 
-from ..text import join
+from ..errors import CheckpointError
+from ..text import count, join
 
 
 class Head(NamedTuple):
@@ -39,6 +41,45 @@ def find_heads(model: nn.Module | Mapping) -> Iterator[Head]:
             kind, number = type(part).__name__, getattr(part, 'num_classes', None)
         if name.endswith('head') and name != 'rpn_head' and isinstance(number, int):
             yield Head(path, kind, number)
+
+
+def check_names(model: nn.Module, names: Sequence[str], source: str) -> None:
+    """Insist that there is a name for each class that a model tells apart, if there are names.
+
+    Raises:
+        CheckpointError: There are fewer or more.
+    """
+    counts = {head.num_classes for head in find_heads(model)}
+    if names and counts and len(names) not in counts:
+        raise CheckpointError(f'{source} names {count(len(names), "class")} ({join(names, 5)}), '
+                              f'but the model tells {join(counts)} apart: correct the names')
+
+
+def find_names(model: nn.Module, classes: Sequence[str] | None, dataset: Mapping[str, Any],
+               checkpoint: str) -> tuple[str, ...]:
+    """Find the names of a model's classes; none if nobody knows them.
+
+    Args:
+        model: The model.
+        classes: What its checkpoint says. If it does not, the config knows, or they are COCO's 80.
+        dataset: Settings of the config's test dataset.
+        checkpoint: What to call the checkpoint in a message.
+
+    Raises:
+        CheckpointError: There are fewer or more names than the model has classes.
+    """
+    kind = DATASETS.get(dataset['type']) if 'type' in dataset else None
+    for source, names in ((checkpoint, classes), *(
+            ('the config', meta.get('classes') or meta.get('CLASSES'))
+            for meta in (dataset.get('metainfo') or {}, getattr(kind, 'METAINFO', {})))):
+        if names:
+            names = (names, ) if isinstance(names, str) else tuple(map(str, names))
+            check_names(model, names, source)
+            return names
+    if {head.num_classes for head in find_heads(model)} == {80}:
+        from mmdet.evaluation import get_classes
+        return tuple(get_classes('coco'))
+    return ()
 
 
 def describe_class_count(head: Head, classes: Sequence[str], loader: str, dataset: str,

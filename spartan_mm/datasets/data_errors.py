@@ -52,6 +52,9 @@ class Finding:
     count: int = 1
     images: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'message', text.printable(self.message))
+
 
 def name_culprits(items: Sequence[Any], describe: Callable[[Any], str], remedy: str = '') -> str:
     """Describe the first of several culprits, and count the others.

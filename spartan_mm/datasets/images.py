@@ -2,7 +2,9 @@
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mmcv
@@ -10,8 +12,9 @@ import numpy as np
 import torch
 from mmengine import fileio
 from mmengine.logging import print_log
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..errors import InputError
 from .data_errors import DataError, MissingDataError, UndecodableError
 
 #: What to do about images that do not exist.
@@ -65,6 +68,95 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
     if image is None:
         raise UndecodableError('it is of no known image format, or damaged')
     return image
+
+
+def take_image(value: Any, flag: str = 'color', backend: str | None = None) -> np.ndarray:
+    """Make an image of what people have: a file's path or content, a Pillow image, an array.
+
+    Arrays are in BGR order, as OpenCV reads them. Grey becomes colour, and alpha is left out. Whole
+    numbers of 16 bits are scaled to 8, as in files; numbers from 0 to 255 may be of any type.
+
+    Args:
+        value: The path or the content of a file; a Pillow image; or an array, (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4).
+        flag: mmcv's, see :func:`decode_image`.
+        backend: mmcv's, see :func:`decode_image`.
+
+    Returns:
+        The image, (H, W, 3) uint8 in BGR order; of a file as the flag says.
+
+    Raises:
+        InputError: It is none of these, cannot be read, or leaves open what its numbers mean.
+    """
+    name = f'the {type(value).__name__}'
+    if isinstance(value, str | os.PathLike):
+        name = str(value)
+        if '://' in name:
+            raise InputError(f'{name} is a URL: download it, and name the file')
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise InputError(f'{name} is no file')
+    try:
+        if isinstance(value, str | os.PathLike):
+            value = Path(value).read_bytes()
+        if isinstance(value, bytes | bytearray | memoryview):
+            return decode_image(bytes(value), flag, backend)
+        if isinstance(value, Image.Image):
+            image = value if 'ignore_orientation' in flag else ImageOps.exif_transpose(value)
+            # What Pillow would clip to 8 bits goes the way of arrays.
+            value = (np.asarray(image) if image.mode.startswith(('I', 'F'))
+                     else np.asarray(image.convert('RGB'))[..., ::-1])
+    except UndecodableError as error:
+        raise InputError(f'{name} cannot be decoded as an image: {error}') from error
+    except (OSError, ValueError) as error:
+        raise InputError(f'{name} cannot be read: {getattr(error, "strerror", None) or error}'
+                         ) from error
+    if not isinstance(value, np.ndarray):
+        raise InputError(f'{name} is no image: give the path or the content of a file, a Pillow '
+                         'image or an array')
+    return _take_array(value)
+
+
+def list_images(images: Any) -> list[Any]:
+    """List what was given as images, one or many, for :func:`take_image`."""
+    alone = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    if isinstance(images, alone) or isinstance(images, np.ndarray) and images.ndim < 4:
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping | torch.Tensor):
+        return [images]  # which is refused where it is taken
+    return list(images)
+
+
+def _take_array(image: np.ndarray) -> np.ndarray:
+    """Make (H, W, 3) uint8 of an array, or say why not."""
+    described = f'an array of shape {image.shape} and type {image.dtype}'
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise InputError(f'{described} is no image: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)')
+    if not image.size:
+        raise InputError(f'{described} has no pixels')
+    if image.dtype != np.uint8:
+        image = _to_bytes(image, described)
+    image = image[..., :3]
+    return np.ascontiguousarray(image.repeat(3, axis=2) if image.shape[2] == 1 else image)
+
+
+def _to_bytes(image: np.ndarray, described: str) -> np.ndarray:
+    """Make uint8 of numbers from 0 to 255, and of 16 bits, unless it is open which they are."""
+    remedy = 'give uint8, from 0 to 255'
+    if image.dtype.kind not in 'uif':
+        raise InputError(f'{described} is no image: {remedy}')
+    least, most = image.min(), image.max()
+    if image.dtype == np.uint16 and most > 255:
+        return (image >> 8).astype(np.uint8)
+    # Not <, which NaN would pass.
+    if not (least >= 0 and most <= 255):
+        raise InputError(f'{described} has values from {least:g} to {most:g}: {remedy}')
+    scale = {'u': 65535 if image.dtype == np.uint16 else None, 'f': 1 if most <= 1 else None}
+    if most and scale.get(image.dtype.kind):
+        raise InputError(f'{described} has values up to {most:g}, which may be of 255 or of '
+                         f'{scale[image.dtype.kind]}: {remedy}')
+    return image.round().astype(np.uint8)
 
 
 def load_image(path: str, described: str, remedy: str, flag: str = 'color',

@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..text import printable
 from .check import Content, check_content, read_built
 from .data_errors import DataError, Finding
 
@@ -55,7 +56,7 @@ class PreflightHook(Hook):
 
     @staticmethod
     def _log(split: str, source: str, content: Content, findings: list[Finding]) -> None:
-        print_log(f'{split} data, {source}: {len(content.infos)} images, '
+        print_log(f'{split} data, {printable(source)}: {len(content.infos)} images, '
                   f'{content.count_objects().sum()} labels of {len(content.classes)} classes',
                   'current')
         for finding in findings:

@@ -1,12 +1,24 @@
 """mmdet's inferencer, which knows the models of this package, and insists on weights that fit."""
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmdet.apis import DetInferencer as MMDetInferencer
 from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.logging import print_log
 from torch import nn
 
+from ..datasets.classes import find_heads, find_names
+from ..datasets.images import list_images, take_image
+from ..errors import InputError
+from ..files import check_writable
 from ..model_index import UnknownModelError, get_config
-from ..weights.loading import fill_for_inference, find_meta
+from ..weights.loading import fill_for_inference, find_classes, find_meta
+from ..weights.stored_config import find_test_dataset
 
 
 class DetInferencer(MMDetInferencer):
@@ -18,15 +30,32 @@ class DetInferencer(MMDetInferencer):
     NOTE: Of weights that do not fit, mmdet's own loads what does, be it nothing, and predicts with
     random numbers for the rest; nor does it know the deploy form.
 
+    It takes what :func:`take_image` does, one or many, and folders. What cannot be read of a folder
+    is left out, with a warning, and stands under 'failures' in the result.
+
     Raises:
         FileNotFoundError: There is no file `weights`.
-        CheckpointError: It cannot be read, or is of another architecture.
+        CheckpointError: It cannot be read, is of another architecture, or names more or fewer
+            classes than the model has.
+        InputError: What it is called with is no image.
+        UnwritableError: `out_dir` is no folder, or a picture would replace what it is made of.
         UnknownModelError: Neither this package nor mmdet has a model of this name.
 
     Examples:
         >>> inferencer = DetInferencer('rtdetr_spartan_xt_digits', device='cpu')  # doctest: +SKIP
         >>> inferencer('photo.jpg', out_dir='outputs')  # doctest: +SKIP
     """
+
+    def __call__(self, inputs: Any, *args: Any, out_dir: str | os.PathLike = '', **kwargs: Any
+                 ) -> dict[str, Any]:
+        """Detect, as mmdet's own."""
+        self.failures: dict[str, str] = {}
+        self._pictures = Path(out_dir, 'vis') if out_dir else None
+        if out_dir:
+            for folder in ('vis', 'preds'):
+                check_writable(Path(out_dir, folder, 'any'))
+        results = super().__call__(inputs, *args, out_dir=str(out_dir), **kwargs)
+        return dict(results, failures=self.failures) if self.failures else results
 
     def _load_model_from_metafile(self, model: str) -> tuple[Config, str | None]:
         """Find the config, and if there are any, the weights."""
@@ -46,10 +75,67 @@ class DetInferencer(MMDetInferencer):
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict[str, Any] | None,
                                cfg: Config | None) -> None:
-        """Load all weights, in the form that they have; mmdet reads the names of the classes."""
+        """Load all weights, in the form that they have, and find the names of the classes."""
         if checkpoint is not None:
             fill_for_inference(model, checkpoint, str(self._weights))
-            # mmdet takes neither bare weights nor entries that are None.
-            meta = {key: value for key, value in find_meta(checkpoint).items() if value is not None}
-            checkpoint = dict(meta=meta, state_dict=model.state_dict())
+            names = find_names(model, find_classes(checkpoint), find_test_dataset(cfg),
+                               str(self._weights))
+            # mmdet takes COCO's where there are none.
+            count = max((head.num_classes for head in find_heads(model)), default=0)
+            meta = dict(find_meta(checkpoint).get('dataset_meta') or {},
+                        classes=names or tuple(f'class {label}' for label in range(count)))
+            checkpoint = dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict())
         super()._load_weights_to_model(model, checkpoint, cfg)
+
+    def _init_pipeline(self, cfg: Config) -> Compose:
+        """Build the test pipeline, with a loader that takes all that `take_image` does."""
+        loader, *steps = find_test_dataset(cfg).pipeline
+        # mmdet knows no ids here.
+        keys = [key for key in steps[-1].get('meta_keys', ()) if key != 'img_id']
+        steps[-1] = dict(steps[-1], **(dict(meta_keys=keys) if keys else {}))
+        decoding = dict(flag=loader.get('color_type', 'color'),
+                        backend=loader.get('imdecode_backend'))
+
+        def load(value: Any) -> dict[str, Any]:
+            # A dict comes with a text.
+            given = dict(value) if isinstance(value, dict) else {}
+            source = given.get('img', given.get('img_path', None if given else value))
+            image = take_image(source, **decoding)
+            size = image.shape[:2]
+            image = image.astype(np.float32) if loader.get('to_float32', False) else image
+            return dict(given, img=image, img_shape=size, ori_shape=size,
+                        img_path=source if isinstance(source, str) else None)
+
+        return Compose([load, *steps])
+
+    def _inputs_to_list(self, inputs: Any) -> list[str | np.ndarray]:
+        """List files by their names, and other images as arrays."""
+        folder = isinstance(inputs, str | os.PathLike) and os.path.isdir(inputs)
+        inputs = super()._inputs_to_list(str(inputs)) if folder else list_images(inputs)
+        self._from_folder = folder
+        if folder and not inputs:
+            raise InputError('the folder holds no images')
+        for value in inputs if self._pictures else ():
+            if isinstance(value, str | os.PathLike):
+                check_writable(self._pictures / Path(value).name, value)
+        return [str(value) if isinstance(value, str | os.PathLike) else take_image(value)
+                for value in inputs]
+
+    def _get_chunk_data(self, inputs: Iterable[Any], chunk_size: int
+                        ) -> Iterator[list[tuple[Any, Any]]]:
+        """Prepare images, so many at a time; leave out what cannot be read of a folder."""
+        chunk = []
+        for value in inputs:
+            source = value.get('img', value.get('img_path')) if isinstance(value, dict) else value
+            try:
+                chunk.append((source, self.pipeline(value)))
+            except InputError as error:
+                if not self._from_folder:
+                    raise
+                self.failures[source] = str(error)
+                print_log(f'{error}; it is left out', 'current', logging.WARNING)
+            if len(chunk) == chunk_size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk

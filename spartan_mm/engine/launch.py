@@ -5,6 +5,7 @@ A function that takes a config, ``cfg``, and returns nothing changes it in place
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import ExplainedError, UsageError
+from ..files import check_writable
 from ..model_index import find_config
 from ..text import count, printable
 from ..weights.initialize import without_pretrained
@@ -279,6 +281,7 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
 
 def build_runner(cfg: Config) -> Runner:
     """Set up the processes and build the runner that the config describes."""
+    _check_work_dir(cfg)
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
     if cfg.get('load_from'):
@@ -286,6 +289,8 @@ def build_runner(cfg: Config) -> Runner:
         cfg.model = without_pretrained(cfg.model)
     _replace_hook(cfg, 'logger', 'OneWriterLoggerHook', type='LoggerHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    for handler in runner.logger.handlers:
+        handler.addFilter(_make_printable)
     if cfg.get('randomness', {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.
@@ -351,6 +356,25 @@ def _add_hook(cfg: Config, **settings: Any) -> None:
 def _check_exists(checkpoint: str) -> None:
     if '://' not in checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f'checkpoint {checkpoint} does not exist')
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Escape what would steer a terminal in a line of the log; tables keep their lines."""
+    record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
+    record.args = ()
+    return True
+
+
+def _check_work_dir(cfg: Config) -> None:
+    """Check that there is a work dir, and that the config that goes there replaces no other."""
+    source = Path(cfg.filename or 'config.py')
+    target = check_writable(Path(cfg.work_dir, source.name))
+    if target.exists() and source.exists() and target.samefile(source):
+        # A config that a run wrote has none of these.
+        written = ('_base_', '#', 'import ', 'from ')
+        if any(line.startswith(written) for line in source.read_text('utf-8').splitlines()):
+            raise UsageError(f'work dir {cfg.work_dir}: the whole config, which is kept there, '
+                             f'would replace {source}; name another folder')
 
 
 def _prepare_distributed(cfg: Config) -> None:

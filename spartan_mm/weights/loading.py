@@ -103,10 +103,11 @@ def find_classes(checkpoint: Any) -> tuple[str, ...] | None:
     """Find the names of the classes in a checkpoint; None if it does not tell."""
     meta = find_meta(checkpoint)
     # 'CLASSES' is what OpenMMLab's versions before 3.0 wrote.
-    classes = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
-    if not classes:
-        return None
-    return (classes, ) if isinstance(classes, str) else tuple(classes)
+    for place in (meta.get('dataset_meta') or {}, meta):
+        classes = place.get('classes') or place.get('CLASSES')
+        if classes:
+            return (classes, ) if isinstance(classes, str) else tuple(map(str, classes))
+    return None
 
 
 def find_state_dict(checkpoint: Any, name: str | Path,

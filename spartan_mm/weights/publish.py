@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..version import __version__
 from .config_text import CodeError, read_text
 from .forms import is_deployed
@@ -106,8 +106,8 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     _check_class_count(model, kept['dataset_meta']['classes'])
 
     # mmdet's own inferencer knows configs of text alone.
-    return Published(_write(stem, '.safetensors', weights, kept),
-                     _write(stem, '.pth', weights, dict(kept, cfg=as_text(from_plain(plain)))))
+    return Published(*(_write(stem, suffix, weights, meta, source) for suffix, meta in (
+        ('.safetensors', kept), ('.pth', dict(kept, cfg=as_text(from_plain(plain)))))))
 
 
 def _checkpoint_of(model: nn.Module) -> dict[str, Any]:
@@ -197,7 +197,8 @@ def _check_class_count(model: nn.Module, names: Sequence[str]) -> None:
         raise CheckpointError(f'{len(names)} classes are named, but the model has {count}')
 
 
-def _write(stem: str | Path, suffix: str, weights: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+def _write(stem: str | Path, suffix: str, weights: dict[str, Tensor], meta: dict[str, Any],
+           source: nn.Module | str | Path) -> Path:
     """Write a file, read it, and insist on every bit."""
     meta = with_tuples(json.loads(json.dumps(meta, sort_keys=True)))
     # Into memory: in a file torch notes down the file's name.
@@ -206,6 +207,7 @@ def _write(stem: str | Path, suffix: str, weights: dict[str, Tensor], meta: dict
     stem = Path(stem)
     digest = hashlib.sha256(content.getbuffer()).hexdigest()[:8]
     path = stem.with_name(f'{stem.name}-{digest}{suffix}')
+    check_writable(path, *(() if isinstance(source, nn.Module) else (source, )))
     with write_whole(path) as file:
         file.write(content.getbuffer())
 

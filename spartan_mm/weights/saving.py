@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from .forms import is_deployed, switch_to_deploy
 from .loading import find_meta, load_for_inference
 
@@ -33,8 +33,9 @@ def deploy_checkpoint(model: nn.Module, checkpoint: str | Path, out: str | Path)
         FileNotFoundError: There is no such checkpoint.
         CheckpointError: It belongs to another architecture or is of the deploy form already, the
             model has no deploy form, or the file cannot hold it.
-        UnwritableError: The file cannot be written.
+        UnwritableError: The file cannot be written, or is the checkpoint that is read.
     """
+    check_writable(out, checkpoint)
     meta = find_meta(load_for_inference(model, checkpoint))
     if is_deployed(model):
         raise CheckpointError(f'{checkpoint} is of the deploy form already')

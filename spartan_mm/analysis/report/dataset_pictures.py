@@ -10,7 +10,7 @@ from PIL import Image
 from ...datasets.data_errors import DataError
 from ...drawing import add_caption, arrange, open_image, resize
 from ...files import write_whole
-from ...text import shorten
+from ...text import printable, shorten
 from ..mistakes.class_bars import new_class_rows
 from ..mistakes.pictures import draw_truth
 from ..mistakes.predictions import Truth
@@ -26,7 +26,7 @@ _COCO_SIDES = (32, 96)
 def describe(report: 'Report') -> str:
     """Say in lines what a dataset holds, and what was found."""
     content = report.content
-    lines = [f'{report.split}: {report.name}']
+    lines = [f'{report.split}: {printable(report.name)}']
     if content.infos:
         noun = 'labels' if content.boxes is None else 'objects'
         lines.append(f'  {len(content.infos)} images, {content.count_objects().sum()} {noun} of '

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
+from ...files import check_writable
 from ..loading import find_classes, find_meta, find_state_dict
 from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from ..stored_config import find_test_dataset, read_config
 from .huggingface import (
+    HUGGINGFACE_FILES,
     convert_huggingface,
     export_huggingface,
     image_processor,
@@ -103,14 +105,16 @@ def convert(source: Source, dst: str | Path, to: str) -> str:
         What was done.
 
     Raises:
-        CheckpointError: The checkpoint does not fit, has no place on the other side, or cannot be
-            written.
+        CheckpointError: The checkpoint does not fit, or has no place on the other side.
+        UnwritableError: A file cannot be written, or is one that was read.
     """
     if (source.kind == 'mm') == (to == 'mm'):
         if to == 'mm':
             raise CheckpointError(NOTHING_TO_DO)
         raise CheckpointError(f'it is read by {KINDS[source.kind]}: convert it to mm first, and '
                               f'that to {to}')
+    for name in HUGGINGFACE_FILES if to == 'huggingface' else ('', ):
+        check_writable(Path(dst, name), source.path, *source.path.glob('*'))
     return _to_ours(source, dst) if to == 'mm' else _from_ours(source, dst, to)
 
 

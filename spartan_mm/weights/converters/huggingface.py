@@ -19,6 +19,9 @@ from . import rtdetr_layout as table
 from .names import StateDict
 from .rtdetr import is_frozen, read_own_settings
 
+#: What `write_huggingface` writes: weights, config and the config of the image processor.
+HUGGINGFACE_FILES = ('model.safetensors', 'config.json', 'preprocessor_config.json')
+
 # The heads stand in the model, and once more, as the same tensors, in its decoder.
 _TIED = {'class_embed.': 'model.decoder.class_embed.', 'bbox_embed.': 'model.decoder.bbox_embed.'}
 
@@ -159,10 +162,10 @@ def write_huggingface(folder: str | Path, state_dict: Mapping[str, Tensor], conf
     Raises:
         UnwritableError: A file cannot be written.
     """
-    folder = Path(folder)
-    save_checkpoint(state_dict, folder / 'model.safetensors')
-    write_json(folder / 'config.json', config)
-    write_json(folder / 'preprocessor_config.json', preprocessor)
+    weights, *texts = (Path(folder, name) for name in HUGGINGFACE_FILES)
+    save_checkpoint(state_dict, weights)
+    for path, content in zip(texts, (config, preprocessor), strict=True):
+        write_json(path, content)
 
 
 def image_processor(height: int = 640, width: int = 640,
