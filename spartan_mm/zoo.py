@@ -1,6 +1,8 @@
 """The models of this package by name, see also ``model_index.py``."""
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config
@@ -67,7 +69,8 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
     with DefaultScope.overwrite_default_scope(config.default_scope):
         model = MODELS.build(without_pretrained(config.model))
     if pretrained is None:
-        _initialize(model)
+        with quiet():  # mmengine reports a line for each of them
+            model.init_weights()
         meta = {}
     else:
         # It takes mmengine's runner along.
@@ -84,12 +87,13 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
     return model.eval()
 
 
-def _initialize(model: nn.Module) -> None:
-    """Draw random weights, without mmengine's report, a line for each of them."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep mmengine's remarks on what is being built off the screen."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        model.init_weights()
+        yield
     finally:
         logger.setLevel(level)

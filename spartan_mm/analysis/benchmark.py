@@ -388,7 +388,8 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
         raise UsageError('on the meta device nothing is computed that could be timed')
     device = torch.device(choose_device(workload.device))
     report('the limits of the machine')
-    limits = measure_limits(device, getattr(torch, workload.amp or 'float32'))
+    limits = measure_limits(device, getattr(torch, workload.amp or 'float32'),
+                            torch.get_num_threads())
 
     subjects, results = [], []
     for form in group.forms:
@@ -406,7 +407,9 @@ def run_group(group: Group, report: Report = lambda text: None) -> dict[str, Any
             report(f'{name}: compiling')
             compile_model(subject.model, mode=form.compile,
                           dynamic=True if len(set(subject.sizes)) > 1 else None)
-        seconds = _warm_up(subject, group.warm_up)
+        seconds = time_step(subject.step, device)
+        for _ in range(group.warm_up * len(subject.sizes)):
+            subject.step()
         report(f'{name}: memory')
         peak, held = subject.measure_memory()
         subjects.append(subject)
@@ -465,10 +468,9 @@ def measure_parts(subject: Subject, rounds: int) -> dict[str, float]:
         raise UsageError(f'{subject.form.model} has no config, which says how it is optimized: '
                          'measure the parts of a model that has one')
     model, timer = subject.model, PartTimer(subject.device)
-    for name, part in (('backbone', 'backbone'), ('neck', 'neck'), ('decoder', 'decoder'),
-                       ('head', 'head')):
+    for name in ('backbone', 'neck', 'decoder', 'head'):
         if isinstance(getattr(model, name, None), nn.Module):
-            timer.wrap(getattr(model, name), 'forward', part)
+            timer.wrap(getattr(model, name), 'forward', name)
     head = getattr(model, 'bbox_head', None)
     if head is not None:
         timer.wrap(head, 'loss', 'head and losses')
@@ -613,14 +615,6 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return (f"{gpu}{machine['cpu']}, {cores}, {threads}; "
             f"Python {machine['python']}, torch {machine['torch']}, spartan_mm "
             f"{machine['spartan_mm']}; {machine['date']}")
-
-
-def _warm_up(subject: Subject, steps: int) -> float:
-    """Run steps of every size; return the seconds that the first one took."""
-    first = time_step(subject.step, subject.device)
-    for _ in range(steps * len(subject.sizes)):
-        subject.step()
-    return first
 
 
 def _take_turns(subjects: Sequence[Subject], group: Group,

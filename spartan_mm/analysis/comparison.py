@@ -1,11 +1,11 @@
 """Models side by side: their sizes, their times in one run, and what accuracy is published."""
 
 import csv
-import importlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def find_accuracy(name: str, given: float | None = None) -> Accuracy | None:
         for key, metric in _METRICS.items():
             if key in (result.get('Metrics') or {}):
                 # This package's metafiles say whose figure each is; the others' are their own.
-                source = result.get('Source') or f'{package} {_version(package)}'
+                source = result.get('Source') or f'{package} {import_module(package).__version__}'
                 dataset = _DATASETS.get(result['Dataset'], result['Dataset'])
                 return Accuracy(float(result['Metrics'][key]), metric, dataset, source)
     return None
@@ -379,7 +379,3 @@ def _measure(rows: Sequence[Row], workload: Workload, rounds: int | None,
         if workload.batch == 1:
             rows[index] = replace(rows[index], latency=Summary.of(result['times']))
     return rows, measured['machine']
-
-
-def _version(package: str) -> str:
-    return importlib.import_module(package).__version__

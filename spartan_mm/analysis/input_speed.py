@@ -3,7 +3,9 @@
 import copy
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -115,15 +117,14 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
     classes = getattr(DATASETS.get(dataset.type), 'METAINFO', {}).get('classes') or ('object', )
     height, width = _SIZES[task]
     random = np.random.default_rng(0)
-    folders = [folder / 'images' / name for name in ('a', 'b')]
     images, annotations = [], []
     for index in range(count):
-        path = folders[index % 2] / f'{index}.jpg'
+        name = f'{"ab"[index % 2]}/{index}.jpg'
+        path = folder / 'images' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), _draw_picture(random, height, width),
                     [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        images.append(dict(id=index, file_name=path.relative_to(folder / 'images').as_posix(),
-                           height=height, width=width))
+        images.append(dict(id=index, file_name=name, height=height, width=width))
         for _ in range(_NUM_OBJECTS):
             sides = random.uniform(0.05, 0.5, 2) * (width, height)
             corner = random.uniform(0, 1, 2) * ((width, height) - sides)
@@ -132,7 +133,6 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
                 category_id=int(random.integers(len(classes))) + 1,
                 bbox=[*corner.tolist(), *sides.tolist()]))
 
-    pipeline = dataset.pipeline
     if task == 'detection':
         categories = [dict(id=index + 1, name=name) for index, name in enumerate(classes)]
         (folder / 'annotations.json').write_text(json.dumps(
@@ -141,8 +141,9 @@ def _make_up(dataset: Config, task: str, folder: Path, count: int) -> None:
         dataset.update(data_root=str(folder), ann_file='annotations.json',
                        data_prefix=dict(img='images/'))
     else:
-        dataset.clear()
-        dataset.update(type='CustomDataset', data_root=str(folder / 'images'), pipeline=pipeline)
+        for key in dataset.keys() - {'pipeline'}:
+            del dataset[key]
+        dataset.update(type='CustomDataset', data_root=str(folder / 'images'))
 
 
 def _draw_picture(random: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -166,15 +167,14 @@ def _time_transforms(settings: Config, seconds: float) -> tuple[int, float, dict
     for step, transform in enumerate(dataset.pipeline.transforms):
         _wrap(timer, transform, f'{step + 1} {type(transform).__name__}')
 
-    order = np.random.default_rng(0).permutation(len(dataset))
-    dataset[int(order[0])]
+    order = cycle(np.random.default_rng(0).permutation(len(dataset)).tolist())
+    dataset[next(order)]
     timer.seconds = {}
-    count, start = 0, perf_counter()
-    while perf_counter() - start < seconds or count == 0:
+
+    def read() -> None:
         with timer.part('the rest'):
-            dataset[int(order[count % len(order)])]
-        count += 1
-    taken = (perf_counter() - start) / count
+            dataset[next(order)]
+    count, taken = _repeat(read, seconds)
     return count, taken, {part: total / count for part, total in timer.seconds.items()}
 
 
@@ -199,10 +199,15 @@ def _time_loader(settings: Config, workers: int, seconds: float) -> tuple[int, f
     # What was prepared before the clock starts is handed out for nothing.
     for _ in range(workers * (loader.prefetch_factor or 0) + 1):
         next(batches)
+    taken = _repeat(partial(next, batches), seconds)[1]
+    del batches, loader
+    return settings.batch_size, settings.batch_size / taken
+
+
+def _repeat(step: Callable[[], object], seconds: float) -> tuple[int, float]:
+    """Repeat a step for some time; give how often, and the seconds for one."""
     count, start = 0, perf_counter()
     while perf_counter() - start < seconds or count == 0:
-        next(batches)
+        step()
         count += 1
-    taken = perf_counter() - start
-    del batches, loader
-    return settings.batch_size, count * settings.batch_size / taken
+    return count, (perf_counter() - start) / count

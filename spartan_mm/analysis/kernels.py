@@ -5,14 +5,13 @@ Its bytes are those of all tensors that it reads or writes; each counts once, al
 changed in place, and an expanded one by all of its elements.
 """
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,29 +69,6 @@ class KernelCount:
     kernels: int = 0
     bytes: int = 0
     by_operation: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-def count_kernels(model: nn.Module, shape: tuple[int, int], batch: int = 1, train: bool = False,
-                  device: str = 'meta') -> KernelCount:
-    """Count the kernels of a backbone or a classifier; of a step of anything else, `count_step`.
-
-    Args:
-        model: Takes images. It stays as it is; a copy runs.
-        shape: (H, W) of the images.
-        batch: Their number.
-        train: A forward pass in training mode and the backward pass of its last output's sum,
-            instead of inference.
-        device: 'meta', where nothing is computed, or another for a model that does not run there.
-    """
-    model = deepcopy(model).to(device).train(train)
-    images = torch.zeros(batch, 3, *shape, device=device)
-
-    def step() -> None:
-        with torch.set_grad_enabled(train):
-            outputs = model(images)
-            if train:
-                (outputs if isinstance(outputs, Tensor) else outputs[-1]).sum().backward()
-    return count_step(step, device)
 
 
 def count_step(step: Callable[[], object], device: str = 'meta') -> KernelCount:

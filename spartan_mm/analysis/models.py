@@ -2,18 +2,15 @@
 
 import difflib
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine import fileio
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -80,11 +77,8 @@ def load_named_model(name: str | Path, checkpoint: str | Path | None = None,
     were trained with.
 
     Args:
-        name: A model of this package or a config file; a checkpoint that holds its config, a file
-            or a URL, as training and publishing write it; the arch of a SpaRTAN backbone ('xt',
-            't'), which then comes alone; ``timm:NAME``; ``mmpretrain:NAME`` or ``mmdet:NAME``, a
-            name of their metafiles; or ``mmpretrain::PATH`` or ``mmdet::PATH``, one of the configs
-            they come with.
+        name: One of :data:`NAMES`; a checkpoint is a file or a URL, as training and publishing
+            write it.
         checkpoint: The weights, a local path or a URL; None for those of a checkpoint that `name`
             is, and else for random ones.
         device: Where to put the model, such as 'cuda:0'; 'meta' for shapes without numbers.
@@ -99,24 +93,20 @@ def load_named_model(name: str | Path, checkpoint: str | Path | None = None,
     source, config, weights = _resolve(name)
     title = title_of(name)
     checkpoint = checkpoint or weights
-    shape = None
-    if source == 'timm':
-        task, build = 'classification', _timm_builder(title)
-    elif config is None:
-        task, shape = 'backbone', (224, 224)
-
-        def build() -> nn.Module:
-            return SpaRTAN(name)
-    else:
+    if config is not None:
         task, shape = task_of(config, name), find_test_shape(config)
+        build = partial(zoo.get_model, config)
+    elif source == 'timm':
+        task, shape, build = 'classification', None, _timm_builder(title)
+    else:
+        task, shape, build = 'backbone', (224, 224), partial(SpaRTAN, name)
 
-    with _quiet():
+    with zoo.quiet():
         # The shapes alone are not enough where a checkpoint is to fit.
         if torch.device(device).type == 'meta' and checkpoint is None:
-            model = (build_without_numbers(build) if config is None
-                     else build_without_weights(config))
+            model = build_without_weights(config) if config else build_without_numbers(build)
         else:
-            model = build() if config is None else zoo.get_model(config)
+            model = build()
             if checkpoint is not None:
                 load_for_inference(model, checkpoint)
             model.to(device)
@@ -259,18 +249,6 @@ def find_entry(name: str | Path) -> tuple[Mapping[str, Any], str] | None:
                                 and Path(name).resolve() == Path(zoo.config_path(own_name))):
             return entry, 'spartan_mm'
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep mmengine's remarks on what is being built off the screen."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _split(name: str) -> tuple[str | None, bool, str]:

@@ -71,18 +71,15 @@ def count_work(step: Callable[[], object], limits: Limits, device: str = 'cpu',
                 seconds=least(everything), fused_seconds=least(heavy))
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype = torch.float32) -> Limits:
-    """Measure bandwidth and rate with the current number of threads, once in a process.
+@cache
+def measure_limits(device: torch.device, dtype: torch.dtype, threads: int) -> Limits:
+    """Measure bandwidth and rate, once in a process.
 
     Args:
         device: 'cpu' or 'cuda'.
         dtype: Of the matrices.
+        threads: How many PyTorch uses; with others, it is to be measured anew.
     """
-    return _measure_limits(device, dtype, torch.get_num_threads())
-
-
-@cache
-def _measure_limits(device: torch.device, dtype: torch.dtype, threads: int) -> Limits:
     source = torch.zeros(_COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = _median_time(lambda: target.copy_(source), device)

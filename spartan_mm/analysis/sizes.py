@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..errors import CheckpointError
 from ..text import first_line, markdown
 from ..weights.forms import is_deployed, switch_to_deploy
-from .kernels import KernelCount, KernelCounter, count_kernels
+from .kernels import KernelCount, KernelCounter, count_step
 from .models import CannotRunError, load_named_model
 
 # What PyTorch's profiler, which measures memory on a CPU, says about itself.
@@ -65,18 +66,6 @@ class Complexity:
         return 2 * self.multiply_adds
 
 
-def measure_complexity(model: nn.Module, height: int, width: int) -> Complexity:
-    """Count parameters and multiply-adds in a pass over one image.
-
-    Args:
-        model: Takes images, (N, 3, H, W). It is left in evaluation mode. On the meta device nothing
-            is computed.
-        height: Height of the image, in pixels.
-        width: Width of the image, in pixels.
-    """
-    return measure_modules(model, height, width)['']
-
-
 def measure_modules(model: nn.Module, height: int, width: int) -> dict[str, Complexity]:
     """Count parameters and multiply-adds in a pass over one image, module by module.
 
@@ -85,7 +74,8 @@ def measure_modules(model: nn.Module, height: int, width: int) -> dict[str, Comp
     its parts'. Parameters that several modules share count in each of them, and once in the whole.
 
     Args:
-        model: See :func:`measure_complexity`.
+        model: Takes images, (N, 3, H, W). It is left in evaluation mode. On the meta device nothing
+            is computed.
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
 
@@ -208,7 +198,9 @@ def count_model(name: str | Path, shape: tuple[int, int] | None = None,
             if deploy and not is_deployed(named.model):
                 switch_to_deploy(named.model)
             modules = measure_modules(named.model, *size)
-            kernels = count_kernels(named.model, size, device=device)
+            image = torch.zeros(1, 3, *size, device=device)
+            with torch.no_grad():
+                kernels = count_step(partial(named.model, image), device)
         except CheckpointError:
             raise
         # Whatever a model's code says to shapes without numbers, or to images of this size.

@@ -1,12 +1,15 @@
 """The flags that several commands have, each in one place: same name, same meaning, same words."""
 import argparse
+import sys
 from argparse import ArgumentParser
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.config import DictAction
 
 from ..files import check_writable
+from ..text import printable
 
 if TYPE_CHECKING:
     from ..analysis.look_inside.inputs import GivenModel
@@ -30,35 +33,71 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f'{text} must be a number from 0 to 1')
 
 
+def _sides(text: str) -> list[int]:
+    """Read a side, or HxW."""
+    return [*map(positive, text.split('x'))]
+
+
+class _Size(argparse.Action):
+    """Height and width, of one number or two."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        values = sum(values, [])
+        if len(values) > 2:
+            parser.error(f'{option_string} takes a side, or a height and a width, not '
+                         f'{len(values)} numbers')
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+_FLAGS = {
+    '--cfg-options': dict(
+        nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of the config, such as train_dataloader.batch_size=2 '
+             '"model.backbone.out_indices=(1,2,3)"'),
+    '--out-dir': dict(type=Path, metavar='DIR', help='where to write (default: %(default)s)'),
+    '--device': dict(
+        metavar='DEVICE', help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)"),
+    '--seed': dict(type=int, default=0, metavar='N',
+                   help='seed of all random numbers (default: %(default)s)'),
+    '--names': dict(nargs='+', metavar='NAME',
+                    help='what to call the models (default: their own names)'),
+    '--images': dict(type=positive, metavar='N'),
+    '--size': dict(type=_sides, nargs='+', action=_Size, metavar=('H', 'W')),
+    '--batch-size': dict(type=positive, metavar='N'),
+    '--rounds': dict(type=positive, metavar='N',
+                     help='how often each is timed (default: as often as takes some 20 s)'),
+    '--json': dict(type=Path, metavar='FILE', help='write the numbers to it, too'),
+    '--score-thr': dict(type=share, default=0.3, metavar='SCORE',
+                        help='least score of a detection that counts (default: %(default)s)'),
+    '--match-classes': dict(
+        choices=('name', 'number'),
+        help="if the checkpoint's classes are not those of the data: put its outputs in their "
+             'order by name, or take classes of the same number for the same (default: stop)'),
+}
+
+
+def add(parser: ArgumentParser, flag: str, *older: str, **options: Any) -> None:
+    """Add a flag that several commands have.
+
+    Args:
+        parser: Of the command, or a group of its flags.
+        flag: Its name.
+        older: Names that go on to work.
+        options: What this command says otherwise, such as its default.
+    """
+    parser.add_argument(flag, *older, **_FLAGS[flag] | options)
+
+
 def add_config(parser: ArgumentParser) -> None:
     """Add CONFIG, and ``--cfg-options`` to change it."""
     parser.add_argument('config', metavar='CONFIG', help='config file, or the name of a model')
-    add_cfg_options(parser)
+    add(parser, '--cfg-options')
 
 
 def add_any_model(parser: ArgumentParser, name: str = 'config', **options) -> None:
     """Add CONFIG, a model of anybody's; of several, `name` is another."""
     from ..analysis.models import NAMES
     parser.add_argument(name, metavar=name.rstrip('s').upper(), help=f'a model: {NAMES}', **options)
-
-
-def add_cfg_options(parser: ArgumentParser) -> None:
-    """Add ``--cfg-options``."""
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, such as '
-                             'train_dataloader.batch_size=2 "model.backbone.out_indices=(1,2,3)"')
-
-
-def add_out_dir(parser: ArgumentParser, default: str, *older: str) -> None:
-    """Add ``--out-dir``; `older` names of the flag go on to work."""
-    parser.add_argument('--out-dir', *older, type=Path, default=Path(default), metavar='DIR',
-                        help='where to write (default: %(default)s)')
-
-
-def add_device(parser: ArgumentParser) -> None:
-    """Add ``--device``."""
-    parser.add_argument('--device', metavar='DEVICE',
-                        help="such as 'cpu' or 'cuda:0' (default: a GPU if there is one)")
 
 
 def add_run(parser: ArgumentParser) -> None:
@@ -76,21 +115,6 @@ def add_run(parser: ArgumentParser) -> None:
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def add_seed(parser: ArgumentParser, default: int | None = 0) -> None:
-    """Add ``--seed``."""
-    shown = 'random' if default is None else default
-    parser.add_argument('--seed', type=int, default=default, metavar='N',
-                        help=f'seed of all random numbers (default: {shown})')
-
-
-def add_match_classes(parser: ArgumentParser) -> None:
-    """Add ``--match-classes``."""
-    parser.add_argument('--match-classes', choices=('name', 'number'),
-                        help="if the checkpoint's classes are not those of the data: put its "
-                             'outputs in their order by name, or take classes of the same number '
-                             'for the same (default: stop)')
-
-
 def add_looked_at(parser: ArgumentParser, out_dir: str, several: bool = True) -> None:
     """Add INPUT, the pictures, and the models that look at them, or one; where, and on what."""
     from ..analysis.models import NAMES
@@ -100,20 +124,21 @@ def add_looked_at(parser: ArgumentParser, out_dir: str, several: bool = True) ->
     if several:
         parser.add_argument('models', nargs='+', metavar='MODEL[=CHECKPOINT]',
                             help=f'models, each {help}')
-        add_names(parser)
+        add(parser, '--names')
     else:
         parser.add_argument('models', nargs=1, metavar='MODEL[=CHECKPOINT]', help=f'a model {help}')
         parser.set_defaults(names=None)
-    add_out_dir(parser, out_dir)
-    add_device(parser)
+    add(parser, '--out-dir', default=out_dir)
+    add(parser, '--device')
 
 
 def add_sample(parser: ArgumentParser, images: int | None) -> None:
     """Add how many pictures to draw, and what to do about models without weights."""
-    add_images(parser, images, 'number of images, drawn at random', '--num-images')
+    add(parser, '--images', '--num-images', default=images,
+        help=f'number of images, drawn at random (default: {images or "all"})')
     parser.add_argument('--random', action='store_true',
                         help='give models without a checkpoint random weights')
-    add_seed(parser)
+    add(parser, '--seed')
 
 
 def take_sample(args: argparse.Namespace, picture: str
@@ -129,12 +154,6 @@ def take_sample(args: argparse.Namespace, picture: str
     check_writable(target)
     source.images = choose_images(source.images, args.images, args.seed)
     return target, source, load_models(args.models, args.names, args.random, args.device, args.seed)
-
-
-def add_names(parser: ArgumentParser) -> None:
-    """Add ``--names``, which takes as many as there are models."""
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='what to call the models (default: their own names)')
 
 
 def add_layers(parser: ArgumentParser, help: str) -> None:
@@ -153,44 +172,11 @@ def layer_of_each(args: argparse.Namespace) -> list[str | None]:
 
 def add_work(parser: ArgumentParser) -> None:
     """Add what times depend on: device, ``--amp`` and ``--threads``; `use_threads` reads that."""
-    add_device(parser)
+    add(parser, '--device')
     parser.add_argument('--amp', choices=('float16', 'bfloat16'),
                         help='automatic mixed precision')
     parser.add_argument('--threads', type=positive, metavar='N',
                         help="of the CPU (default: PyTorch's)")
-
-
-def add_images(parser: ArgumentParser, default: int | None, help: str, *older: str) -> None:
-    """Add ``--images``, how many of them; `older` names of the flag go on to work."""
-    parser.add_argument('--images', *older, type=positive, default=default, metavar='N',
-                        help=f'{help} (default: {default or "all"})')
-
-
-def add_size(parser: ArgumentParser, default: tuple[int, ...] | None, help: str,
-             *older: str) -> None:
-    """Add ``--size``, a side or height and width; `older` names of the flag go on to work."""
-    parser.add_argument('--size', *older, type=_sides, nargs='+', action=_Size, default=default,
-                        metavar=('H', 'W'), help=help)
-
-
-def add_batch_size(parser: ArgumentParser, default: int | None, help: str, *older: str) -> None:
-    """Add ``--batch-size``; `older` names of the flag go on to work."""
-    parser.add_argument('--batch-size', *older, type=positive, default=default, metavar='N',
-                        help=help)
-
-
-def add_rounds(parser: ArgumentParser, default: int | None, *older: str) -> None:
-    """Add ``--rounds``; `older` names of the flag go on to work."""
-    parser.add_argument('--rounds', *older, type=positive, default=default, metavar='N',
-                        help='how often each is timed (default: '
-                             f'{default or "as often as takes some 20 s"})')
-
-
-def add_score_thr(parser: ArgumentParser, help: str = 'least score of a detection that counts'
-                  ) -> None:
-    """Add ``--score-thr``."""
-    parser.add_argument('--score-thr', type=share, default=0.3, metavar='SCORE',
-                        help=f'{help} (default: %(default)s)')
 
 
 def add_results(parser: ArgumentParser, out_dir: str) -> None:
@@ -202,8 +188,8 @@ def add_results(parser: ArgumentParser, out_dir: str) -> None:
     """
     add_config(parser)
     parser.add_argument('predictions', metavar='FILE.pkl', help='what a test with --out wrote')
-    add_out_dir(parser, out_dir)
-    add_score_thr(parser)
+    add(parser, '--out-dir', default=out_dir)
+    add(parser, '--score-thr')
     parser.add_argument('--iou-thr', type=float, default=0.5, metavar='IOU',
                         help='least overlap of a detection with the object that it finds (default: '
                              '%(default)s)')
@@ -222,17 +208,9 @@ def read_results(args: argparse.Namespace, first: str) -> tuple[Any, bool]:
     return results, isinstance(results, DetectorResults)
 
 
-def _sides(text: str) -> list[int]:
-    """Read a side, or HxW."""
-    return [*map(positive, text.split('x'))]
-
-
-class _Size(argparse.Action):
-    """Height and width, of one number or two."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        values = sum(values, [])
-        if len(values) > 2:
-            parser.error(f'{option_string} takes a side, or a height and a width, not '
-                         f'{len(values)} numbers')
-        setattr(namespace, self.dest, (values[0], values[-1]))
+def report_failures(failures: Iterable[object]) -> int:
+    """Print what went wrong at the end of a command, a line each; return its status."""
+    failures = list(failures)
+    for failure in failures:
+        print(printable(f'error: {failure}'), file=sys.stderr)
+    return int(bool(failures))

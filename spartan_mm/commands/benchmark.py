@@ -10,7 +10,6 @@ running.
 """
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
-from pathlib import Path
 
 from ..analysis import benchmark
 from ..analysis.benchmark import Form, Group, Workload
@@ -18,7 +17,7 @@ from ..analysis.input_speed import input_table, measure_input
 from ..analysis.kernels import kernels_table
 from ..files import check_writable, write_json
 from ..text import Console
-from .arguments import add_any_model, add_batch_size, add_rounds, add_size, add_work
+from .arguments import add, add_any_model, add_work
 
 AUTHORS = 'authors'
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -27,7 +26,7 @@ MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagrap
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_any_model(parser)
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results to it, too')
+    add(parser, '--json')
 
     form = parser.add_argument_group('form')
     against = parser.add_argument_group('beside it')
@@ -56,10 +55,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     work.add_argument('--multi-scale', action='store_true',
                       help="the sizes of the config's multi-scale training in turn")
     add_work(work)
-    add_batch_size(work, None, 'images in a step (default: 1; in training as in the config)',
-                   '--batch')
-    add_size(work, None, "of the images (default: as in the config's test pipeline)")
-    add_rounds(work, None, '--repeats')
+    add(work, '--batch-size', '--batch',
+        help='images in a step (default: 1; in training as in the config)')
+    add(work, '--size', help="of the images (default: as in the config's test pipeline)")
+    add(work, '--rounds', '--repeats')
 
     data = parser.add_argument_group('training pipeline')
     data.add_argument('--data', action='store_true',

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from ..datasets.check import SPLITS
 from ..files import check_writable, write_whole
 from ..text import printable
-from .arguments import add_config, add_images, add_out_dir, add_seed, positive
+from .arguments import add, add_config, positive
 
 STAGES = ('original', 'pipeline', 'model')
 
@@ -25,13 +25,14 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help=f'one or several of {", ".join(STAGES)} (default: model)')
     parser.add_argument('--split', choices=SPLITS, default='train',
                         help='which dataset (default: %(default)s)')
-    add_images(parser, 16, 'how many samples', '--number')
-    add_seed(parser)
+    add(parser, '--images', '--number', default=16,
+        help='how many samples (default: %(default)s)')
+    add(parser, '--seed')
     parser.add_argument('--columns', type=positive, default=4, metavar='N',
                         help='pictures side by side (default: %(default)s)')
     parser.add_argument('--size', '--side', type=positive, default=320, metavar='PIXELS',
                         help='longer side of each picture on the sheet (default: %(default)s)')
-    add_out_dir(parser, 'work_dirs/browse_dataset')
+    add(parser, '--out-dir', default='work_dirs/browse_dataset')
 
 
 def run(args: Namespace) -> None:

@@ -11,7 +11,6 @@ What is explained is, of a classifier, the logit of a class; of a detector, the 
 of the scores of its detections, of one class or of all;
 spartan_mm/analysis/look_inside/class_activation.py has the details.
 """
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from ..analysis.models import load_named_model
 from ..files import check_writable
 from ..inference import IMAGE_SUFFIXES, find_images
 from ..text import printable
-from .arguments import add_layers, add_looked_at, add_score_thr, layer_of_each, positive
+from .arguments import add, add_layers, add_looked_at, layer_of_each, positive, report_failures
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,7 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                              'needs no weights')
     parser.add_argument('--method', choices=METHODS,
                         help='default: gradcam for classifiers, layercam for detectors')
-    add_score_thr(parser, 'least score of a detection that is explained')
+    add(parser, '--score-thr',
+        help='least score of a detection that is explained (default: %(default)s)')
     parser.add_argument('--top', type=positive, metavar='N',
                         help='explain the N best detections (default: all)')
 
@@ -81,6 +81,4 @@ def explain(args: Namespace, layers: list[str | None]) -> int:
         explainers[title] = Explainer(explained, layer, args.method, args.score_thr, args.top)
     failures = explain_images(explainers, source.images, args.out_dir, args.classes)
     print(printable(f'{len(source.images) - len(failures)} images explained; see {args.out_dir}'))
-    for failure in failures.values():
-        print(f'error: {failure}', file=sys.stderr)
-    return int(bool(failures))
+    return report_failures(failures.values())

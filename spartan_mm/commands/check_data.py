@@ -13,7 +13,7 @@ from ..datasets.check import SPLITS, check_config
 from ..errors import UsageError
 from ..files import check_writable, write_json
 from ..text import printable
-from .arguments import add_config, add_out_dir, positive
+from .arguments import add, add_config, positive
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                              'for 100,000 images')
     parser.add_argument('--workers', type=positive, metavar='N',
                         help='number of processes that decode (default: one for each CPU)')
-    add_out_dir(parser, 'dataset_report', '--out')
+    add(parser, '--out-dir', '--out', default='dataset_report')
 
 
 def run(args: Namespace) -> int:

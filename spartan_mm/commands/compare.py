@@ -8,7 +8,6 @@ them. Published accuracies come from this package's metafiles and those that mmp
 come with; timm comes with none: give those by --accuracy.
 """
 import argparse
-import sys
 from argparse import ArgumentParser, Namespace
 
 from ..analysis.benchmark import Workload, default_device, measuring
@@ -16,34 +15,27 @@ from ..analysis.comparison import compare, draw_comparison, make_csv, make_markd
 from ..analysis.style import write_figure
 from ..files import check_writable, write_whole
 from ..text import Console
-from .arguments import (
-    add_any_model,
-    add_batch_size,
-    add_names,
-    add_out_dir,
-    add_rounds,
-    add_size,
-    add_work,
-)
+from .arguments import add, add_any_model, add_work, report_failures
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_any_model(parser, 'models', nargs='+')
-    add_names(parser)
-    add_size(parser, None, "of the images (default: as in each config's test pipeline)", '--shape')
+    add(parser, '--names')
+    add(parser, '--size', '--shape',
+        help="of the images (default: as in each config's test pipeline)")
     parser.add_argument('--deploy', action='store_true',
                         help='the inference form of the models that have one')
     parser.add_argument('--accuracy', type=read_accuracy, nargs='+', default=[],
                         metavar='MODEL=PERCENT',
                         help='top-1 on ImageNet-1k or box AP on COCO, for models of which none '
                              'is published here, or in the place of that')
-    add_out_dir(parser, 'work_dirs/compare')
+    add(parser, '--out-dir', default='work_dirs/compare')
     parser.add_argument('--no-times', action='store_true', help='measure no times')
     add_work(parser)
-    add_batch_size(parser, 1, 'images in a step for images/s; latencies are of one (default: '
-                              '%(default)s)', '--batch')
-    add_rounds(parser, None)
+    add(parser, '--batch-size', '--batch', default=1,
+        help='images in a step for images/s; latencies are of one (default: %(default)s)')
+    add(parser, '--rounds')
 
 
 def read_accuracy(text: str) -> tuple[str, float]:
@@ -81,7 +73,6 @@ def run(args: Namespace) -> int:
     console.line(f'Written to {args.out_dir}: compare.md, compare.csv'
                  + (', compare.png' if figure else '; no plot, for no accuracy is known'))
     problems = [row.problem for row in comparison.rows if row.problem]
-    if problems:
-        print(f'error: {len(problems)} of {len(comparison.rows)} models could not be run: '
-              f'{"; ".join(problems)}', file=sys.stderr)
-    return int(bool(problems))
+    return report_failures(problems and [
+        f'{len(problems)} of {len(comparison.rows)} models could not be run: '
+        f'{"; ".join(problems)}'])

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..files import check_writable, write_whole
 from ..text import printable
+from .arguments import add
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 
@@ -20,8 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN',
                         help='the work dir of a training, the folder of one of its runs, or a log '
                              '(scalars.json)')
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='what to call the runs (default: as their folders)')
+    add(parser, '--names', help='what to call the runs (default: as their folders)')
     parser.add_argument('--metrics', nargs='+', metavar='METRIC',
                         help='metrics of the validations by their names in the log, such as '
                              'coco/bbox_mAP_s (default: AP, AP50, top-1 and top-5 accuracy)')

@@ -7,26 +7,25 @@
 Neither data nor weights are needed.
 """
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import torch
 
 from ..analysis.sizes import COUNTED, DEPLOY_FORM, count_model, forms_table, tree
 from ..files import check_writable, write_json
 from ..text import printable
-from .arguments import add_any_model, add_size
+from .arguments import add, add_any_model
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_any_model(parser)
-    add_size(parser, None, "of the image (default: as in the config's test pipeline)", '--shape')
+    add(parser, '--size', '--shape',
+        help="of the image (default: as in the config's test pipeline)")
     parser.add_argument('--deploy', action='store_true', help='the inference form, too')
     parser.add_argument('--depth', type=int, default=2, metavar='N',
                         help='how far down the modules are listed; -1 for all of them (default: '
                              '%(default)s)')
-    parser.add_argument('--json', type=Path, metavar='FILE',
-                        help='write the numbers of all modules to it, too')
+    add(parser, '--json', help='write the numbers of all modules to it, too')
 
 
 def run(args: Namespace) -> None:

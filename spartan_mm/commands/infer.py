@@ -6,21 +6,13 @@ A detector writes pictures (or a video) with boxes, and results.json with boxes,
 a classifier writes pictures with a bar for each of the likeliest classes, and results.json with
 these and their scores. The config says which of the two it is.
 """
-import sys
 from argparse import ArgumentParser, Namespace
 
 from ..engine.launch import choose_device
 from ..files import check_writable
 from ..inference import find_source, infer, load_model
 from ..text import printable
-from .arguments import (
-    add_batch_size,
-    add_device,
-    add_match_classes,
-    add_out_dir,
-    add_score_thr,
-    positive,
-)
+from .arguments import add, positive, report_failures
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,13 +24,14 @@ def add_arguments(parser: ArgumentParser) -> None:
                              'config, as published ones do')
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
                         help='checkpoint file or URL, if it is not in the place of the config')
-    add_out_dir(parser, 'outputs')
-    add_device(parser)
-    add_match_classes(parser)
-    add_score_thr(parser)
+    add(parser, '--out-dir', default='outputs')
+    add(parser, '--device')
+    add(parser, '--match-classes')
+    add(parser, '--score-thr')
     parser.add_argument('--top', type=positive, default=5, metavar='N',
                         help='number of classes that a classifier names (default: %(default)s)')
-    add_batch_size(parser, 1, 'images or frames in one pass (default: %(default)s)')
+    add(parser, '--batch-size', default=1,
+        help='images or frames in one pass (default: %(default)s)')
 
 
 def run(args: Namespace) -> int:
@@ -55,6 +48,4 @@ def run(args: Namespace) -> int:
         print(printable(f'{detections} detections in {pictures}; see {args.out_dir}'))
     else:
         print(printable(f'{pictures} classified; see {args.out_dir}'))
-    for failure in report.failures.values():
-        print(f'error: {failure}', file=sys.stderr)
-    return int(bool(report.failures))
+    return report_failures(report.failures.values())

@@ -20,7 +20,7 @@ from ..analysis.look_inside import interaction_order as interactions
 from ..analysis.style import write_figure
 from ..errors import UsageError
 from ..text import printable
-from .arguments import add_batch_size, add_looked_at, add_sample, take_sample
+from .arguments import add, add_looked_at, add_sample, take_sample
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,7 +44,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--target', choices=interactions.TARGETS, default='predicted',
                         help='the class whose log odds count; the true one is that of the '
                              'subfolder of INPUT, in alphabetical order (default: %(default)s)')
-    add_batch_size(parser, 256, 'masked images in one pass (default: %(default)s)')
+    add(parser, '--batch-size', default=256,
+        help='masked images in one pass (default: %(default)s)')
 
 
 def run(args: Namespace) -> None:

@@ -4,10 +4,10 @@
 
 Every command takes such a name in place of a config file.
 """
-import sys
 from argparse import ArgumentParser, Namespace
 
 from .. import zoo
+from .arguments import report_failures
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,6 +23,4 @@ def run(args: Namespace) -> int:
     names = zoo.list_models(args.pattern, args.task)
     for name in names:
         print(f'{name:32} {zoo.task_of(name)}')
-    if not names:
-        print(f"error: no model's name matches {args.pattern!r}", file=sys.stderr)
-    return int(not names)
+    return report_failures([] if names else [f"no model's name matches {args.pattern!r}"])

@@ -16,14 +16,7 @@ from ..analysis.look_inside import receptive_field as field
 from ..analysis.style import write_figure
 from ..files import write_json
 from ..text import printable
-from .arguments import (
-    add_layers,
-    add_looked_at,
-    add_sample,
-    layer_of_each,
-    positive,
-    take_sample,
-)
+from .arguments import add_layers, add_looked_at, add_sample, layer_of_each, positive, take_sample
 
 
 def add_arguments(parser: ArgumentParser) -> None:

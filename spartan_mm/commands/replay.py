@@ -9,14 +9,14 @@ layer that makes something not finite of finite inputs, and the gradients that a
 from argparse import ArgumentParser, Namespace
 
 from ..text import printable
+from .arguments import add
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     parser.add_argument('config', metavar='CONFIG', help='config file of the training')
     parser.add_argument('dump', metavar='DUMP', help='what the training kept')
-    parser.add_argument('--device', metavar='DEVICE',
-                        help="such as 'cpu' or 'cuda:0' (default: as the training)")
+    add(parser, '--device', help="such as 'cpu' or 'cuda:0' (default: as the training)")
 
 
 def run(args: Namespace) -> None:

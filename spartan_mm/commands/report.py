@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..files import check_writable, write_whole
 from ..text import printable
-from .arguments import add_images, add_score_thr
+from .arguments import add
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,8 +25,10 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='where there are no predictions, test the last checkpoint')
     parser.add_argument('--out', type=Path, metavar='FILE.html',
                         help='where to write (default: WORK_DIR/report.html)')
-    add_score_thr(parser, 'least score of a detection that counts in pictures and as an error')
-    add_images(parser, 8, 'images beside their ground truth')
+    add(parser, '--score-thr', help='least score of a detection that counts in pictures and as '
+                                    'an error (default: %(default)s)')
+    add(parser, '--images', default=8,
+        help='images beside their ground truth (default: %(default)s)')
 
 
 def run(args: Namespace) -> None:

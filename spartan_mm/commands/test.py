@@ -8,7 +8,7 @@ import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from ..files import check_writable
-from .arguments import add_config, add_match_classes, add_run
+from .arguments import add, add_config, add_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL')
     add_run(parser)
-    add_match_classes(parser)
+    add(parser, '--match-classes')
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
                         help='keep the predictions in a pickle file')
     parser.add_argument('--tta', action='store_true',

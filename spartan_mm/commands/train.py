@@ -9,7 +9,7 @@ spartan_mm/.mim/tools.
 import os
 from argparse import ArgumentParser, Namespace
 
-from .arguments import add_config, add_run, add_seed
+from .arguments import add, add_config, add_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--save-every', type=int, metavar='ITERATIONS',
                         help='save in the middle of epochs, too (default: as '
                              'default_hooks.checkpoint.every_iters of the config says)')
-    add_seed(parser, None)
+    add(parser, '--seed', default=None, help='seed of all random numbers (default: random)')
     parser.add_argument('--deterministic', action='store_true',
                         help='let torch use deterministic algorithms wherever it has them')
 

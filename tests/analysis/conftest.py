@@ -14,6 +14,7 @@ from spartan_mm.cli import main
 def small_matrices(monkeypatch):
     """Products of matrices in bfloat16 take minutes on a CPU that doesn't know it."""
     monkeypatch.setitem(roofline._SIDE, 'cpu', 256)
+    monkeypatch.setitem(roofline._COPIED, 'cpu', 2**22)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from spartan_mm.analysis.benchmark import (
     throughput,
 )
 from spartan_mm.errors import UsageError
-from spartan_mm.zoo import UnknownModelError
 
 SMALL = ((32, 32), )
+RESNET = "dict(backbone=dict(_delete_=True, type='ResNet', depth=18), head=dict(in_channels=512))"
 
 
 @pytest.fixture
@@ -187,50 +187,24 @@ class TestMistakes:
             run_group(Group(Workload(True, batch=2, sizes=SMALL), (Form('xt'), ), rounds=1,
                             warm_up=0, parts=True))
 
-    @pytest.mark.parametrize('model, message', [
-        ('spartan-xxl', "there is no model 'spartan-xxl'; did you mean spartan_xt"),
-        ('none.py', 'config none.py does not exist'),
+    @pytest.mark.parametrize('change, form, workload, message', [
+        ('test_dataloader = dict(_delete_=True)', {}, {}, 'does not say .* how large'),
+        ('', {}, dict(multi_scale=True), 'does not train at several scales'),
+        (f'model = {RESNET}', dict(authors=True), {}, 'has no SpaRTAN backbone'),
+        (f'model = {RESNET}', dict(fused=True), {}, 'has no SpaRTAN backbone'),
+        ("model = dict(backbone=dict(spatial_mixer='conv'))", dict(authors=True), {},
+         'smixer is ConvMixer instead of SMixer'),
     ])
-    def test_unknown_model(self, model, message):
-        with pytest.raises(UnknownModelError, match=message):
-            Subject(Form(model), Workload())
-
-    def test_config_of_no_model(self, tmp_path):
+    def test_subject(self, change, form, workload, message, tmp_path, classifier):
         path = tmp_path / 'config.py'
-        path.write_text('a = 1')
-        with pytest.raises(UnknownModelError, match='neither a detector nor a classifier'):
-            Subject(Form(str(path)), Workload())
+        path.write_text(f'_base_ = {classifier!r}\n{change}\n')
+        with pytest.raises(UsageError, match=message):
+            Subject(Form(str(path), **form), Workload(**workload))
 
-    def test_size_that_nobody_says(self, tmp_path, classifier):
-        path = tmp_path / 'config.py'
-        path.write_text(f'_base_ = {classifier!r}\ntest_dataloader = dict(_delete_=True)\n')
-        with pytest.raises(UsageError, match='does not say .* how large'):
-            Subject(Form(str(path)), Workload())
-
-    def test_no_multi_scale(self, detector):
-        with pytest.raises(UsageError, match='does not train at several scales'):
-            Subject(Form(detector), Workload(True, multi_scale=True))
-
-    @pytest.mark.parametrize('form', [dict(authors=True), dict(fused=True)])
-    def test_no_spartan(self, form, tmp_path, classifier):
-        path = tmp_path / 'resnet.py'
-        path.write_text(f"_base_ = {classifier!r}\nmodel = dict(backbone=dict(\n    _delete_=True, "
-                        "type='ResNet', depth=18), head=dict(in_channels=512))\n")
-        with pytest.raises(UsageError, match='has no SpaRTAN backbone'):
-            Subject(Form(str(path), **form), Workload())
-
-    def test_authors_form_of_an_ablation(self, tmp_path, classifier):
-        path = tmp_path / 'conv.py'
-        path.write_text(f"_base_ = {classifier!r}\n"
-                        "model = dict(backbone=dict(spatial_mixer='conv'))\n")
-        with pytest.raises(UsageError, match='smixer is ConvMixer instead of SMixer'):
-            Subject(Form(str(path), authors=True), Workload())
-
-    def test_nothing_to_time(self):
-        with pytest.raises(UsageError, match='nothing is computed that could be timed'):
-            run_group(Group(Workload(device='meta'), (Form('xt'), )))
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-    def test_no_gpu(self):
-        with pytest.raises(UsageError, match='torch finds no GPU'):
-            run_group(Group(Workload(device='cuda'), (Form('xt'), )))
+    @pytest.mark.parametrize('device, message', [
+        ('meta', 'nothing is computed that could be timed'),
+        pytest.param('cuda', 'torch finds no GPU', marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason='there is a GPU'))])
+    def test_device(self, device, message):
+        with pytest.raises(UsageError, match=message):
+            run_group(Group(Workload(device=device), (Form('xt'), )))

@@ -81,13 +81,14 @@ def test_times():
 def test_model_that_fails_when_it_is_measured(monkeypatch):
     def run_group(group, report):
         for form in group.forms:
-            if form.model == 't':
-                raise StepError(form, 't cannot run: no such op')
+            if form.model == 'timm:test_resnet':
+                raise StepError(form, 'it cannot run: no such op')
         return dict(machine={}, results=[dict(times=[0.5, 0.5], batch=1, sizes=[(32, 32)])])
     monkeypatch.setattr(comparison, 'run_group', run_group)
-    working, failing = compare(['xt', 't'], (32, 32), workload=Workload()).rows
+    working, failing = compare(
+        ['timm:test_vit', 'timm:test_resnet'], (160, 160), workload=Workload()).rows
     assert (working.rate, working.problem) == (2., None)
-    assert failing.problem == 't cannot run: no such op' and failing.rate is None
+    assert failing.problem == 'it cannot run: no such op' and failing.rate is None
 
 
 def make_row(name, size, accuracy, ours=False, latency=None, metric='top-1, %'):
@@ -118,4 +119,4 @@ def test_plot():
 
 
 def test_plot_of_nothing():
-    assert draw_comparison(compare(['xt'], (32, 32))) is None
+    assert draw_comparison(compare(['timm:test_resnet'], (32, 32))) is None

@@ -68,7 +68,8 @@ def test_average_of_steps():
 
 
 def test_limits():
-    limits = measure_limits(torch.device('cpu'))
+    given = torch.device('cpu'), torch.float32, torch.get_num_threads()
+    limits = measure_limits(*given)
     assert 1e8 < limits.bandwidth < 1e13
     assert 1e8 < limits.rate < 1e15
-    assert measure_limits(torch.device('cpu')) is limits
+    assert measure_limits(*given) is limits

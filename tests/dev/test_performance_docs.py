@@ -70,6 +70,8 @@ def small_models(monkeypatch, user_project):
     """The arch and the config of the tests in the place of the standard ones."""
     # Products of matrices in bfloat16 take minutes on a CPU that doesn't know it.
     monkeypatch.setitem(roofline._SIDE, 'cpu', 256)
+    monkeypatch.setitem(roofline._COPIED, 'cpu', 2**22)
+    monkeypatch.setattr(performance_docs, '_QUICK_SIZE', 32)
     monkeypatch.setattr(performance_docs, 'BACKBONES', {'xt': 'SpaRTAN-XT'})
     monkeypatch.setattr(performance_docs, 'DETECTORS',
                         {str(user_project / 'user_detector.py'): 'small detector'})

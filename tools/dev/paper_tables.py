@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spartan_mm import zoo
 from spartan_mm.analysis.models import build_without_numbers, load_named_model
-from spartan_mm.analysis.sizes import measure_complexity
+from spartan_mm.analysis.sizes import measure_modules
 from spartan_mm.detection.hybrid_encoder import RepVGGBlock
 from spartan_mm.files import write_whole
 from spartan_mm.requirements import require
@@ -141,7 +141,7 @@ def measure(recipe: Recipe) -> Count:
         op: lambda shape, *_, **__: prod(getattr(shape, 'shape', shape))
         for op in (aten.native_batch_norm, aten._native_batch_norm_legit_no_training)})
     with kinds:
-        complexity = measure_complexity(model, *recipe.shape)
+        complexity = measure_modules(model, *recipe.shape)['']
     counts = kinds.get_flop_counts()['Global']
     normalized = sum(counts.get(op, 0) for op in (
         aten.native_batch_norm, aten._native_batch_norm_legit_no_training))

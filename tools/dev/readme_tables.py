@@ -17,7 +17,7 @@ from rich.progress import track
 
 from spartan_mm import zoo
 from spartan_mm.analysis.models import build_without_weights
-from spartan_mm.analysis.sizes import Complexity, measure_complexity
+from spartan_mm.analysis.sizes import Complexity, measure_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,10 +56,10 @@ def count(name: str) -> dict[str, int]:
     """
     height, width = zoo.read_metafiles()[name]['Metadata']['Input Size']
     model = build_without_weights(zoo.get_config(name))
-    counted = _sizes(measure_complexity(model, height, width), zoo.task_of(name))
+    counted = _sizes(measure_modules(model, height, width)[''], zoo.task_of(name))
     if hasattr(model, 'switch_to_deploy'):
         model.switch_to_deploy()
-        deployed = _sizes(measure_complexity(model, height, width), zoo.task_of(name))
+        deployed = _sizes(measure_modules(model, height, width)[''], zoo.task_of(name))
         counted |= {f'{key} (deploy)': number for key, number in deployed.items()}
     return counted
 
