@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from spartan_mm.datasets.atomic_folder import is_missing, make_once
+from spartan_mm.datasets.atomic_folder import make_once
 from spartan_mm.files import (
     UnwritableError,
     check_writable,
@@ -117,8 +117,7 @@ def test_permissions_are_never_more_than_usual(tmp_path, umask):
 def test_permissions_of_a_folder(tmp_path, umask):
     before = os.umask(umask)
     try:
-        make_once(tmp_path / 'data', {}, lambda root: None if is_missing(root) else {},
-                  lambda folder: (folder / 'file').touch())
+        make_once(tmp_path / 'data', 'nothing', {}, ['info.json'], lambda folder: None)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / 'data').stat().st_mode) == 0o777 & ~umask
