@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from spartan_mm.datasets.atomic_folder import make_once
 from spartan_mm.files import (
     UnwritableError,
     check_writable,
@@ -110,6 +111,16 @@ def test_permissions_are_never_more_than_usual(tmp_path, umask):
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == usual
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077])
+def test_permissions_of_a_folder(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        make_once(tmp_path / 'data', 'nothing', {}, ['info.json'], lambda folder: None)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / 'data').stat().st_mode) == 0o777 & ~umask
 
 
 def test_the_longest_name(tmp_path):
