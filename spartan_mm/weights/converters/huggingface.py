@@ -37,6 +37,8 @@ _FIXED_BACKBONE = dict(
     model_type='rt_detr_resnet', num_channels=3, embedding_size=64, hidden_act='relu',
     downsample_in_first_stage=False, downsample_in_bottleneck=False,
     out_features=['stage2', 'stage3', 'stage4'])
+_COUNTS = ('encoder_attention_heads', 'decoder_attention_heads', 'decoder_n_points', 'num_queries',
+           'num_denoising')
 # The second version differs in these and is otherwise the same.
 _FIXED_V2 = dict(decoder_method='default', decoder_offset_scale=0.5, decoder_n_levels=3)
 
@@ -197,7 +199,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f'{path} does not exist; a saved model of transformers is a folder '
                               'with config.json and model.safetensors') from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f'{path} cannot be read: {error}') from error
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds no JSON object')
@@ -225,7 +227,7 @@ def _without_points_scale(state_dict: StateDict, points: int) -> StateDict:
     scales = {name: tensor for name, tensor in state_dict.items()
               if name.endswith('.encoder_attn.n_points_scale')}
     for name, scale in scales.items():
-        if not torch.allclose(scale.float(), torch.tensor(1 / points)):
+        if not torch.allclose(scale.float() * points, torch.tensor(1.)):
             raise CheckpointError(f'{name} says that the maps get other numbers of sampling points '
                                   f'than decoder_n_points={points}, which RTDETR does not have')
     return {name: tensor for name, tensor in state_dict.items() if name not in scales}
@@ -236,6 +238,10 @@ def _check_config(config: Mapping) -> None:
     if config.get('model_type') not in kinds:
         raise CheckpointError(f'config.json says model_type={config.get("model_type")!r}; this '
                               f'converts {" and ".join(kinds)}')
+    wrong = [f'{name}={config[name]!r}' for name in _COUNTS
+             if name in config and not (type(config[name]) is int and config[name] >= 0)]
+    if wrong:
+        raise CheckpointError('config.json gives no number where one belongs:', *wrong)
     given = _flat(config)
     # transformers takes either.
     features, indices = (f'backbone_config.out_{kind}' for kind in ('features', 'indices'))

@@ -160,6 +160,8 @@ def test_version_2_has_constants(ours, theirs):
     (dict(decoder_layers=3), 'decoder_layers=3, but the weights have 2'),
     (dict(d_model=256, hidden_expansion=1.0), 'hidden_expansion=1.0, but the weights have 0.5'),
     (dict(backbone_config=dict(depths=[3, 4, 6, 3])), r'depths=\[3, 4, 6, 3\], but'),
+    (dict(num_queries='20', decoder_n_points=-1),
+     r"where one belongs:\n  decoder_n_points=-1\n  num_queries='20'$"),
     (dict(decoder_attention_heads=0), 'not equally many for each of 0 heads'),
     (dict(decoder_attention_heads=4), 'not equally many for each of 4 heads'),
     (dict(decoder_attention_heads=1), 'decoder_n_points=3, but the weights have 6'),
@@ -227,6 +229,8 @@ def test_folder_is_read_again(tmp_path, theirs):
 @pytest.mark.parametrize('files, message', [
     ({}, r'config\.json does not exist; a saved model of transformers is a folder'),
     ({'config.json': '{'}, r'config\.json cannot be read'),
+    ({'config.json': '[' * 100_000}, r'config\.json cannot be read'),
+    ({'config.json': '\ufeff[]'}, r'config\.json holds no JSON object'),
     ({'config.json': '[]'}, r'config\.json holds no JSON object'),
     ({'config.json': '{}'}, r'model\.safetensors does not exist'),
     ({'config.json': '{}', 'model.safetensors.index.json': '{}'}, 'has no weight_map'),
