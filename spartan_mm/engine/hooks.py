@@ -1,12 +1,10 @@
 """Hooks of training and evaluation that need neither mmdet nor mmpretrain."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -72,20 +70,7 @@ class ClassCountCheckHook(Hook):
                 raise DataError(describe_class_count(
                     head, classes, loader, name_dataset(find_parts(dataset)[0]),
                     isinstance(getattr(preprocessor, 'num_classes', None), int)))
-        if classes is not None and split != 'train':
-            evaluator = getattr(getattr(runner, f'{split}_loop', None), 'evaluator', None)
-            _limit_topk(getattr(evaluator, 'metrics', ()), len(classes))
         return classes
-
-
-def _limit_topk(metrics: Iterable[Any], num_classes: int) -> None:
-    """Leave out accuracies among more classes than there are, which would end the run later."""
-    for metric in metrics:
-        topk = getattr(metric, 'topk', None)
-        if isinstance(topk, tuple | list) and max(topk) > num_classes:
-            metric.topk = tuple(k for k in topk if k <= num_classes) or (num_classes, )
-            print_log(f'top-{max(topk)} accuracy is left out: there are {num_classes} classes',
-                      'current')
 
 
 @HOOKS.register_module()

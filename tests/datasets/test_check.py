@@ -237,7 +237,9 @@ def test_files(check, folder, workers):
     assert set(found(undecoded, 'error')) == {'missing images', 'empty file'}
 
 
-def test_heads_and_evaluator(check):
+def test_heads_and_evaluator(check, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / 'other.json').write_text(json.dumps(CONTENT))
     model = dict(roi_head=dict(bbox_head=[dict(type='Head', num_classes=2),
                                           dict(type='Head', num_classes=80)]))
     report, = check(model=model, splits=['val'], evaluator=dict(ann_file='other.json'))
@@ -246,6 +248,8 @@ def test_heads_and_evaluator(check):
     assert 'model.roi_head.bbox_head.1 (Head) has num_classes=80' in found(
         report, 'error')['classes of the head']
     assert 'val_evaluator reads other.json' in found(report, 'warning')['other evaluator']
+    report, = check(splits=['val'], evaluator=dict(ann_file='none.json'))
+    assert 'there is no annotation file none.json' in found(report, 'error')['missing file']
 
 
 def test_splits_are_compared(check):

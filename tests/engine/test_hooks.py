@@ -3,12 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from mmengine.hooks import LoggerHook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from spartan_mm.engine.hooks import ClassCountCheckHook, OneWriterLoggerHook, _limit_topk
+from spartan_mm.engine.hooks import ClassCountCheckHook, OneWriterLoggerHook
 
 CLASSES = ('cat', 'dog', 'bird')
 
@@ -109,17 +108,3 @@ def test_one_process_writes_the_metrics_of_a_test(monkeypatch, rank, count):
     monkeypatch.setattr(LoggerHook, 'after_test_epoch', lambda *arguments: written.append(1))
     OneWriterLoggerHook().after_test_epoch(None, dict(accuracy=1.))
     assert len(written) == count
-
-
-@pytest.mark.parametrize('topk, num_classes, measured', [
-    ((1, 5), 3, {'accuracy/top1'}), ((5, ), 3, {'accuracy/top3'}),
-    ((1, 3), 3, {'accuracy/top1', 'accuracy/top3'}),
-    ((1, 5), 5, {'accuracy/top1', 'accuracy/top5'}), (5, 2, {'accuracy/top2'})])
-def test_accuracies_among_more_classes_than_there_are(topk, num_classes, measured):
-    """Which end an evaluation of mmpretrain after all its work."""
-    from mmpretrain.evaluation import Accuracy
-    metric = Accuracy(topk=topk)
-    _limit_topk([metric], num_classes)
-    sample = dict(gt_label=torch.tensor([1]), pred_score=torch.rand(num_classes))
-    metric.process({}, [sample, sample])
-    assert metric.evaluate(2).keys() == measured
