@@ -41,7 +41,7 @@ from .data_errors import (
     name_culprits,
     show,
 )
-from .evaluators import find_evaluator_faults
+from .evaluators import find_evaluator_faults, find_metrics
 from .images import (
     MISSING_REMEDY,
     describe_image,
@@ -540,8 +540,7 @@ def _check_model(model: Mapping[str, Any], report: Report) -> Iterator[Finding]:
 
 def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the annotation file of the evaluator with that of the dataset."""
-    evaluators = cfg.get(f'{split}_evaluator') or ()
-    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+    for evaluator in find_metrics(cfg.get(f'{split}_evaluator')):
         theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
         own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
         if not (theirs and isinstance(theirs, str)):

@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from ..datasets.check import build_loader
+from ..datasets.evaluators import find_metrics
 from ..datasets.settings import check_loaders
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
@@ -264,8 +265,8 @@ def keep_predictions(cfg: Config, path: str) -> None:
     """
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     evaluator = cfg.test_evaluator
-    metrics = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-    cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=path)]
+    metrics = [*find_metrics(evaluator), dict(type=kind, out_file_path=path)]
+    cfg.test_evaluator = dict(evaluator, metrics=metrics) if 'metrics' in evaluator else metrics
 
 
 def use_tta(cfg: Config) -> None:
