@@ -36,6 +36,9 @@ RENAMED = {
     'Normalize': 'mean and std of model.data_preprocessor',
     'Pad': 'pad_size_divisor of model.data_preprocessor'}
 
+# Of whose classes it is known which forms their arguments have.
+_PACKAGES = ('mmengine', 'mmdet', 'mmpretrain', 'spartan_mm')
+
 # The type of a value, or a test of it, and what to call that. None is said where it may be.
 _Forms = Mapping[str, tuple[Any, str]]
 _FLAG = (int, 'True or False')
@@ -169,20 +172,21 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
         arguments: Those given by name.
         where: What to call it.
     """
-    taken = _find_parameters(kind, arguments)
+    taken, own = _find_parameters(kind, arguments)
     for key in arguments:
         if taken is not None and key not in taken:
             today = f': write {RENAMED[key]}' if key in RENAMED else (
                 f', which takes {join(sorted(taken))}')
             yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
-    forms = dict(_FORMS)
+    # What a class of a user reads itself may have any form.
+    forms = {key: form for key, form in _FORMS.items() if key not in own}
     # mmpretrain's take a text for the folder of the images, mmdet's a dict.
-    if not isinstance(taken and taken.get('data_prefix'), Mapping):
-        forms['data_prefix'] = ((str, Mapping), 'a text, the name of a folder, or a dict, such as '
-                                "dict(img_path='images/')")
+    if 'data_prefix' in forms and not isinstance(taken and taken.get('data_prefix'), Mapping):
+        forms['data_prefix'] = ((str, *_MAYBE_DICT), 'a text, the name of a folder, or a dict, '
+                                "such as dict(img_path='images/')")
     yield from _check_forms(arguments, forms, where)
     metainfo = arguments.get('metainfo')
-    if not isinstance(metainfo, Mapping):
+    if not isinstance(metainfo, Mapping) or 'metainfo' in own:
         return
     known = {'classes', 'palette', *(getattr(kind, 'METAINFO', None) or {})}
     for key in metainfo:
@@ -243,25 +247,31 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
         yield replace(fault, message=fault.message + ''.join(today))
 
 
-def _find_parameters(kind: Any, given: Iterable[str]) -> dict[str, Any] | None:
+def _find_parameters(kind: Any, given: Iterable[str]) -> tuple[dict[str, Any] | None, set[str]]:
     """Find the arguments of a class and its bases, with defaults; None if it takes any.
 
     Those `given` count that a constructor takes out of its ``kwargs`` by name.
+
+    Returns:
+        The arguments, and the names of those that a class of a user takes.
     """
     found: dict[str, Any] = {}
-    named: set[str] = set()
+    taken_out: set[str] = set()
+    own: set[str] = set()
     for base in kind.__mro__ if inspect.isclass(kind) else ():
         if '__init__' not in vars(base):
             continue
         parameters = inspect.signature(base.__init__).parameters.values()
-        for item in parameters:
-            if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY) and item.name != 'self':
-                found.setdefault(item.name, item.default)
+        named = {item.name: item.default for item in parameters if item.name != 'self'
+                 and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
+        if base.__module__.partition('.')[0] not in _PACKAGES:
+            own |= named.keys() - found.keys()
+        found = named | found
         if not any(item.kind == item.VAR_KEYWORD for item in parameters):
-            return dict.fromkeys(named) | found
+            return dict.fromkeys(taken_out) | found, own
         code = getattr(base.__init__, '__code__', None)
-        named.update(key for key in given if code and key in code.co_consts)
-    return None
+        taken_out.update(key for key in given if code and key in code.co_consts)
+    return None, set(given)
 
 
 def _check_forms(settings: Mapping[str, Any], forms: _Forms, where: str) -> Iterator[Finding]:

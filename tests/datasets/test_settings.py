@@ -15,7 +15,7 @@ from spartan_mm.cli import main
 from spartan_mm.datasets.check import build_loader, check_config
 from spartan_mm.datasets.classes import classes_of
 from spartan_mm.datasets.data_errors import DataError
-from spartan_mm.datasets.settings import check_loaders
+from spartan_mm.datasets.settings import check_loaders, find_argument_faults
 
 NAMES = ('disc', 'square', 'bar')
 
@@ -146,6 +146,29 @@ def test_what_a_users_class_takes_by_itself_is_no_fault(root):
     assert not errors_of(make_config(detector(root) | dict(type=Mine, first=3, second=4)))
     error, = errors_of(make_config(detector(root) | dict(type=Mine, third=3)))
     assert 'dataset.third is no setting of Mine, which takes ' in error
+
+
+def test_what_a_users_class_reads_itself_has_any_form(root):
+    from spartan_mm.detection import CheckedCocoDataset
+
+    class Files(CheckedCocoDataset):
+
+        def __init__(self, ann_file, split=0, metainfo=(), **kwargs):
+            self.own = split, metainfo
+            super().__init__(ann_file[0], **kwargs)
+
+    class Numbers:
+
+        def __init__(self, pipeline, classes=10, indices=range(2)):
+            pass
+
+    def faults(kind, **arguments):
+        return [finding.message for finding in find_argument_faults(kind, arguments, 'it')]
+
+    assert not faults(Files, ann_file=['a.json'], split=3, metainfo=NAMES)
+    assert not faults(Numbers, pipeline=None, classes=3, indices=range(3))
+    error, = faults(Files, ann_file=['a.json'], data_prefix='images/')
+    assert error.startswith("it.data_prefix is 'images/', but must be a dict of texts")
 
 
 def test_mmdet_2(root):
