@@ -121,13 +121,20 @@ def find_datasets(cfg: Config, split: str) -> Iterator[tuple[str, Any]]:
         Where each is in the config, and its own config.
     """
     def walk(dataset: Any, where: str) -> Iterator[tuple[str, Any]]:
-        parts = dataset.get('datasets') if isinstance(dataset, Mapping) else None
-        if isinstance(parts, list | tuple):
-            for number, part in enumerate(parts):
-                yield from walk(part, f'{where}.datasets[{number}]')
-        elif isinstance(dataset, Mapping) and 'dataset' in dataset:
-            yield from walk(dataset['dataset'], f'{where}.dataset')
-        elif isinstance(dataset, _NO_DATASET | Mapping):
+        parts = {}
+        if isinstance(dataset, Mapping):
+            joined = dataset.get('datasets')
+            if isinstance(joined, list | tuple):
+                parts = {f'.datasets[{number}]': part for number, part in enumerate(joined)}
+            elif 'dataset' in dataset:
+                parts = {'.dataset': dataset['dataset']}
+            # What is no dict may be the name of something that a class of a user knows.
+            kind = _get_kind(dataset)
+            if callable(kind) and _is_users(kind):
+                parts = {place: part for place, part in parts.items() if isinstance(part, Mapping)}
+        for place, part in parts.items():
+            yield from walk(part, where + place)
+        if not parts and isinstance(dataset, _NO_DATASET | Mapping):
             yield where, dataset
 
     loader = cfg.get(f'{split}_dataloader')
@@ -148,12 +155,10 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
     if not settings.get('type'):
         yield _fault(where, 'has no `type`, the name of a dataset')
         return
-    with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
-        name = settings['type']
-        kind = registry.get(name) if isinstance(name, str) else name
+    kind = _get_kind(settings)
     if not callable(kind):
-        yield _fault(f'{where}.type', f'is {show(name)}, but there is no dataset of that name: is '
-                     'its package in custom_imports of the config?')
+        yield _fault(f'{where}.type', f'is {show(settings["type"])}, but there is no dataset of '
+                     'that name: is its package in custom_imports of the config?')
         return
     yield from find_argument_faults(
         kind, {key: value for key, value in settings.items() if key not in ('type', '_scope_')},
@@ -161,6 +166,17 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
     pipeline = settings.get('pipeline')
     for number, step in enumerate(pipeline if isinstance(pipeline, list | tuple) else ()):
         yield from _find_step_faults(step, f'{where}.pipeline[{number}]')
+
+
+def _get_kind(settings: Mapping[str, Any]) -> Any:
+    """The class of a dataset; None if there is none of that name."""
+    with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
+        name = settings.get('type')
+        return registry.get(name) if isinstance(name, str) else name
+
+
+def _is_users(kind: Any) -> bool:
+    return kind.__module__.partition('.')[0] not in _PACKAGES
 
 
 def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
@@ -264,7 +280,7 @@ def _find_parameters(kind: Any, given: Iterable[str]) -> tuple[dict[str, Any] | 
         parameters = inspect.signature(base.__init__).parameters.values()
         named = {item.name: item.default for item in parameters if item.name != 'self'
                  and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
-        if base.__module__.partition('.')[0] not in _PACKAGES:
+        if _is_users(base):
             own |= named.keys() - found.keys()
         found = named | found
         if not any(item.kind == item.VAR_KEYWORD for item in parameters):

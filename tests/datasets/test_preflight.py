@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
-from mmengine.dataset import ConcatDataset
+from mmengine.dataset import ConcatDataset, InfiniteSampler
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -107,6 +107,9 @@ def test_loaders_with_a_batch(make):
 
     check_batches(DataLoader(Stream()), 'train')
     check_batches(DataLoader([1], batch_size=2), 'train')
+    endless = DataLoader([1], 2, sampler=InfiniteSampler([1], seed=0), drop_last=True)
+    check_batches(endless, 'train')
+    assert next(iter(endless)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize('unit, loop', [('epoch', None), ('iter', Mock(IterBasedTrainLoop))])

@@ -15,7 +15,7 @@ from spartan_mm.cli import main
 from spartan_mm.datasets.check import build_loader, check_config
 from spartan_mm.datasets.classes import classes_of
 from spartan_mm.datasets.data_errors import DataError
-from spartan_mm.datasets.settings import check_loaders, find_argument_faults
+from spartan_mm.datasets.settings import check_loaders, find_argument_faults, find_datasets
 
 NAMES = ('disc', 'square', 'bar')
 
@@ -169,6 +169,19 @@ def test_what_a_users_class_reads_itself_has_any_form(root):
     assert not faults(Numbers, pipeline=None, classes=3, indices=range(3))
     error, = faults(Files, ann_file=['a.json'], data_prefix='images/')
     assert error.startswith("it.data_prefix is 'images/', but must be a dict of texts")
+
+
+def test_a_users_class_may_name_its_datasets(root):
+    class Named:
+        def __init__(self, dataset=None, datasets=()):
+            pass
+
+    for settings in (dict(dataset='cifar10'), dict(datasets=['one', 'two'])):
+        assert [*find_datasets(make_config(dict(type=Named, **settings)), 'train')] == [
+            ('train_dataloader.dataset', dict(type=Named, **settings))]
+    inner = dict(type=Named)
+    assert [*find_datasets(make_config(dict(type=Named, dataset=inner)), 'train')] == [
+        ('train_dataloader.dataset.dataset', inner)]
 
 
 def test_mmdet_2(root):
