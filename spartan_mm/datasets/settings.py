@@ -98,11 +98,6 @@ def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
     """Find what is wrong with the settings of a data loader, those of its datasets apart."""
     where = f'{split}_dataloader'
     loader = cfg.get(where)
-    older = cfg.get('data')
-    if isinstance(older, Mapping) and ('samples_per_gpu' in older or isinstance(
-            older.get(split), Mapping) and 'type' in older[split]):
-        yield _fault('data', f"is mmdet 2's and not read: write {where}=dict(batch_size=..., "
-                     'dataset=dict(...)) and remove it')
     if isinstance(loader, Mapping):
         yield from _check_forms(loader, _LOADER_FORMS, where)
         for key in loader:

@@ -80,6 +80,22 @@ def test_more_objects_than_queries(make, logged):
     assert not [line for line in logged if 'the model has queries' in line]
 
 
+@pytest.mark.parametrize('own', [
+    dict(instances=[dict(mask=[]), dict(bbox=(4, 4, 2, 2, 0.5), bbox_label=0)]),
+    dict(img_path=None),
+    dict(img_path=Path('0.png')), dict(frames=['0.png'])], ids=str)
+def test_a_users_dataset_describes_images_in_its_own_way(own, logged, tmp_path, monkeypatch):
+    class Own(list):
+        metainfo = None
+
+        def get_data_info(self, index):
+            return dict(dict(img_path='0.png'), **own)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / '0.png').write_bytes(b'picture')
+    PreflightHook().before_train(make_runner(Own([1])))
+
+
 def test_missing_images_of_a_joined_set(make, tmp_path, logged):
     train, val = make(), make('val.json', lambda content: content['images'].append(
         dict(id=9, file_name='gone.png', width=8, height=8)))

@@ -184,19 +184,6 @@ def test_a_users_class_may_name_its_datasets(root):
         ('train_dataloader.dataset.dataset', inner)]
 
 
-def test_mmdet_2(root):
-    cfg = make_config(detector(root))
-    cfg.data = dict(samples_per_gpu=2, train=detector(root))
-    with pytest.raises(DataError, match="^data is mmdet 2's and not read: write train_dataloader="):
-        check_loaders(cfg)
-
-
-def test_a_variable_of_that_name_is_the_users(root):
-    cfg = make_config(detector(root))
-    cfg.data = dict(root='here', train='train.json')
-    check_loaders(cfg)
-
-
 def test_metainfo_that_nobody_reads_is_a_warning(root):
     report, = check_config(make_config(detector(root, metainfo=dict(classes=NAMES, colour='red'))))
     assert [finding.message for finding in report.findings if finding.kind == 'setting'] == [
