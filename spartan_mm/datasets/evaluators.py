@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import METRICS, MODELS, DefaultScope
 
 from ..errors import UsageError
@@ -191,11 +191,14 @@ def _make_sample(classes: int, with_masks: bool) -> dict:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what metrics print and log to themselves."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    """Keep what metrics print and log to themselves.
+
+    NOTE: ``logging.disable`` would not do: mmengine's loggers remember for good what it was when
+    they were asked first.
+    """
+    MMLogger.handle = lambda logger, record: None
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(level)
+        del MMLogger.handle
