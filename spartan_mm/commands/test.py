@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
     from ..engine.class_order import OrderedCheckpointHook
-    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'test')
     check_evaluator(cfg, 'test')
     launch.load_weights(cfg, args.checkpoint)
     launch.use_compile(cfg, args.compile)

@@ -49,7 +49,7 @@ def run(args: Namespace) -> None:
     from ..engine import launch
     from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
-    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher)
+    cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'train')
     if args.amp:
         launch.use_amp(cfg, args.amp)
     if args.channels_last:

@@ -41,7 +41,7 @@ from .data_errors import (
     name_culprits,
     show,
 )
-from .evaluators import find_evaluator_faults
+from .evaluators import find_evaluator_faults, find_metrics
 from .images import (
     MISSING_REMEDY,
     describe_image,
@@ -290,17 +290,19 @@ def read_built(dataset: Any) -> Content:
     infos, objects, has_boxes = [], [], False
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
-        if 'img_path' in info:
+        if isinstance(info.get('img_path'), str | os.PathLike):
             infos.append({key: info[key] for key in (
-                'img_path', 'img_id', 'width', 'height', 'ann_file', 'gt_label') if key in info})
+                'img_id', 'width', 'height', 'ann_file', 'gt_label') if key in info}
+                | dict(img_path=str(info['img_path'])))
         number, label = len(infos) - 1, info.get('gt_label')
         has_boxes |= 'instances' in info
         objects += [(number, item['bbox_label'], bool(item.get('ignore_flag')), item['bbox'])
-                    for item in info.get('instances', ())]
+                    for item in info.get('instances', ())
+                    if 'bbox_label' in item and len(item.get('bbox', ())) == 4]
         if 'instances' not in info and isinstance(label, (int, np.integer)):
             objects.append((number, int(label), False, (0, 0, 0, 0)))
     image_index, labels, crowds, boxes = zip(*objects, strict=True) if objects else ((),) * 4
-    return Content(infos, tuple(getattr(dataset, 'metainfo', {}).get('classes') or ()),
+    return Content(infos, tuple((getattr(dataset, 'metainfo', None) or {}).get('classes') or ()),
                    np.array(image_index, dtype=int), np.array(labels, dtype=int),
                    np.array(crowds, dtype=bool),
                    np.array(boxes, dtype=float).reshape(-1, 4) if has_boxes else None)
@@ -540,8 +542,7 @@ def _check_model(model: Mapping[str, Any], report: Report) -> Iterator[Finding]:
 
 def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the annotation file of the evaluator with that of the dataset."""
-    evaluators = cfg.get(f'{split}_evaluator') or ()
-    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+    for evaluator in find_metrics(cfg.get(f'{split}_evaluator')):
         theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
         own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
         if not (theirs and isinstance(theirs, str)):

@@ -116,9 +116,14 @@ def describe_other_classes(classes: Sequence[str], one: str, other_classes: Sequ
 
 
 def find_parts(dataset: Any) -> list[Any]:
-    """Find the datasets inside wrappers such as ``ConcatDataset``; one that is none by itself."""
+    """Find the datasets inside wrappers such as ``ConcatDataset``; one that is none by itself.
+
+    What has a description of its own, but nothing inside that has, is no wrapper.
+    """
     parts = getattr(dataset, 'datasets', None) or (
         [dataset.dataset] if hasattr(dataset, 'dataset') else [])
+    if hasattr(dataset, 'metainfo') and not any(hasattr(part, 'metainfo') for part in parts):
+        return [dataset]
     return [inner for part in parts for inner in find_parts(part)] or [dataset]
 
 
@@ -143,7 +148,7 @@ def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
     found = None
     for part in find_parts(dataset):
         name = f'{loader}, {name_dataset(part)},'
-        classes = getattr(part, 'metainfo', {}).get('classes')
+        classes = (getattr(part, 'metainfo', None) or {}).get('classes')
         if isinstance(classes, str):
             raise DataError(
                 f'The dataset of {name} has classes={classes!r}, which must be a tuple; a single '

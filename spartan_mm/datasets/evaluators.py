@@ -8,24 +8,30 @@ import inspect
 import io
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import print_log
-from mmengine.registry import METRICS, DefaultScope
+from mmengine.logging import MMLogger, print_log
+from mmengine.registry import METRICS, MODELS, DefaultScope
 
 from ..errors import UsageError
 from ..text import first_line, join
+from .classes import find_heads
 
 COCO_METRICS = ('bbox', 'segm', 'proposal', 'proposal_fast')
 COCO_ITEMS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@100', 'AR@300', 'AR@1000',
               'AR_s@1000', 'AR_m@1000', 'AR_l@1000')
-#: Metrics that evaluate one prediction as they do many, and write nothing.
-REHEARSED = ('CocoMetric', 'Accuracy', 'SingleLabelMetric', 'MultiLabelMetric', 'ConfusionMatrix')
+#: Metrics that evaluate one prediction as they do many, and write nothing. Of what is derived from
+#: them nobody knows what it needs.
+REHEARSED = ('CheckedCocoMetric', 'CocoMetric', 'Accuracy', 'SingleLabelMetric', 'MultiLabelMetric',
+             'ConfusionMatrix')
+_PACKAGES = ('mmdet', 'mmpretrain', 'spartan_mm')
+# What is made up if nobody knows how many classes there are: enough for any topk.
+_MANY = 100
 
 
 def check_evaluator(cfg: Config, split: str) -> None:
@@ -44,15 +50,21 @@ def check_evaluator(cfg: Config, split: str) -> None:
 
 def find_evaluator_faults(cfg: Config, split: str) -> Iterator[str]:
     """Say of each metric of an evaluator why it would fail, see :func:`check_evaluator`."""
-    evaluators = cfg.get(f'{split}_evaluator') or ()
-    for settings in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+    for settings in find_metrics(cfg.get(f'{split}_evaluator')):
         if not isinstance(settings, Mapping):
             continue  # built already
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), \
-                METRICS.switch_scope_and_registry(None) as registry:
+                METRICS.switch_scope_and_registry(settings.get('_scope_')) as registry:
             message = _find_fault(settings, registry, cfg.get('model') or {})
         if message:
             yield f'{split}_evaluator: {message}'
+
+
+def find_metrics(evaluator: Any) -> Sequence[Any]:
+    """List the metrics of an evaluator: one, several, or those of a class of its own."""
+    if isinstance(evaluator, Mapping) and not isinstance(evaluator.get('metrics'), str | None):
+        evaluator = evaluator['metrics']
+    return evaluator if isinstance(evaluator, list | tuple) else [evaluator] if evaluator else []
 
 
 def _find_fault(settings: dict, registry: Any, model: Mapping) -> str | None:
@@ -62,9 +74,9 @@ def _find_fault(settings: dict, registry: Any, model: Mapping) -> str | None:
         known = [*registry.module_dict, *METRICS.module_dict]
         near = difflib.get_close_matches(str(name), known, 3, 0.)
         return f'there is no metric of type {name!r}; the closest names are {join(near)}'
-    if not inspect.isclass(kind) or not any(base.__name__ in REHEARSED for base in kind.__mro__):
+    if not _is_of(kind, _PACKAGES) or kind.__name__ not in REHEARSED:
         return None
-    options = {key: value for key, value in settings.items() if key != 'type'}
+    options = {key: value for key, value in settings.items() if key not in ('type', '_scope_')}
     legal = {parameter.name for base in kind.__mro__ if base is not object
              for parameter in inspect.signature(base.__init__).parameters.values()
              if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)}
@@ -72,23 +84,22 @@ def _find_fault(settings: dict, registry: Any, model: Mapping) -> str | None:
     if unknown:
         return (f'{kind.__name__} has no option {join(unknown)}; it has '
                 f'{join(sorted(legal - {"self"}), limit=30)}')
-    classes = next(_find_class_counts(model), 1)
-    if 'topk' in options:
+    numbers = {head.num_classes for head in find_heads(model)}
+    classes = numbers.pop() if len(numbers) == 1 else None
+    if 'topk' in options and classes:
         _fit_topk(settings, options, classes)
-    with_masks = 'mask' in str(model)
+    # A model of the user may predict masks, whatever its parts are called.
+    with MODELS.switch_scope_and_registry(model.get('_scope_')) as models:
+        with_masks = 'mask' in str(model) or not _is_of(models.get(str(model.get('type'))),
+                                                        _PACKAGES)
     message = None
-    if any(base.__name__ == 'CocoMetric' for base in kind.__mro__):
+    if kind.__name__.endswith('CocoMetric'):
         message = _find_coco_fault(options, with_masks)
-    return message or _rehearse(kind, options, classes, with_masks)
+    return message or _rehearse(kind, options, classes or _MANY, with_masks)
 
 
-def _find_class_counts(model: Any) -> Iterator[int]:
-    """Find the numbers of classes of the heads in a model's config."""
-    for key, value in model.items() if isinstance(model, Mapping) else ():
-        if key.endswith('head') and isinstance(value, Mapping) and key != 'rpn_head' and isinstance(
-                value.get('num_classes'), int):
-            yield value['num_classes']
-        yield from _find_class_counts(value)
+def _is_of(kind: Any, packages: Sequence[str]) -> bool:
+    return inspect.isclass(kind) and kind.__module__.partition('.')[0] in packages
 
 
 def _fit_topk(settings: dict, options: dict, classes: int) -> None:
@@ -180,11 +191,14 @@ def _make_sample(classes: int, with_masks: bool) -> dict:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what metrics print and log to themselves."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    """Keep what metrics print and log to themselves.
+
+    NOTE: ``logging.disable`` would not do: mmengine's loggers remember for good what it was when
+    they were asked first.
+    """
+    MMLogger.handle = lambda logger, record: None
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(level)
+        del MMLogger.handle

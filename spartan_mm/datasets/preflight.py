@@ -3,6 +3,7 @@
 import logging
 
 from mmengine import dist
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -101,8 +102,8 @@ def check_batches(loader: DataLoader, split: str) -> None:
         batches, images = len(loader), len(loader.dataset)
     except TypeError:
         return  # one of an iterable dataset, which knows no length
-    if batches:
-        return
+    if batches or images and isinstance(loader.sampler, InfiniteSampler):
+        return  # one without an end fills a batch from few images, too
     name = f'{split}_dataloader'
     if not images:
         raise DataError(f'{name} has no images: its annotation file or folder has none, or '

@@ -36,6 +36,9 @@ RENAMED = {
     'Normalize': 'mean and std of model.data_preprocessor',
     'Pad': 'pad_size_divisor of model.data_preprocessor'}
 
+# Of whose classes it is known which forms their arguments have.
+_PACKAGES = ('mmengine', 'mmdet', 'mmpretrain', 'spartan_mm')
+
 # The type of a value, or a test of it, and what to call that. None is said where it may be.
 _Forms = Mapping[str, tuple[Any, str]]
 _FLAG = (int, 'True or False')
@@ -95,11 +98,6 @@ def find_loader_faults(cfg: Config, split: str) -> Iterator[Finding]:
     """Find what is wrong with the settings of a data loader, those of its datasets apart."""
     where = f'{split}_dataloader'
     loader = cfg.get(where)
-    older = cfg.get('data')
-    if isinstance(older, Mapping) and ('samples_per_gpu' in older or isinstance(
-            older.get(split), Mapping) and 'type' in older[split]):
-        yield _fault('data', f"is mmdet 2's and not read: write {where}=dict(batch_size=..., "
-                     'dataset=dict(...)) and remove it')
     if isinstance(loader, Mapping):
         yield from _check_forms(loader, _LOADER_FORMS, where)
         for key in loader:
@@ -118,13 +116,20 @@ def find_datasets(cfg: Config, split: str) -> Iterator[tuple[str, Any]]:
         Where each is in the config, and its own config.
     """
     def walk(dataset: Any, where: str) -> Iterator[tuple[str, Any]]:
-        parts = dataset.get('datasets') if isinstance(dataset, Mapping) else None
-        if isinstance(parts, list | tuple):
-            for number, part in enumerate(parts):
-                yield from walk(part, f'{where}.datasets[{number}]')
-        elif isinstance(dataset, Mapping) and 'dataset' in dataset:
-            yield from walk(dataset['dataset'], f'{where}.dataset')
-        elif isinstance(dataset, _NO_DATASET | Mapping):
+        parts = {}
+        if isinstance(dataset, Mapping):
+            joined = dataset.get('datasets')
+            if isinstance(joined, list | tuple):
+                parts = {f'.datasets[{number}]': part for number, part in enumerate(joined)}
+            elif 'dataset' in dataset:
+                parts = {'.dataset': dataset['dataset']}
+            # What is no dict may be the name of something that a class of a user knows.
+            kind = _get_kind(dataset)
+            if callable(kind) and _is_users(kind):
+                parts = {place: part for place, part in parts.items() if isinstance(part, Mapping)}
+        for place, part in parts.items():
+            yield from walk(part, where + place)
+        if not parts and isinstance(dataset, _NO_DATASET | Mapping):
             yield where, dataset
 
     loader = cfg.get(f'{split}_dataloader')
@@ -145,12 +150,10 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
     if not settings.get('type'):
         yield _fault(where, 'has no `type`, the name of a dataset')
         return
-    with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
-        name = settings['type']
-        kind = registry.get(name) if isinstance(name, str) else name
+    kind = _get_kind(settings)
     if not callable(kind):
-        yield _fault(f'{where}.type', f'is {show(name)}, but there is no dataset of that name: is '
-                     'its package in custom_imports of the config?')
+        yield _fault(f'{where}.type', f'is {show(settings["type"])}, but there is no dataset of '
+                     'that name: is its package in custom_imports of the config?')
         return
     yield from find_argument_faults(
         kind, {key: value for key, value in settings.items() if key not in ('type', '_scope_')},
@@ -158,6 +161,17 @@ def find_dataset_faults(settings: Mapping[str, Any], where: str) -> Iterator[Fin
     pipeline = settings.get('pipeline')
     for number, step in enumerate(pipeline if isinstance(pipeline, list | tuple) else ()):
         yield from _find_step_faults(step, f'{where}.pipeline[{number}]')
+
+
+def _get_kind(settings: Mapping[str, Any]) -> Any:
+    """The class of a dataset; None if there is none of that name."""
+    with DATASETS.switch_scope_and_registry(settings.get('_scope_')) as registry:
+        name = settings.get('type')
+        return registry.get(name) if isinstance(name, str) else name
+
+
+def _is_users(kind: Any) -> bool:
+    return kind.__module__.partition('.')[0] not in _PACKAGES
 
 
 def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
@@ -169,20 +183,21 @@ def find_argument_faults(kind: type, arguments: Mapping[str, Any], where: str
         arguments: Those given by name.
         where: What to call it.
     """
-    taken = _find_parameters(kind, arguments)
+    taken, own = _find_parameters(kind, arguments)
     for key in arguments:
         if taken is not None and key not in taken:
             today = f': write {RENAMED[key]}' if key in RENAMED else (
                 f', which takes {join(sorted(taken))}')
             yield _fault(f'{where}.{key}', f'is no setting of {kind.__name__}{today}')
-    forms = dict(_FORMS)
+    # What a class of a user reads itself may have any form.
+    forms = {key: form for key, form in _FORMS.items() if key not in own}
     # mmpretrain's take a text for the folder of the images, mmdet's a dict.
-    if not isinstance(taken and taken.get('data_prefix'), Mapping):
-        forms['data_prefix'] = ((str, Mapping), 'a text, the name of a folder, or a dict, such as '
-                                "dict(img_path='images/')")
+    if 'data_prefix' in forms and not isinstance(taken and taken.get('data_prefix'), Mapping):
+        forms['data_prefix'] = ((str, *_MAYBE_DICT), 'a text, the name of a folder, or a dict, '
+                                "such as dict(img_path='images/')")
     yield from _check_forms(arguments, forms, where)
     metainfo = arguments.get('metainfo')
-    if not isinstance(metainfo, Mapping):
+    if not isinstance(metainfo, Mapping) or 'metainfo' in own:
         return
     known = {'classes', 'palette', *(getattr(kind, 'METAINFO', None) or {})}
     for key in metainfo:
@@ -243,25 +258,31 @@ def _find_step_faults(step: Any, where: str) -> Iterator[Finding]:
         yield replace(fault, message=fault.message + ''.join(today))
 
 
-def _find_parameters(kind: Any, given: Iterable[str]) -> dict[str, Any] | None:
+def _find_parameters(kind: Any, given: Iterable[str]) -> tuple[dict[str, Any] | None, set[str]]:
     """Find the arguments of a class and its bases, with defaults; None if it takes any.
 
     Those `given` count that a constructor takes out of its ``kwargs`` by name.
+
+    Returns:
+        The arguments, and the names of those that a class of a user takes.
     """
     found: dict[str, Any] = {}
-    named: set[str] = set()
+    taken_out: set[str] = set()
+    own: set[str] = set()
     for base in kind.__mro__ if inspect.isclass(kind) else ():
         if '__init__' not in vars(base):
             continue
         parameters = inspect.signature(base.__init__).parameters.values()
-        for item in parameters:
-            if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY) and item.name != 'self':
-                found.setdefault(item.name, item.default)
+        named = {item.name: item.default for item in parameters if item.name != 'self'
+                 and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)}
+        if _is_users(base):
+            own |= named.keys() - found.keys()
+        found = named | found
         if not any(item.kind == item.VAR_KEYWORD for item in parameters):
-            return dict.fromkeys(named) | found
+            return dict.fromkeys(taken_out) | found, own
         code = getattr(base.__init__, '__code__', None)
-        named.update(key for key in given if code and key in code.co_consts)
-    return None
+        taken_out.update(key for key in given if code and key in code.co_consts)
+    return None, set(given)
 
 
 def _check_forms(settings: Mapping[str, Any], forms: _Forms, where: str) -> Iterator[Finding]:

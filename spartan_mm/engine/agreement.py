@@ -224,7 +224,9 @@ def _flat(schedules: Any) -> list[Any]:
 
 def _adapt_average(runner: Runner, checkpoint: dict[str, Any]) -> Iterator[str]:
     """Put trained weights in the place of averaged ones if nothing else does."""
-    averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+    # One of a user's has its own way.
+    averages = any(isinstance(hook, EMAHook) or 'EMA' in type(hook).__name__
+                   for hook in runner.hooks)
     if averages and 'ema_state_dict' not in checkpoint:
         yield 'EMAHook is new: its average begins with the trained weights'
     if not averages and 'ema_state_dict' in checkpoint:

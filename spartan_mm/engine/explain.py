@@ -33,6 +33,8 @@ def explain(error: BaseException) -> str | None:
     packing = [frame for frame in frames if frame.f_code is BaseDataset._serialize_data.__code__]
     if packing and isinstance(error, ValueError):
         dataset = packing[-1].f_locals['self']
+        if dataset.data_list:
+            return None
         source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
         return (f'{type(dataset).__name__} of {source} has no images: its annotation file or '
                 'folder has none, or `filter_cfg` or `indices` leave none')

@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from ..datasets.check import build_loader
+from ..datasets.evaluators import find_metrics
 from ..datasets.settings import check_loaders
 from ..errors import ExplainedError, UsageError
 from ..files import check_writable
@@ -55,7 +56,7 @@ IN_THE_WAY = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirecto
 
 
 def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] | None = None,
-                launcher: str = 'none') -> Config:
+                launcher: str = 'none', split: str | None = None) -> Config:
     """Read a config and apply the flags that every command has.
 
     Args:
@@ -64,9 +65,11 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
             ``./work_dirs/<name of the config>``.
         options: Settings to override, with dots in the keys.
         launcher: What started the processes: 'none', 'pytorch', 'slurm' or 'mpi'.
+        split: What it is for, 'train' or 'test'; None for neither.
 
     Raises:
-        UsageError: There is no such file or model, or a setting has a form that nobody reads.
+        UsageError: There is no such file or model, a setting has a form that nobody reads, or the
+            config lacks what is needed.
     """
     try:
         cfg = Config.fromfile(find_config(path))
@@ -80,7 +83,9 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError) as error:
         raise UsageError(f'--cfg-options do not fit {path}: {error.args[0]}') from error
-    settle(cfg)
+    settle(cfg, options or {})
+    if split is not None:
+        check_run(cfg, split)
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
@@ -163,7 +168,7 @@ def scale_learning_rate(cfg: Config) -> None:
     Raises:
         UsageError: If the config does not state the recipe's total batch size.
     """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UsageError('--auto-scale-lr needs the total batch size that the learning rate is '
                          'meant for: set auto_scale_lr = dict(base_batch_size=...) in the config')
     cfg.auto_scale_lr.enable = True
@@ -264,8 +269,8 @@ def keep_predictions(cfg: Config, path: str) -> None:
     """
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     evaluator = cfg.test_evaluator
-    metrics = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-    cfg.test_evaluator = [*metrics, dict(type=kind, out_file_path=path)]
+    metrics = [*find_metrics(evaluator), dict(type=kind, out_file_path=path)]
+    cfg.test_evaluator = dict(evaluator, metrics=metrics) if 'metrics' in evaluator else metrics
 
 
 def use_tta(cfg: Config) -> None:
@@ -308,7 +313,7 @@ def visualize(cfg: Config, show: bool = False, show_dir: str | None = None,
     Raises:
         UsageError: If the config has no visualization hook this function knows.
     """
-    hook = cfg.get('default_hooks', {}).get('visualization')
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None or hook.type not in VISUALIZATION_HOOKS:
         raise UsageError(
             '--show and --show-dir need a visualization hook: set default_hooks = dict('
@@ -329,12 +334,11 @@ def build_runner(cfg: Config, split: str = 'test') -> Runner:
         split: 'train' for a training, which claims the work dir for itself, or 'test'.
 
     Raises:
-        UsageError: The config lacks what is needed, or another training uses the work dir.
+        UsageError: Another training uses the work dir.
         UnwritableError: There can be no such work dir.
     """
     if cfg.launcher != 'none':
         _prepare_distributed(cfg)
-    check_run(cfg, split)
     _check_work_dir(cfg)
     claim = claim_work_dir(cfg.work_dir) if split == 'train' else None
     if cfg.get('load_from'):
@@ -346,7 +350,7 @@ def build_runner(cfg: Config, split: str = 'test') -> Runner:
     runner.build_dataloader = partial(build_loader, runner.build_dataloader, cfg)
     for handler in runner.logger.handlers:
         handler.addFilter(_make_printable)
-    if cfg.get('randomness', {}).get('deterministic'):
+    if (cfg.get('randomness') or {}).get('deterministic'):
         # mmengine lets torch refuse what has no deterministic algorithm, such as the gradient of
         # grid_sample on a GPU, which deformable attention needs.
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -423,8 +427,11 @@ def _check_exists(checkpoint: str) -> None:
 
 def _make_printable(record: logging.LogRecord) -> bool:
     """Escape what would steer a terminal in a line of the log; tables keep their lines."""
-    record.msg = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), record.getMessage())
-    record.args = ()
+    try:
+        text = record.getMessage()
+    except Exception:
+        return True  # for logging to report, which does not end the run
+    record.msg, record.args = re.sub(r'[^\n\t]+', lambda part: printable(part[0]), text), ()
     return True
 
 
@@ -441,7 +448,7 @@ def _check_work_dir(cfg: Config) -> None:
 
 
 def _prepare_distributed(cfg: Config) -> None:
-    dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}))
+    dist_cfg = dict((cfg.get('env_cfg') or {}).get('dist_cfg') or {})
     dist_cfg.setdefault('timeout', TIMEOUT)
     if get_device() != 'cpu':
         local_rank = int(os.environ.get('LOCAL_RANK', 0))

@@ -3,10 +3,13 @@
 A function that takes a config, ``cfg``, and returns nothing changes it in place.
 """
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 
 from ..errors import UsageError
 from ..text import join
@@ -62,8 +65,12 @@ _LOOP_SETTINGS = {'type', '_scope_', 'by_epoch', 'max_epochs', 'max_iters', 'val
 _OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context', 'timeout')
 
 
-def settle(cfg: Config) -> None:
+def settle(cfg: Config, asked: Collection[str] = ()) -> None:
     """Check the settings that a runner reads, and settle those of data loaders.
+
+    Args:
+        cfg: The config.
+        asked: Settings that a flag made, which can be no variables of a config.
 
     Raises:
         UsageError: A setting has another form than mmengine reads, or is one of mmdet 2.
@@ -72,7 +79,7 @@ def settle(cfg: Config) -> None:
         value = cfg.get(key)
         if value is not None and not isinstance(value, kinds):
             raise UsageError(f'{key}={value!r} must be {words}')
-    _refuse_old(cfg)
+    _refuse_old(cfg, asked)
     for key in ('custom_hooks', 'param_scheduler', 'val_evaluator', 'test_evaluator'):
         items = cfg.get(key)
         if isinstance(items, list | tuple):
@@ -107,17 +114,32 @@ def check_run(cfg: Config, split: str) -> None:
                              f"'DefaultSampler', shuffle={other == 'train'})")
 
 
-def _refuse_old(cfg: Config) -> None:
-    """Refuse settings that nobody reads any more, unless today's settings were made of them."""
+def _refuse_old(cfg: Config, asked: Collection[str]) -> None:
+    """Refuse settings that nobody reads any more, or warn of them.
+
+    What today's settings were made of is neither. What may be a variable of the user is a warning.
+    """
     used = [value for key, value in cfg.items() if key not in _OLD]
     old = [key for key in _OLD if cfg.get(key) not in (None, False)
            and not (any(cfg[key] == value for value in _walk(used))
                     if isinstance(cfg[key], dict) else cfg[key] == _find(cfg, _OLD[key]))]
-    if old:
-        raise UsageError(
-            f'nobody reads {join(f"{key}={cfg[key]!r}" for key in old)}, which '
-            f'{"is a setting" if len(old) == 1 else "are settings"} of mmdet 2 and the like; '
-            f'today: {"; ".join(_OLD[key] for key in old)}')
+    if not old:
+        return
+    message = (f'nobody reads {join(f"{key}={cfg[key]!r}" for key in old)}, which '
+               f'{"is a setting" if len(old) == 1 else "are settings"} of mmdet 2 and the like; '
+               f'today: {"; ".join(_OLD[key] for key in old)}')
+    if all(_may_be_variable(cfg, key) and key not in asked for key in old):
+        print_log(message, 'current', logging.WARNING)
+    else:
+        raise UsageError(message)
+
+
+def _may_be_variable(cfg: Config, key: str) -> bool:
+    value = cfg[key]
+    today = re.match(r'\w+', _OLD[key])[0]
+    return not isinstance(value, dict) or (
+        key in ('optimizer', 'data') and cfg.get(today) is not None
+        and not _OLD_IN_LOADERS.keys() & value.keys())
 
 
 def _check_built(name: str, settings: Any) -> None:

@@ -1,14 +1,16 @@
 """Evaluators that would fail after the work are refused before it, with the names that exist."""
-import logging
 import re
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import METRICS, MODELS
 
-import spartan_mm.classification
-import spartan_mm.detection  # noqa: F401 - registers the metrics
+import spartan_mm.classification  # noqa: F401 - registers the metrics
 from spartan_mm.datasets.evaluators import check_evaluator, find_evaluator_faults
+from spartan_mm.detection import CheckedCocoMetric
 from spartan_mm.errors import UsageError
 
 DETECTOR = dict(type='RTDETR', bbox_head=dict(type='RTDETRHead', num_classes=3))
@@ -66,7 +68,45 @@ def test_options_that_work(evaluator, model, tmp_path, monkeypatch, capfd):
     assert not capfd.readouterr().out
 
 
+@METRICS.register_module()
+class EvaluatorsOwn(CheckedCocoMetric):
+    """Of a user: takes more, and needs more than a made-up prediction has."""
+
+    def __init__(self, *args, **kwargs):
+        self.most = kwargs.pop('most', 1)
+        super().__init__(*args, **kwargs)
+
+    def process(self, batch, samples):
+        assert all('img_path' in sample for sample in samples)
+
+
+@MODELS.register_module()
+class EvaluatorsSegmenter(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize('evaluator, model, scope', [
+    (dict(type='EvaluatorsOwn', most=3), DETECTOR, 'mmdet'),
+    (dict(type='OVCocoMetric', ann_file='a.json'), DETECTOR, 'mmdet'),
+    (dict(type='VOCMultiLabelMetric'), CLASSIFIER, 'mmpretrain'),
+    (dict(type='MultiDatasetsEvaluator', metrics=[of_coco()], dataset_prefixes=['a']), DETECTOR,
+     'mmdet'),
+    (dict(metrics=[of_coco()]), DETECTOR, 'mmdet'),
+    (dict(type='Accuracy', _scope_='mmpretrain'), CLASSIFIER, 'mmdet'),
+    (of_coco(metric='segm'), dict(type='EvaluatorsSegmenter'), 'mmdet'),
+    (dict(type='Accuracy', topk=(1, 5)), dict(type='ImageClassifier', head=dict(type='Own')),
+     'mmpretrain'),
+    (dict(type='Accuracy', topk=(1, 5)), dict(head=dict(a_head=dict(num_classes=2), b_head=dict(
+        num_classes=9))), 'mmpretrain')], ids=str)
+def test_what_nobody_here_can_judge_stays(evaluator, model, scope):
+    config = make_config(evaluator, model, scope)
+    before = config.to_dict()
+    check_evaluator(config, 'val')
+    assert config.to_dict() == before
+
+
 @pytest.mark.parametrize('evaluator, message', [
+    (dict(metrics=of_coco(metric='boxes')), 'metric has no boxes'),
     (dict(type='CocoMetrik'), "no metric of type 'CocoMetrik'; the closest names are .*CocoMetric"),
     (dict(type='CocoMetric', iou_thrs=[0.5]), r'CocoMetric\(iou_thrs=\[0.5\]\) cannot evaluate'),
     (dict(type='CocoMetric', metric=['segm']), "'segm' needs masks")])
@@ -93,6 +133,11 @@ def test_topk_of_fewer_classes(topk, taken):
     assert config.val_evaluator[0].topk == taken
 
 
-def test_everything_is_logged_again_afterwards():
-    check_evaluator(make_config(of_coco()), 'val')
-    assert logging.root.manager.disable == 0
+def test_metrics_are_silent_and_everything_is_logged_afterwards(capfd):
+    config = make_config(of_coco(format_only=True, outfile_prefix='not_written'))
+    logger = MMLogger.get_instance('evaluators')  # the one that is in use from here on
+    for number in range(2):
+        check_evaluator(config, 'val')
+        logger.info('line %d', number)
+    out, err = capfd.readouterr()
+    assert (out + err).count('line') == 2 and 'results' not in out + err

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import cv2
 import numpy as np
 import pytest
-from mmengine.dataset import ConcatDataset
+from mmengine.dataset import ConcatDataset, InfiniteSampler
 from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -80,6 +80,22 @@ def test_more_objects_than_queries(make, logged):
     assert not [line for line in logged if 'the model has queries' in line]
 
 
+@pytest.mark.parametrize('own', [
+    dict(instances=[dict(mask=[]), dict(bbox=(4, 4, 2, 2, 0.5), bbox_label=0)]),
+    dict(img_path=None),
+    dict(img_path=Path('0.png')), dict(frames=['0.png'])], ids=str)
+def test_a_users_dataset_describes_images_in_its_own_way(own, logged, tmp_path, monkeypatch):
+    class Own(list):
+        metainfo = None
+
+        def get_data_info(self, index):
+            return dict(dict(img_path='0.png'), **own)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / '0.png').write_bytes(b'picture')
+    PreflightHook().before_train(make_runner(Own([1])))
+
+
 def test_missing_images_of_a_joined_set(make, tmp_path, logged):
     train, val = make(), make('val.json', lambda content: content['images'].append(
         dict(id=9, file_name='gone.png', width=8, height=8)))
@@ -107,6 +123,9 @@ def test_loaders_with_a_batch(make):
 
     check_batches(DataLoader(Stream()), 'train')
     check_batches(DataLoader([1], batch_size=2), 'train')
+    endless = DataLoader([1], 2, sampler=InfiniteSampler([1], seed=0), drop_last=True)
+    check_batches(endless, 'train')
+    assert next(iter(endless)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize('unit, loop', [('epoch', None), ('iter', Mock(IterBasedTrainLoop))])

@@ -15,7 +15,7 @@ from spartan_mm.cli import main
 from spartan_mm.datasets.check import build_loader, check_config
 from spartan_mm.datasets.classes import classes_of
 from spartan_mm.datasets.data_errors import DataError
-from spartan_mm.datasets.settings import check_loaders
+from spartan_mm.datasets.settings import check_loaders, find_argument_faults, find_datasets
 
 NAMES = ('disc', 'square', 'bar')
 
@@ -148,17 +148,40 @@ def test_what_a_users_class_takes_by_itself_is_no_fault(root):
     assert 'dataset.third is no setting of Mine, which takes ' in error
 
 
-def test_mmdet_2(root):
-    cfg = make_config(detector(root))
-    cfg.data = dict(samples_per_gpu=2, train=detector(root))
-    with pytest.raises(DataError, match="^data is mmdet 2's and not read: write train_dataloader="):
-        check_loaders(cfg)
+def test_what_a_users_class_reads_itself_has_any_form(root):
+    from spartan_mm.detection import CheckedCocoDataset
+
+    class Files(CheckedCocoDataset):
+
+        def __init__(self, ann_file, split=0, metainfo=(), **kwargs):
+            self.own = split, metainfo
+            super().__init__(ann_file[0], **kwargs)
+
+    class Numbers:
+
+        def __init__(self, pipeline, classes=10, indices=range(2)):
+            pass
+
+    def faults(kind, **arguments):
+        return [finding.message for finding in find_argument_faults(kind, arguments, 'it')]
+
+    assert not faults(Files, ann_file=['a.json'], split=3, metainfo=NAMES)
+    assert not faults(Numbers, pipeline=None, classes=3, indices=range(3))
+    error, = faults(Files, ann_file=['a.json'], data_prefix='images/')
+    assert error.startswith("it.data_prefix is 'images/', but must be a dict of texts")
 
 
-def test_a_variable_of_that_name_is_the_users(root):
-    cfg = make_config(detector(root))
-    cfg.data = dict(root='here', train='train.json')
-    check_loaders(cfg)
+def test_a_users_class_may_name_its_datasets(root):
+    class Named:
+        def __init__(self, dataset=None, datasets=()):
+            pass
+
+    for settings in (dict(dataset='cifar10'), dict(datasets=['one', 'two'])):
+        assert [*find_datasets(make_config(dict(type=Named, **settings)), 'train')] == [
+            ('train_dataloader.dataset', dict(type=Named, **settings))]
+    inner = dict(type=Named)
+    assert [*find_datasets(make_config(dict(type=Named, dataset=inner)), 'train')] == [
+        ('train_dataloader.dataset.dataset', inner)]
 
 
 def test_metainfo_that_nobody_reads_is_a_warning(root):

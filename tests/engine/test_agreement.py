@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from spartan_mm.cli import main
-from spartan_mm.engine.agreement import _compare_optimizers
+from spartan_mm.engine.agreement import _adapt_average, _compare_optimizers
 from spartan_mm.errors import CheckpointError
 from spartan_mm.weights.stored_config import as_text
 
@@ -309,6 +309,17 @@ def test_several_optimizers():
     now['b'].param_groups[0]['eps'] = 0.5
     assert [*_compare_optimizers(SimpleNamespace(optim_wrapper=now), before.state_dict(), '', [])
             ] == [('optim_wrapper.b.optimizer.eps', 1e-8, 0.5)]
+
+
+def test_an_average_of_a_user_is_left_alone():
+    class OwnEMA(Hook):
+        pass
+
+    checkpoint = dict(state_dict=dict(a=1), ema_state_dict={'module.a': 2})
+    for hook, left in ((OwnEMA(), checkpoint), (Hook(), dict(state_dict=dict(a=2)))):
+        assert bool([*_adapt_average(SimpleNamespace(hooks=[hook]), checkpoint)]) == (
+            left is not checkpoint)
+        assert checkpoint == left
 
 
 def statistics_of_another_rank(path):

@@ -1,5 +1,8 @@
 """What the flags of the commands do to a config."""
 
+import io
+import logging
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -173,6 +176,15 @@ def test_reporting(capsys, error, leaving, code, printed):
     assert getattr(left.value, 'code', None) == code and capsys.readouterr().err == printed
 
 
+def test_a_message_that_cannot_be_written_ends_nothing(capsys):
+    handler = logging.StreamHandler(io.StringIO())
+    handler.addFilter(launch._make_printable)
+    for message, arguments in (('%d%', (3, )), ('a\x1b[2J: %s', ('\x07', ))):
+        handler.handle(logging.LogRecord('', 0, '', 0, message, arguments, None))
+    assert handler.stream.getvalue() == 'a\\x1b[2J: \\x07\n'
+    assert 'Logging error' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('function', [launch.resume_from, launch.load_weights])
 def test_no_checkpoint(config_file, function):
     with pytest.raises(FileNotFoundError, match='checkpoint no_such.pth does not exist'):
@@ -196,7 +208,20 @@ def test_keep_predictions(scope, kind, several):
     metric = dict(type='SomeMetric')
     cfg = Config(dict(default_scope=scope, test_evaluator=[metric] if several else metric))
     launch.keep_predictions(cfg, 'out.pkl')
-    assert cfg.test_evaluator == [metric, dict(type=kind, out_file_path='out.pkl')]
+    metrics = [metric, dict(type=kind, out_file_path='out.pkl')]
+    assert cfg.test_evaluator == metrics
+    cfg.test_evaluator = dict(type='Own', metrics=metric)
+    launch.keep_predictions(cfg, 'out.pkl')
+    assert cfg.test_evaluator == dict(type='Own', metrics=metrics)
+
+
+def test_settings_that_are_none(config_file):
+    cfg = launch.load_config(config_file)
+    cfg.auto_scale_lr = cfg.default_hooks = None
+    with pytest.raises(launch.UsageError, match='set auto_scale_lr = dict'):
+        launch.scale_learning_rate(cfg)
+    with pytest.raises(launch.UsageError, match='need a visualization hook'):
+        launch.visualize(cfg)
 
 
 class TestVisualize:

@@ -1,5 +1,8 @@
 """Settings that mmengine or torch would stumble over are settled, or refused in a line."""
 
+import pickle
+import re
+
 import pytest
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
@@ -66,12 +69,11 @@ def test_data_loaders(loader, words):
     (dict(optimizer=dict(type='SGD', lr=0.1)),
      r"nobody reads optimizer=.*, which is a setting of mmdet 2 .*; today: optim_wrapper\.optim"),
     (dict(data=dict(samples_per_gpu=2, train=dict(type='CocoDataset'))), 'today: train_dataload'),
+    (dict(data=dict(samples_per_gpu=2), train_dataloader=dict()), 'today: train_dataload'),
+    (dict(lr_config=dict(policy='step'), param_scheduler=[]), 'today: param_scheduler'),
     (dict(runner=dict(type='EpochBasedRunner', max_epochs=9)), 'today: train_cfg'),
     (dict(lr_config=dict(policy='step', step=[8])), 'today: param_scheduler'),
     (dict(evaluation=dict(interval=1, metric='bbox')), r'today: val_evaluator, train_cfg\.val_int'),
-    (dict(total_epochs=12), r'total_epochs=12.* today: train_cfg\.max_epochs'),
-    (dict(seed=3, cudnn_benchmark=True),
-     r'are settings .* today: randomness\.seed; env_cfg\.cudnn_benchmark'),
     (dict(train_cfg=dict(by_epoch=True, max_epochs=1, assigner=dict(type='MaxIoUAssigner'))),
      r'train_cfg has assigner, .*model\.train_cfg'),
     (dict(train_cfg=dict(max_epochs=0)), r'train_cfg\.max_epochs=0 must be .* at least 1'),
@@ -92,6 +94,21 @@ def test_wrong_forms(settings, words):
     with pytest.raises(UsageError, match=words) as error:
         settle(Config(settings))
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(total_epochs=12), r'total_epochs=12.* today: train_cfg\.max_epochs'),
+    (dict(seed=3, cudnn_benchmark=True),
+     r'are settings .* today: randomness\.seed; env_cfg\.cudnn_benchmark'),
+    # A variable, and a flag that changes what was made of it.
+    (dict(optimizer=dict(lr=0.1), optim_wrapper=dict(optimizer=dict(lr=0.3))), 'today: optim_wrap'),
+    (dict(data=dict(root='here'), train_dataloader=dict()), 'today: train_dataloader'),
+], ids=str)
+def test_what_may_be_a_variable_is_a_warning(settings, words, monkeypatch):
+    said = []
+    monkeypatch.setattr('spartan_mm.engine.settings.print_log', lambda text, *_: said.append(text))
+    settle(Config(settings))
+    assert re.search(words, *said)
 
 
 @pytest.mark.parametrize('settings', [
@@ -153,6 +170,13 @@ class TestExplain:
         with pytest.raises((KeyError, TypeError, ValueError)) as error:
             registry.build(settings)
         assert words in explain(error.value) and 'Please' not in explain(error.value)
+
+    def test_images_that_cannot_be_packed(self):
+        dataset = NoImages(serialize_data=False)
+        dataset.data_list = [dict(own=lambda: 0)]
+        with pytest.raises((AttributeError, pickle.PicklingError, ValueError)) as error:
+            dataset._serialize_data()
+        assert explain(error.value) is None
 
     def test_faults_of_a_class_keep_their_traceback(self):
         with pytest.raises(TypeError) as error:

@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 from ...engine import launch
 from ...engine.class_order import OrderedCheckpointHook
+from ...engine.settings import check_run
 from ...errors import UsageError
 from .curves import find_logs, read_log
 
@@ -126,6 +127,7 @@ def make_predictions(run: Run) -> Path:
         raise UsageError(f'{run.folder} has no checkpoint to make predictions with')
     out = run.folder / PREDICTIONS
     cfg = run.config.copy()
+    check_run(cfg, 'test')
     cfg.launcher, cfg.work_dir = 'none', str(out.parent)
     launch.load_weights(cfg, str(run.last))
     launch.keep_predictions(cfg, str(out))
