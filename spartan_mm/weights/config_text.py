@@ -51,7 +51,8 @@ _EXCLUDED = (
     'mmpretrain.engine.hooks.swav_hook', 'mmpretrain.models.backbones.timm_backbone',
     'mmpretrain.models.classifiers.hugging_face', 'mmpretrain.models.classifiers.timm',
     'mmpretrain.models.heads.margin_head', 'mmpretrain.models.heads.vqa_head',
-    'mmpretrain.models.utils.huggingface', 'mmpretrain.models.utils.tokenizer', 'mmpretrain.models.utils.vector_quantizer')
+    'mmpretrain.models.utils.huggingface', 'mmpretrain.models.utils.tokenizer',
+    'mmpretrain.models.utils.vector_quantizer')
 _FETCHING = ('diffusers', 'functools', 'huggingface_hub', 'timm', 'transformers')
 
 # What is no class and may be named all the same: two functions that make batches; and parts of
