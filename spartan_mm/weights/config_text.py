@@ -56,12 +56,13 @@ _EXCLUDED = (
 _FETCHING = ('diffusers', 'functools', 'huggingface_hub', 'timm', 'transformers')
 
 # What is no class and may be named all the same: two functions that make batches; and parts of
-# mmcv.ops, which are not looked up in a registry, but evaluated.
+# mmcv.ops, which are not looked up in a registry, but evaluated; and words that mmdet compares.
 _FUNCTIONS = frozenset(('mmengine.dataset.utils.default_collate',
                         'mmengine.dataset.utils.pseudo_collate'))
-_OPERATIONS = frozenset(('nms', 'nms_match', 'nms_rotated', 'soft_nms', 'RoIAlign',
-                         'RoIAlignRotated', 'RoIPool', 'DeformRoIPoolPack', 'PSAMask',
-                         'ModulatedDeformRoIPoolPack', 'SimpleRoIAlign'))
+_WORDS = frozenset((
+    'nms', 'nms_match', 'nms_rotated', 'soft_nms', 'RoIAlign', 'RoIAlignRotated', 'RoIPool',
+    'DeformRoIPoolPack', 'PSAMask', 'ModulatedDeformRoIPoolPack', 'SimpleRoIAlign',
+    'dilation', 'offset', 'conv', 'interpolation_conv', 'last_conv'))
 
 # OpenMMLab's packages.
 _SCOPES = frozenset((
@@ -205,7 +206,7 @@ def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
             key == 'constructor' or isinstance(key, str) and key.endswith('_type')):
         found = _find(value, modules)
         # What is not called 'type' may be any word, but no path to something.
-        unknown = not found and value not in _OPERATIONS and (key == 'type' or '.' in value)
+        unknown = not found and value not in _WORDS and (key == 'type' or '.' in value)
         if unknown or not all(map(_is_harmless, found)):
             raise CodeError(shown)
 

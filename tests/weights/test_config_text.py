@@ -26,6 +26,8 @@ def test_a_config_is_data():
     "a = [dict(type='mmdet.RTDETR'), dict(type='torch.nn.modules.linear.Linear')]",
     "a = dict(type='RTDETR', _scope_='mmdet')",
     "test_cfg = dict(nms=dict(type='nms', iou_threshold=0.5))",
+    "adapt_cfg = dict(type='dilation', dilation=3)",
+    "lateral = dict(type='interpolation_conv', kernel_size=3)",
     "custom_imports = dict(imports=['spartan_mm.classification'])\n"
     "a = dict(type='TorchvisionTransforms', transforms=[dict(type='RandomVerticalFlip')])",
     "a = dict(type='LoadImageFromFile', backend_args=None)",
