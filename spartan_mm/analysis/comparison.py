@@ -334,8 +334,9 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
         points: For each its coordinates and its name.
     """
     adjust = require('adjustText', '1.3', 'analysis')
-    labels = [axes.text(x, y, text, fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4)
-              for x, y, text in points]
+    # They are measured before the figure is drawn.
+    labels = [axes.text(x, y, text, fontsize=_TEXT_SIZE, ha='center', va='center', zorder=4,
+                        parse_math=False) for x, y, text in points]
     half = _MARKER * axes.figure.dpi / 72 / 2
     places = axes.transData.transform([point[:2] for point in points]) if points else []
     back = axes.transData.inverted()

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 __all__ = ['COLOURS', 'COLOUR_MAP', 'Axes', 'Bbox', 'Figure', 'ScalarMappable', 'clear',
@@ -27,9 +28,23 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#0
 COLOUR_MAP = 'viridis'
 
 
+class _PlainFigure(Figure):
+    """Shows names as they are: what stands in them between two $ is no formula."""
+
+    def draw(self, renderer: Any) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        # Powers of ten are matplotlib's own formulas.
+        for axes in self.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                for text in axis.get_ticklabels(which='both') if axis.get_scale() == 'log' else ():
+                    text.set_parse_math(True)
+        super().draw(renderer)
+
+
 def new_figure(width: float, height: float, layout: str = 'constrained', dpi: int = 100) -> Figure:
     """Make an empty figure that needs no screen; its size is in inches."""
-    figure = Figure((width, height), dpi, layout=layout)
+    figure = _PlainFigure((width, height), dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

@@ -4,23 +4,28 @@ mmengine runs a config of text as Python, and whatever its form, objects are bui
 """
 import ast
 import importlib.util
+import json
 import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 # Modules whose classes a config may name, and all below them: parts of models, transforms,
-# datasets, what trainings are made of. Of other packages that register something classes may be
-# named, for somebody imported these packages; of the ones here and in _FETCHING nothing else.
+# datasets, what trainings are made of. Of other packages, this one included, classes may be named
+# that they registered, for somebody imported these packages; of the ones here and in _FETCHING
+# nothing else.
 _MODULES = (
-    'spartan_mm', 'torch.nn', 'torch.optim', 'torchvision.transforms',
+    'torch.nn', 'torch.optim', 'torchvision.transforms',
     'mmcv.cnn.bricks', 'mmcv.ops', 'mmcv.transforms',
     'mmengine.dataset', 'mmengine.evaluator', 'mmengine.hooks', 'mmengine.model', 'mmengine.optim',
     'mmengine.runner.log_processor', 'mmengine.runner.loops', 'mmengine.utils.dl_utils',
@@ -35,31 +40,37 @@ _MODULES = (
 
 # Of these, what evaluates text, fetches code, or opens a path or an address that is an argument.
 _EXCLUDED = (
-    'mmdet.datasets.transforms.text_transformers', 'mmdet.datasets.transforms.transforms.Albu',
+    'mmdet.datasets.refcoco', 'mmdet.datasets.transforms.text_transformers',
+    'mmdet.datasets.transforms.transforms.Albu',
     'mmdet.models.dense_heads.atss_vlfusion_head', 'mmdet.models.task_modules.tracking',
     *(f'mmdet.models.detectors.{part}' for part in (
         'd2_wrapper', 'glip', 'grounding_dino', 'kd_one_stage', 'lad')),
     *(f'mmengine.visualization.vis_backend.{part}VisBackend' for part in (
         'Aim', 'ClearML', 'DVCLive', 'MLflow', 'Neptune', 'Wandb')),
-    'mmpretrain.datasets.transforms.processing.Albumentations',
+    'mmpretrain.datasets.refcoco', 'mmpretrain.datasets.transforms.processing.Albumentations',
     'mmpretrain.engine.hooks.swav_hook', 'mmpretrain.models.backbones.timm_backbone',
     'mmpretrain.models.classifiers.hugging_face', 'mmpretrain.models.classifiers.timm',
-    'mmpretrain.models.heads.margin_head', 'mmpretrain.models.utils.huggingface',
-    'mmpretrain.models.utils.tokenizer', 'mmpretrain.models.utils.vector_quantizer')
+    'mmpretrain.models.heads.margin_head', 'mmpretrain.models.heads.vqa_head',
+    'mmpretrain.models.utils.huggingface', 'mmpretrain.models.utils.tokenizer',
+    'mmpretrain.models.utils.vector_quantizer')
 _FETCHING = ('diffusers', 'functools', 'huggingface_hub', 'timm', 'transformers')
 
 # What is no class and may be named all the same: two functions that make batches; and parts of
-# mmcv.ops, which are not looked up in a registry, but evaluated.
+# mmcv.ops, which are not looked up in a registry, but evaluated; and words that mmdet compares.
 _FUNCTIONS = frozenset(('mmengine.dataset.utils.default_collate',
                         'mmengine.dataset.utils.pseudo_collate'))
-_OPERATIONS = frozenset(('nms', 'nms_match', 'nms_rotated', 'soft_nms', 'RoIAlign',
-                         'RoIAlignRotated', 'RoIPool', 'DeformRoIPoolPack', 'PSAMask',
-                         'ModulatedDeformRoIPoolPack', 'SimpleRoIAlign'))
+_WORDS = frozenset((
+    'nms', 'nms_match', 'nms_rotated', 'soft_nms', 'RoIAlign', 'RoIAlignRotated', 'RoIPool',
+    'DeformRoIPoolPack', 'PSAMask', 'ModulatedDeformRoIPoolPack', 'SimpleRoIAlign',
+    'dilation', 'offset', 'conv', 'interpolation_conv', 'last_conv'))
 
 # OpenMMLab's packages.
 _SCOPES = frozenset((
     'mmaction', 'mmagic', 'mmcls', 'mmcv', 'mmdet', 'mmdet3d', 'mmedit', 'mmengine', 'mmocr',
     'mmpose', 'mmpretrain', 'mmrazor', 'mmrotate', 'mmseg', 'mmselfsup', 'mmtrack', 'mmyolo'))
+
+# Files that the toolboxes' readers of annotations run code of.
+_RUN = ('.np', '.pickle', '.pkl', '.yaml', '.yml')
 
 # How a dump shows the numbers that have no literal.
 _NUMBERS = dict(inf=float('inf'), nan=float('nan'))
@@ -114,7 +125,8 @@ def check(content: Mapping[str, Any]) -> None:
     Objects are built from whatever ``type`` names, functions of any installed package included, of
     which some hand all that a config says on. What passes is a *class*, by its name in a registry
     or by its path, of the modules in `_MODULES`, or of another package than OpenMMLab's that
-    registered it. Modules in ``custom_imports``, ``default_scope`` and ``_scope_`` must be
+    registered it. No value may be the name of a file that runs code when it is read, as pickles do.
+    Modules in ``custom_imports``, ``default_scope`` and ``_scope_`` must be
     installed or imported already: no file of the current folder is run, nor a module of Python's
     own library, nor tests.
 
@@ -135,30 +147,48 @@ def check(content: Mapping[str, Any]) -> None:
             _check_module(name)
         for key, value in entries:
             _check_entry(key, value, modules)
+        for value in _walk(content):
+            if isinstance(value, str) and value.endswith(_RUN):
+                raise CodeError(f'it reads {value!r}'[:80])
     except RecursionError:
         raise CodeError('too deep a nesting to be looked through') from None
 
 
 def _check_module(name: Any) -> None:
-    """Insist that a module is installed, or imported already, and no test."""
+    """Insist that a module is installed, or that its package is imported, and no test.
+
+    A package without a file, which Python makes up of all folders of its name, is as good as these.
+    """
     parts = str(name).split('.')
     top = parts[0]
     if not isinstance(name, str) or top in sys.stdlib_module_names or any(
             part.startswith('__') or part in ('test', 'tests', 'conftest') for part in parts):
         raise CodeError(f'it imports {name!r}'[:80])
-    if top in sys.modules:
+    if name in sys.modules or getattr(sys.modules.get(top), '__file__', None):
         return
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         spec = None
     places = spec and (spec.submodule_search_locations or [spec.origin]) or []
-    installed = [Path(place).resolve() for place in (
+    folders = _installed_folders(top)
+    if not places or not all(any(Path(place).resolve().is_relative_to(folder)
+                                 for folder in folders) for place in places):
+        raise CodeError(f'it imports {name!r}, which is neither installed nor imported')
+
+
+@cache
+def _installed_folders(package: str) -> list[Path]:
+    """Folders that installed packages lie in, and that of this one if it is installed editable."""
+    folders = [Path(place).resolve() for place in (
         *sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages())
         if Path(place).name in ('site-packages', 'dist-packages')]
-    if not places or not all(any(Path(place).resolve().is_relative_to(folder)
-                                 for folder in installed) for place in places):
-        raise CodeError(f'it imports {name!r}, which is neither installed nor imported')
+    for distribution in distributions(path=[*map(str, folders)]):
+        source = json.loads(distribution.read_text('direct_url.json') or '{}')
+        names = (distribution.read_text('top_level.txt') or distribution.name).split()
+        if package in names and source.get('dir_info', {}).get('editable'):
+            folders.append(Path(url2pathname(urlparse(source['url']).path)).resolve())
+    return folders
 
 
 def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
@@ -176,7 +206,7 @@ def _check_entry(key: Any, value: Any, modules: Iterable[str]) -> None:
             key == 'constructor' or isinstance(key, str) and key.endswith('_type')):
         found = _find(value, modules)
         # What is not called 'type' may be any word, but no path to something.
-        unknown = not found and value not in _OPERATIONS and (key == 'type' or '.' in value)
+        unknown = not found and value not in _WORDS and (key == 'type' or '.' in value)
         if unknown or not all(map(_is_harmless, found)):
             raise CodeError(shown)
 

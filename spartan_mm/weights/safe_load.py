@@ -200,19 +200,25 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
 def _read_pickle(path: Path, map_location: Any, foreign: bool) -> Any:
     # torch refuses these, too, but advises to read them without care.
     scan = Scan(path.stat().st_size)
-    if zipfile.is_zipfile(path):
+    with path.open('rb') as file:
+        # torch looks at the beginning, Python's zipfile at the end.
+        zipped = file.read(4) == b'PK\x03\x04'
+    if zipped:
         with zipfile.ZipFile(path) as file:
-            # torch does not tell upper from lower case.
-            sizes = {entry.filename.lower(): entry.file_size for entry in file.infolist()}
-            if any(name.endswith('/constants.pkl') for name in sizes):
+            sizes = {}
+            for entry in file.infolist():
+                # torch does not tell upper from lower case; of several entries it takes any.
+                name = entry.filename.lower().partition('/')[2]
+                sizes[name] = min(entry.file_size, sizes.get(name, entry.file_size))
+            if 'constants.pkl' in sizes:
                 raise CheckpointError('it is a TorchScript program, not a checkpoint of weights')
             if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
                 raise CheckpointError('its entries claim more bytes than it has')
             for entry in file.infolist():
                 if entry.filename.lower().endswith('data.pkl'):
                     scan.read(file.open(entry))
-            stored = {name.rpartition('/')[2]: size for name, size in sizes.items()}
-            if any(size > stored.get(key.lower(), -1) for key, (size, _) in scan.storages.items()):
+            if any(size > sizes.get(f'data/{key}'.lower(), -1)
+                   for key, (size, _) in scan.storages.items()):
                 raise CheckpointError('its tensors claim more bytes than their entries have')
     elif tarfile.is_tarfile(path):
         raise CheckpointError('it is a tar archive, which torch wrote before version 0.1.10')

@@ -1,5 +1,6 @@
 """Which configs are plain data."""
 
+import json
 import sys
 from importlib import import_module
 
@@ -25,6 +26,8 @@ def test_a_config_is_data():
     "a = [dict(type='mmdet.RTDETR'), dict(type='torch.nn.modules.linear.Linear')]",
     "a = dict(type='RTDETR', _scope_='mmdet')",
     "test_cfg = dict(nms=dict(type='nms', iou_threshold=0.5))",
+    "adapt_cfg = dict(type='dilation', dilation=3)",
+    "lateral = dict(type='interpolation_conv', kernel_size=3)",
     "custom_imports = dict(imports=['spartan_mm.classification'])\n"
     "a = dict(type='TorchvisionTransforms', transforms=[dict(type='RandomVerticalFlip')])",
     "a = dict(type='LoadImageFromFile', backend_args=None)",
@@ -115,6 +118,14 @@ def test_what_is_no_python_cannot_run(text):
     "a = dict(type='KnowledgeDistillationSingleStageDetector', teacher_config='other.py')",
     "a = dict(type='ArcFaceClsHead', margins='http://example.org/margins')",
     "a = dict(type='VectorQuantizer', beit_v2=True)",
+    "a = dict(type='VQAGenerationHead', inference_method='rank', answer_list_path='a.json')",
+    "a = dict(type='mmengine.dataset.base_dataset.BaseDataset', ann_file='http://a.org/b.pkl')",
+    "a = dict(type='CocoDataset', ann_file=['b.json', 'b.yml'])",
+    "a = dict(type='mmdet.OpenImagesDataset', hierarchy_file='b.np')",
+    "a = dict(type='mmdet.RefCocoDataset', split_file='b.json')",
+    "a = dict(type='spartan_mm.inference.Detector', config='b.py')",
+    "a = dict(type='spartan_mm.detection.DetInferencer', model='b.py')",
+    "a = dict(type='spartan_mm.analysis.models.Named')",
     "a = dict(type='TIMMFeatures', model_name='resnet10t', checkpoint_path='a.pth')",
     "a = dict(type='LoadImageFromFile', backend_args=dict(backend='memcached', sys_path='.'))",
     "a = dict(type='LoadImageFromFile', file_client_args=dict(backend='petrel'))",
@@ -170,6 +181,38 @@ def test_no_file_of_the_current_folder_runs(tmp_path, monkeypatch, text):
     with pytest.raises(CodeError):
         read_text(text)
     assert not (tmp_path / 'trace').exists()
+
+
+def test_no_folder_of_the_current_one_joins_a_package_of_many_places(tmp_path, monkeypatch):
+    # Which has no file, and was imported when the folder was not there.
+    import mpl_toolkits
+    assert not getattr(mpl_toolkits, '__file__', None)
+    text = "custom_imports = dict(imports=['mpl_toolkits.{}'])"
+    assert read_text(text.format('mplot3d'))
+    (tmp_path / 'mpl_toolkits').mkdir()
+    (tmp_path / 'mpl_toolkits/planted.py').write_text('')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CodeError, match='neither installed'):
+        read_text(text.format('planted'))
+
+
+def test_a_package_that_is_installed_editable_may_be_named(tmp_path, monkeypatch):
+    source, packages = tmp_path / 'source', tmp_path / 'site-packages'
+    info = packages / 'own_net-1.dist-info'
+    info.mkdir(parents=True)
+    (info / 'METADATA').write_text('Name: own-net\nVersion: 1\n')
+    (info / 'top_level.txt').write_text('own_net\n')
+    (info / 'direct_url.json').write_text(
+        json.dumps(dict(url=source.as_uri(), dir_info=dict(editable=True))))
+    for name in ('own_net', 'beside_it'):
+        (source / name).mkdir(parents=True)
+        (source / name / '__init__.py').write_text('')
+    monkeypatch.setattr('site.getsitepackages', lambda: [str(packages)])
+    monkeypatch.syspath_prepend(source)
+    text = "custom_imports = dict(imports=['{}.models'])"
+    assert read_text(text.format('own_net'))
+    with pytest.raises(CodeError, match='neither installed'):
+        read_text(text.format('beside_it'))
 
 
 def test_of_what_was_imported_classes_may_be_named(tmp_path, monkeypatch):

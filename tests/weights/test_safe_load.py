@@ -365,6 +365,24 @@ class TestClaims:
         with pytest.raises(CheckpointError, match='its entries claim more bytes than it has'):
             read_checkpoint(tmp_path / 'a.pth')
 
+    @pytest.mark.filterwarnings('ignore:Duplicate name')
+    @pytest.mark.parametrize('name', ['archive/other/0', 'archive/data/0', 'b/data/0'])
+    def test_entries_of_one_name(self, tmp_path, name):
+        path = pickled(tmp_path, as_tensor((1000, ), (1, ), count=1000))
+        with zipfile.ZipFile(path, 'a') as file:
+            file.writestr('archive/data/0', bytes(16))
+            file.writestr(name, bytes(4000))
+        with pytest.raises(CheckpointError, match='claim more bytes than their entries'):
+            read_checkpoint(path)
+
+    def test_a_zip_behind_a_file_before_torch_1_6(self, tmp_path):
+        path = saved(tmp_path, dict(a=Attack(bytearray, 10**6)),
+                     _use_new_zipfile_serialization=False)
+        with zipfile.ZipFile(path, 'a') as file:
+            file.writestr('archive/version', '3')
+        with pytest.raises(CheckpointError, match='take any amount of memory'):
+            read_checkpoint(path)
+
     @pytest.mark.parametrize('header', [
         (2**60).to_bytes(8, 'little') + b'{}', (10**6).to_bytes(8, 'little') + b'{}',
         *(len(text).to_bytes(8, 'little') + text for text in (

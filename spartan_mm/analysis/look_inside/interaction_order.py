@@ -438,7 +438,7 @@ def draw_strengths(curves: Mapping[str, np.ndarray], settings: Settings, images:
     axes.set_ylim(bottom=0)
     finish(axes, 'Interactions between patches, by the size of their context', 13)
     axes.set_xlabel('order m, in parts of n − 2', fontsize=12)
-    axes.set_ylabel('relative strength $J^{(m)}$', fontsize=12)
+    axes.set_ylabel('relative strength J⁽ᵐ⁾', fontsize=12)
     axes.tick_params(labelsize=11)
     figure.supxlabel(
         f'{count(images, "image")}, {settings.grid}×{settings.grid} patches, {settings.pairs} '
