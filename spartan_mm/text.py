@@ -42,8 +42,16 @@ def first_line(error: Exception) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown, its first row the head."""
-    lines = [f"| {' | '.join(map(printable, row))} |" for row in rows]
+    r"""Write a table in Markdown, its first row the head.
+
+    Example:
+        >>> print(markdown([['class'], ['a|b']]), end='')
+        | class |
+        |---|
+        | a\|b |
+    """
+    cells = [[printable(cell).replace('|', r'\|') for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
     lines.insert(1, '|' + '---|' * len(rows[0]))
     return '\n'.join(lines) + '\n'
 
