@@ -15,6 +15,7 @@ from ..text import count, printable
 from .check import Content, check_content, read_built
 from .classes import find_parts, name_dataset
 from .data_errors import DataError, Finding
+from .settings import NO_IMAGES
 
 
 @HOOKS.register_module()
@@ -106,8 +107,7 @@ def check_batches(loader: DataLoader, split: str) -> None:
         return  # one without an end fills a batch from few images, too
     name = f'{split}_dataloader'
     if not images:
-        raise DataError(f'{name} has no images: its annotation file or folder has none, or '
-                        '`filter_cfg` or `indices` of its dataset leave none')
+        raise DataError(f'{name} {NO_IMAGES}')
     size, drop_last = (getattr(loader.batch_sampler, key, None) for key in (
         'batch_size', 'drop_last'))
     share = '' if dist.get_world_size() == 1 else f' in each of {dist.get_world_size()} processes'

@@ -8,11 +8,13 @@ import copy
 import inspect
 import logging
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 
@@ -225,8 +227,17 @@ def with_class_names(metainfo: Mapping[str, Any] | None) -> Mapping[str, Any] | 
     return metainfo
 
 
+#: What to say of a dataset or a data loader without an image.
+NO_IMAGES = ('has no images: its annotation file or folder has none, or `filter_cfg` or `indices` '
+             'of its dataset leave none')
+
+
 def explain_build(error: Exception, where: str) -> Finding:
     """Say what kept something from being built, in the words of the error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)
+              if frame.f_code is BaseDataset._serialize_data.__code__]
+    if frames and not frames[-1].f_locals['self'].data_list:
+        return _fault(where, NO_IMAGES)  # which mmengine packs into an array
     return _fault(where, f'cannot be built: {type(error).__name__}: {first_line(error)}')
 
 

@@ -3,7 +3,6 @@
 import re
 import traceback
 
-from mmengine.dataset import BaseDataset
 from mmengine.registry import build_from_cfg
 
 from ..text import first_line
@@ -14,7 +13,6 @@ def explain(error: BaseException) -> str | None:
 
     - A registry has no such name, or there is no ``type``.
     - A class does not take an argument that the config gives, or lacks one.
-    - A dataset of mmengine's kind has no items, which it packs into an array.
     """
     said = first_line(Exception(*error.args[:1])).partition('. Please check')[0]
     while error.__context__ is not None:
@@ -30,12 +28,4 @@ def explain(error: BaseException) -> str | None:
         if building[-1] is frames[-1] or (unknown is not None and unknown[1] in known
                                           and unknown[2] in building[-1].f_locals['args']):
             return f'what the config says cannot be built: {said}'
-    packing = [frame for frame in frames if frame.f_code is BaseDataset._serialize_data.__code__]
-    if packing and isinstance(error, ValueError):
-        dataset = packing[-1].f_locals['self']
-        if dataset.data_list:
-            return None
-        source = getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_prefix', '')
-        return (f'{type(dataset).__name__} of {source} has no images: its annotation file or '
-                'folder has none, or `filter_cfg` or `indices` leave none')
     return None

@@ -128,7 +128,8 @@ def _refuse_old(cfg: Config, asked: Collection[str]) -> None:
     message = (f'nobody reads {join(f"{key}={cfg[key]!r}" for key in old)}, which '
                f'{"is a setting" if len(old) == 1 else "are settings"} of mmdet 2 and the like; '
                f'today: {"; ".join(_OLD[key] for key in old)}')
-    if all(_may_be_variable(cfg, key) and key not in asked for key in old):
+    set_now = {name.partition('.')[0] for name in asked}
+    if all(_may_be_variable(cfg, key) and key not in set_now for key in old):
         print_log(message, 'current', logging.WARNING)
     else:
         raise UsageError(message)

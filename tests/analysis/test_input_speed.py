@@ -19,7 +19,7 @@ def test_one_process(user_project, monkeypatch, name, own, pictures):
     measured = measure_input(name, workers=0, **SHORT)
     assert measured['data'] == pictures
     assert own < measured['parts'].keys()
-    assert sum(measured['parts'].values()) == pytest.approx(measured['seconds'], rel=0.1)
+    assert 0 < sum(measured['parts'].values()) <= measured['seconds']
     table = input_table([measured])
     assert f'| {pictures} |' in table and f'| {min(own)} |' in table
 

@@ -1,11 +1,13 @@
 """Keys that nobody takes and values of a wrong form are named in one line, in both tasks."""
 import json
+import pickle
 import re
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
@@ -15,7 +17,12 @@ from spartan_mm.cli import main
 from spartan_mm.datasets.check import build_loader, check_config
 from spartan_mm.datasets.classes import classes_of
 from spartan_mm.datasets.data_errors import DataError
-from spartan_mm.datasets.settings import check_loaders, find_argument_faults, find_datasets
+from spartan_mm.datasets.settings import (
+    check_loaders,
+    explain_build,
+    find_argument_faults,
+    find_datasets,
+)
 
 NAMES = ('disc', 'square', 'bar')
 
@@ -67,7 +74,7 @@ WRONG = [
     (detector, dict(metainfo=dict(CLASSES=NAMES)), r'metainfo.CLASSES is not read: write cla'),
     (detector, dict(metainfo=dict(classes='disc')), r"classes='disc', which must be a tuple"),
     (detector, dict(metainfo=dict(classes=(1, 2))), r'classes is \(1, 2\), but must be a tuple'),
-    (detector, dict(clases=NAMES), r'clases is no setting of CheckedCocoDataset, which takes'),
+    (detector, dict(category=NAMES), r'category is no setting of CheckedCocoDataset, which takes'),
     (detector, dict(test_mode='yes'), r"test_mode is 'yes', but must be True or False"),
     (classifier, dict(data_prefix=3), r'data_prefix is 3, but must be a text, the name of a'),
     (classifier, dict(metainfo='names.txt'), r"metainfo is 'names.txt', but must be a dict"),
@@ -309,3 +316,13 @@ class TestByName:
                 bboxes=boxes, scores=torch.ones(2),
                 labels=(torch.tensor(self.labels(dataset)) + shift) % 4))])
             assert metric.evaluate(1)['coco/bbox_mAP'] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize('content, words', [([], 'train_dataloader has no images: '),
+                                            ([dict(own=lambda: 0)], 'cannot be built: ')])
+def test_datasets_that_cannot_be_packed(content, words):
+    dataset = BaseDataset(lazy_init=True)
+    dataset.data_list = content
+    with pytest.raises((AttributeError, pickle.PicklingError, ValueError)) as error:
+        dataset._serialize_data()
+    assert words in explain_build(error.value, 'train_dataloader').message

@@ -1,13 +1,11 @@
 """Settings that mmengine or torch would stumble over are settled, or refused in a line."""
 
-import pickle
 import re
 
 import pytest
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 from mmengine.hooks import LoggerHook
-from mmengine.registry import DATASETS, HOOKS
+from mmengine.registry import HOOKS
 from torch import nn
 
 from spartan_mm.engine.explain import explain
@@ -142,12 +140,6 @@ def test_what_a_test_needs(settings, words):
         check_run(Config(dict(given, **settings)), 'test')
 
 
-@DATASETS.register_module()
-class NoImages(BaseDataset):
-    def load_data_list(self):
-        return []
-
-
 @HOOKS.register_module()
 class OwnHook(LoggerHook):
     def __init__(self, inner=None, **settings):
@@ -163,20 +155,11 @@ class TestExplain:
         (HOOKS, dict(momentum=1), 'must contain the key "type"'),
         (HOOKS, dict(type='LoggerHook', a=1), "unexpected keyword argument 'a'"),
         (HOOKS, dict(type='OwnHook', a=1), "LoggerHook.__init__() got an unexpected keyword arg"),
-        (DATASETS, dict(type='NoImages', ann_file='a.json', lazy_init=False),
-         'NoImages of a.json has no images: '),
     ])
     def test_faults_of_a_config(self, registry, settings, words):
         with pytest.raises((KeyError, TypeError, ValueError)) as error:
             registry.build(settings)
         assert words in explain(error.value) and 'Please' not in explain(error.value)
-
-    def test_images_that_cannot_be_packed(self):
-        dataset = NoImages(serialize_data=False)
-        dataset.data_list = [dict(own=lambda: 0)]
-        with pytest.raises((AttributeError, pickle.PicklingError, ValueError)) as error:
-            dataset._serialize_data()
-        assert explain(error.value) is None
 
     def test_faults_of_a_class_keep_their_traceback(self):
         with pytest.raises(TypeError) as error:
