@@ -139,6 +139,7 @@ def name_dataset(dataset: Any) -> str:
     return printable(' and '.join(dict.fromkeys(
         f'{type(part).__name__} of {source(part)}' for part in find_parts(dataset))))
 
+
 def classes_of(dataset: Any, loader: str) -> tuple[str, ...] | None:
     """Find the classes of a dataset, in wrappers those of its parts; None if it has none.
 

@@ -9,7 +9,7 @@ from ..text import first_line
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in a line what is wrong with a config or its data; None if the error is none of these.
+    """Say in a line what is wrong with a config; None if the error is none of these.
 
     - A registry has no such name, or there is no ``type``.
     - A class does not take an argument that the config gives, or lacks one.

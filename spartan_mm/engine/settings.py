@@ -11,10 +11,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from ..datasets.settings import RENAMED, SPLITS
 from ..errors import UsageError
 from ..text import join
-
-SPLITS = ('train', 'val', 'test')
 
 # What a runner needs for each of them: all or none.
 TRIOS = {'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
@@ -54,7 +53,7 @@ _OLD = {
     'deterministic': 'randomness.deterministic',
     'cudnn_benchmark': 'env_cfg.cudnn_benchmark',
 }
-_OLD_IN_LOADERS = dict(samples_per_gpu='batch_size', workers_per_gpu='num_workers')
+_OLD_IN_LOADERS = {old: RENAMED[old] for old in ('samples_per_gpu', 'workers_per_gpu')}
 
 # What mmengine's own loops take.
 _LOOPS = (None, 'EpochBasedTrainLoop', 'IterBasedTrainLoop', 'ResumableTrainLoop')

@@ -24,7 +24,6 @@ _CALLED_WITH_CONTENT = frozenset(('builtins.bytearray', 'builtins.frozenset', 'b
 _TENSORS = tuple(f'torch._utils._rebuild_{kind}' for kind in (
     'tensor', 'tensor_v2', 'tensor_v3', 'qtensor'))
 
-
 _LITERALS = frozenset(('NONE', 'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE',
                        'SHORT_BINSTRING'))
 
