@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, DefaultScope
 from rich.progress import track
 
 from .datasets.classes import find_names
-from .datasets.images import list_images, take_image
+from .datasets.images import decoding_of, list_images, take_image
 from .drawing import class_colour, class_name, draw_bars, draw_boxes
 from .engine.class_order import Match, load_in_order
 from .errors import InputError
@@ -158,8 +158,7 @@ class Model:
                              f'{cfg.get("default_scope")!r}, not {self.scope!r})')
         dataset = find_test_dataset(cfg)
         loader, *steps = dataset.pipeline
-        self._decoding = dict(flag=loader.get('color_type', 'color'),
-                              backend=loader.get('imdecode_backend'))
+        self._decoding = decoding_of(loader)
         self._float = loader.get('to_float32', False)
         with DefaultScope.overwrite_default_scope(self.scope):
             self._pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])

@@ -44,6 +44,7 @@ from .data_errors import (
 from .evaluators import find_evaluator_faults, find_metrics
 from .images import (
     MISSING_REMEDY,
+    decoding_of,
     describe_image,
     find_max_pixels,
     hint_at_name,
@@ -431,8 +432,7 @@ def decode_images(content: Content, loader: Mapping[str, Any], workers: int | No
         progress: See :func:`check_config`.
     """
     find_max_pixels()  # a limit of no number is no image's fault
-    options = dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'),
-                   backend_args=loader.get('backend_args'))
+    options = dict(decoding_of(loader), backend_args=loader.get('backend_args'))
     task = partial(_decode_chunk, classes=content.classes, options=options)
     chunks = [content.infos[start:start + _CHUNK]
               for start in range(0, len(content.infos), _CHUNK)]

@@ -142,6 +142,11 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
     return image
 
 
+def decoding_of(loader: Mapping[str, Any]) -> dict[str, Any]:
+    """Find how a pipeline's first step, which loads images, decodes them, for `decode_image`."""
+    return dict(flag=loader.get('color_type', 'color'), backend=loader.get('imdecode_backend'))
+
+
 def take_image(value: Any, flag: str = 'color', backend: str | None = None) -> np.ndarray:
     """Make an image of what people have: a file's path or content, a Pillow image, an array.
 

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..datasets.classes import find_heads, find_names
-from ..datasets.images import list_images, take_image
+from ..datasets.images import decoding_of, list_images, take_image
 from ..engine.class_order import Match, follow_config
 from ..errors import InputError
 from ..files import check_writable
@@ -106,8 +106,7 @@ class DetInferencer(MMDetInferencer):
         # mmdet knows no ids here.
         keys = [key for key in steps[-1].get('meta_keys', ()) if key != 'img_id']
         steps[-1] = dict(steps[-1], **(dict(meta_keys=keys) if keys else {}))
-        decoding = dict(flag=loader.get('color_type', 'color'),
-                        backend=loader.get('imdecode_backend'))
+        decoding = decoding_of(loader)
 
         def load(value: Any) -> dict[str, Any]:
             # A dict comes with a text.

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ... import zoo
-from ...datasets.images import load_image
+from ...datasets.images import decoding_of, load_image
 from ...engine.launch import choose_device
 from ...errors import UsageError
 from ...weights.stored_config import find_test_dataset
@@ -68,8 +68,7 @@ class GivenModel:
             raise UsageError(f'the config of {self.named.name} has no test_dataloader with a '
                              'pipeline, which says how the model sees an image')
         loader, *steps = dataset.pipeline
-        decoding = dict(flag=loader.get('color_type', 'color'),
-                        backend=loader.get('imdecode_backend'))
+        decoding = decoding_of(loader)
         with DefaultScope.overwrite_default_scope(scope):
             pipeline = Compose([step for step in steps if step['type'] != 'LoadAnnotations'])
 
