@@ -365,7 +365,7 @@ class _OnnxRuntime:
                        for each in self._session.get_inputs()}
         self.outputs = [each.name for each in self._session.get_outputs()]
         exported = _exported_precision(self.metadata)
-        if precision not in (None, exported):
+        if precision not in (None, 'fp32', exported):
             raise RuntimeFileError(f'{path} computes in {exported}, not {precision}: onnxruntime '
                                    'keeps to what is written; export it so')
 
@@ -394,9 +394,8 @@ class _OpenVino:
                                    f'{", ".join(known)}')
         try:
             model = core.read_model(path)
-            found = model.get_rt_info()
-            stored = found['model_info'].value if 'model_info' in found else {}
-            self.metadata = {key: str(each.value) for key, each in stored.items()}
+            stored = model.get_rt_info()['model_info'] if model.has_rt_info('model_info') else {}
+            self.metadata = {key: str(getattr(each, 'value', each)) for key, each in stored.items()}
             hint = PRECISIONS.get(precision or _exported_precision(self.metadata), 'f32')
             settings = {'INFERENCE_PRECISION_HINT': hint}
             if threads:
