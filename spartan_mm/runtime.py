@@ -111,10 +111,14 @@ def read_image(value: Any, upright: bool = True) -> Image.Image:
         if isinstance(value, Image.Image):
             # Older versions of Pillow do not tell 16 bits from 32.
             deep = value.mode.startswith('I;16') or value.mode == 'I' and value.format == 'PNG'
-            image = ImageOps.exif_transpose(value) if upright else value
-            if not image.mode.startswith(('I', 'F')):
-                return image.convert('RGB')
-            value = np.asarray(image)
+            if upright:
+                with suppress(Exception):  # of EXIF that is damaged, as OpenCV does
+                    value = ImageOps.exif_transpose(value)
+            if not value.mode.startswith(('I', 'F')):
+                image = value.convert('RGB')
+                image.info = {}  # It is turned now.
+                return image
+            value = np.asarray(value)
             value = (value >> 8).astype(np.uint8) if deep else value
     except RuntimeFileError:
         raise

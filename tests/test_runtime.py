@@ -189,7 +189,8 @@ class TestResults:
         path = write_openvino(write_graph(tmp_path / 'tiny.onnx', metadata_of()))
         assert runtime._type_name(Runtime(path)._engine._model) == 'f32'
         runtime.note.cache_clear()
-        monkeypatch.setattr(runtime, '_type_name', lambda place, *device: 'bf16' if device else 'f32')
+        monkeypatch.setattr(runtime, '_type_name',
+                            lambda place, *device: 'bf16' if device else 'f32')
         for _ in range(2):
             Runtime(path)
         assert capsys.readouterr().err.count('float32 is computed') == 1
@@ -224,6 +225,13 @@ class TestImages:
         image.getexif()[0x0112] = 6
         np.testing.assert_array_equal(np.asarray(runtime.read_image(image)),
                                       take_image(image)[..., ::-1])
+
+    @pytest.mark.parametrize('damage', [b'MM' + b'\xff' * 10, b'', b'II*\0\0\0'], ids=len)
+    def test_damaged_orientation_is_none(self, model, damage):
+        content = io.BytesIO()
+        Image.new('RGB', (30, 20)).save(content, 'JPEG', exif=b'Exif\0\0' + damage)
+        assert Runtime(model).read(content.getvalue()).size == (30, 20)
+        Runtime(model)(runtime.read_image(content.getvalue()))
 
     @pytest.mark.parametrize('value, message', [
         ('none.png', r'none\.png cannot be read: No such file or directory'),
