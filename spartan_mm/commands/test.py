@@ -16,7 +16,8 @@ from .arguments import add, add_config, add_run
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_config(parser)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL, or an exported .onnx or .xml file')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help='checkpoint file or URL, or an exported .onnx or .xml file')
     add_run(parser)
     add(parser, '--match-classes')
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
