@@ -30,6 +30,7 @@ COMMANDS = {
     'convert': "convert the originals' checkpoints to ours, and back",
     'publish': 'make a checkpoint fit to be given away',
     'deploy': 'write a checkpoint in the form for inference',
+    'export': 'write a model for other runtimes: ONNX, OpenVINO, TensorRT and more',
     'replay': 'run a batch once more that stopped a training by a NaN',
     'list': 'list the models by name',
 }
