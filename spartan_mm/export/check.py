@@ -23,7 +23,7 @@ from ..backbones.spartan import CMixer
 from ..errors import ExplainedError
 from ..text import count, join, markdown
 from .pictures import Pictures, resized
-from .race import argmax_outputs, race
+from .race import BareRun, computed_in, open_bare, race
 
 #: The largest differences that float32 may make: of a detector's logits; of its boxes, as a share
 #: of the image's sides; of a classifier's logits, as a share of the largest.
@@ -308,7 +308,7 @@ def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Map
     dynamic, size = metadata['input']['dynamic'], tuple(metadata['input']['size'])
     result = dict(pictures=pictures.source, reference=f'torch {torch.__version__}, as trained, '
                   'eager, float32', precision=metadata['precision'])
-    batches = _split(len(pictures.images), (1, 2, 3) if 'batch' in dynamic else (1, ))
+    batches = _split(len(pictures.images), 'batch' in dynamic)
     if metadata['precision'] != 'fp32':
         return result | measure(reference, run, pictures, batches, size)
     plan = [(size, batch) for batch in batches]
@@ -370,28 +370,25 @@ def measure(reference: Reference, run: Run, pictures: Pictures, batches: Sequenc
                      else dict(top1=share))
 
 
-def count_flips(reference: Reference, path: str | Path, pictures: Pictures, size: tuple[int, int],
-                precision: str = 'fp32') -> dict[str, Any] | None:
+def count_flips(reference: Reference, find: BareRun, pictures: Pictures, size: tuple[int, int]
+                ) -> dict[str, Any] | None:
     """Count the positions whose strongest channel is another one than in the model.
 
     Args:
         reference: The model.
-        path: The file, .onnx or .xml.
+        find: Gives what each argmax of the file picks, see :func:`open_bare`.
         pictures: On what.
-        size: Height and width that the file takes.
-        precision: What OpenVINO computes in.
+        size: Height and width of the images.
 
     Returns:
-        The share of positions, of all CMixers and of each; None for a model without, or a file
-        whose argmax cannot be found.
+        The share of positions, of `all` CMixers and of `each`; None for a model without, or a file
+        that has another number of argmax.
     """
     flips, positions = 0, 0
-    find = argmax_outputs(path, precision)
     for place in range(len(pictures.images)):
         images, sizes = _batch(pictures, [place], size)
         right, found = reference.strongest(images, sizes), find(images, sizes)
-        if not right or len(right) != len(found) or any(
-                one.size != other.size for one, other in zip(right, found, strict=True)):
+        if not right or [each.size for each in right] != [each.size for each in found]:
             return None
         flips = flips + np.array([(one.ravel() != other.ravel()).sum()
                                   for one, other in zip(right, found, strict=True)])
@@ -400,16 +397,18 @@ def count_flips(reference: Reference, path: str | Path, pictures: Pictures, size
                 each=[*map(float, np.round(flips / positions, 6))])
 
 
-def check_export(model: nn.Module, path: str | Path, metadata: Mapping[str, Any],
-                 pictures: Pictures, float32: str | Path | None = None) -> dict[str, Any]:
-    """Check a file that was exported, .onnx or .xml.
+def check_export(model: nn.Module, run: Run, metadata: Mapping[str, Any], pictures: Pictures,
+                 path: str | Path, float32: str | Path | None = None) -> dict[str, Any]:
+    """Check a file that was exported.
 
     Args:
         model: What it was made of, in the form that it was trained in.
-        path: The file.
+        run: Runs the file.
         metadata: Of the file, as a dict.
         pictures: See :func:`find_pictures`.
-        float32: A file of the same model in float32, to compare times with; None for none.
+        path: The file; what argmax picks is looked for in .onnx and .xml.
+        float32: An ONNX file of the same model in float32, to compare times with in the same
+            library; None for none.
 
     Returns:
         What was found, fit for JSON: the metadata's `check`.
@@ -417,16 +416,19 @@ def check_export(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
     Raises:
         CheckError: A float32 file is wrong.
     """
-    from ..runtime import Runtime
     precision, size = metadata['precision'], tuple(metadata['input']['size'])
-    reference, run = Reference(model, metadata), Runtime(path).run
+    reference, suffix = Reference(model, metadata), Path(path).suffix
     result = check_file(reference, run, pictures, metadata)
-    if precision == 'fp32':
+    if precision == 'fp32' or suffix not in ('.onnx', '.xml'):
         return result
-    result['flips'] = count_flips(reference, path, pictures, size, precision)
+    library = 'openvino' if suffix == '.xml' else 'onnxruntime'
+    if library == 'openvino':
+        result['computed_in'] = computed_in(precision)
+    result['flips'] = count_flips(reference, open_bare(path, library, precision, argmax=True),
+                                  pictures, size)
     if float32 is not None:
-        images, sizes = _batch(pictures, [0], size)
-        times = race([partial(one, images, sizes) for one in (Runtime(float32).run, run)])
+        given = _batch(pictures, [0], size)
+        times = race([partial(each, *given) for each in (open_bare(float32, library), run)])
         result['milliseconds'] = dict(zip(('fp32', precision), times, strict=True))
     return result
 
@@ -441,7 +443,10 @@ def print_check(result: Mapping[str, Any]) -> str:
                  'x'.join(map(str, value if isinstance(value, list) else [value]))
                  for value in row.values()] for row in result['rows']]
         return head + markdown([[*result['rows'][0]], *rows])
-    rows = [['precision', result['precision']],
+    precision = computed = result['precision']
+    if (found := result.get('computed_in', computed)) != computed:
+        computed = f'{precision}, but computed in {found}: this processor has no {precision}'
+    rows = [['precision', computed],
             ['relative RMS of the logits', f"{result['relative_rms']:.2g}"]]
     if 'kept' in result:
         rows.append(['detections with a partner (class, IoU 0.9)',
@@ -452,9 +457,7 @@ def print_check(result: Mapping[str, Any]) -> str:
         rows.append(['positions with another strongest channel',
                      f"{100 * result['flips']['all']:.2f} %"])
     if times := result.get('milliseconds'):
-        *_, own = times.values()
-        rows.append(['ms a picture, and beside float32',
-                     f"{own:.1f}, {times['fp32'] / own:.2f}x as fast"])
+        rows.append(['ms a picture', f"{times[precision]:.1f}; in float32 {times['fp32']:.1f}"])
     return (f'{head}{markdown([["", ""], *rows])}\n'
             'Accuracy on data with labels: spartan-mm test CONFIG FILE')
 
@@ -502,13 +505,18 @@ def _batch(pictures: Pictures, places: Sequence[int], shape: tuple[int, int]
             np.array([pictures.sizes[place] for place in places], np.int64))
 
 
-def _split(number: int, sizes: Sequence[int]) -> list[range]:
-    """Split so many pictures into batches of these sizes, in turns."""
-    batches, start, turn = [], 0, 0
-    while start < number:
-        end = min(number, start + sizes[turn % len(sizes)])
-        batches.append(range(start, end))
-        start, turn = end, turn + 1
+def _split(number: int, free: bool) -> list[list[int]]:
+    """Split so many pictures into batches of 1, 2 and 3 in turns, or of 1.
+
+    Too few for that go through more than once.
+    """
+    if not free:
+        return [[place] for place in range(number)]
+    batches, places = [], [place % number for place in range(max(number, 6))]
+    while places:
+        size = len(batches) % 3 + 1
+        batches.append(places[:size])
+        del places[:size]
     return batches
 
 

@@ -2,7 +2,8 @@
 
 The config's own data loader, test pipeline and evaluator do the rest.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import nn
 
 from ..datasets.classes import classes_of
 from ..engine.class_order import Match, find_order
-from ..errors import CheckpointError, UsageError
-from ..runtime import Runtime
+from ..errors import CheckpointError, InputError, UsageError
+from ..runtime import Runtime, RuntimeFileError
 from ..text import count
 from .pictures import to_rgb
 
@@ -46,16 +47,16 @@ class ExportedModel(nn.Module):
         task: What the config is for, 'detection' or 'classification'.
 
     Raises:
-        UsageError: The file is for the other task, or without post-processing.
+        InputError: The file cannot be run.
+        UsageError: It is for the other task, or without post-processing.
     """
 
     def __init__(self, path: str, task: str) -> None:
         super().__init__()
         self.path = path
-        self.runtime = Runtime(path)
+        with _explained():
+            self.runtime = Runtime(path)
         metadata = self.runtime.metadata
-        if metadata['precision'] != 'fp32' and path.endswith('.xml'):
-            self.runtime = Runtime(path, precision=metadata['precision'])
         if metadata['task'] != task:
             raise UsageError(f'{path} is for {metadata["task"]}, and the config for {task}: name '
                              'the config that it was exported of')
@@ -95,13 +96,12 @@ class ExportedModel(nn.Module):
         step = len(images) if together else 1
         for start in range(0, len(images), step):
             part = slice(start, start + step)
-            found = self.runtime.run(np.stack(images[part]), np.array(sizes[part], np.int64))
+            with _explained():
+                found = self.runtime.run(np.stack(images[part]), np.array(sizes[part], np.int64))
             for place, sample in enumerate(samples[part]):
                 self._fill(sample, {name: torch.from_numpy(np.asarray(values[place]))
                                     for name, values in found.items()})
         return samples
-
-    val_step = test_step
 
     def _fill(self, sample: Any, found: dict[str, torch.Tensor]) -> None:
         """Write predictions into a sample, in the order of the data's classes."""
@@ -111,6 +111,9 @@ class ExportedModel(nn.Module):
                 scores = scores[self.order] / scores[self.order].sum()
             sample.set_pred_score(scores).set_pred_label(scores.argmax(0, keepdim=True))
             return
+        # As mmdet's data preprocessors do it, before samples are drawn.
+        from mmdet.models.utils.misc import samplelist_boxtype2tensor
+        samplelist_boxtype2tensor([sample])
         labels = found['labels'].long()
         known = torch.ones_like(labels, dtype=torch.bool)
         if self.order is not None:
@@ -143,6 +146,15 @@ class ExportedClassesHook(Hook):
         if model.order is None and None not in (theirs, ours) and len(theirs) != len(ours):
             raise CheckpointError(f'{model.path} has {count(len(theirs), "class")}, the test data '
                                   f'has {len(ours)}: they cannot be matched by number')
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Let what the runtime refuses end a command in a line."""
+    try:
+        yield
+    except RuntimeFileError as error:
+        raise InputError(str(error)) from error
 
 
 def _sides(shape: Sequence[int]) -> str:
