@@ -192,7 +192,8 @@ def _check(job: Job, run: Run | None, wanted: int | str) -> dict[str, Any]:
         print(f'{job.path.name} was not compared: it cannot run on this machine')
         return dict(compared=False)
     pictures = find_pictures(job.cfg, wanted)
-    float32 = None if job.precision == 'fp32' else job.onnx()
-    result = check_export(job.model, job.path, job.metadata, pictures, float32)
+    compared = job.precision != 'fp32' and job.path.suffix in ('.onnx', '.xml')
+    result = check_export(job.model, run, job.metadata, pictures, job.path,
+                          job.onnx() if compared else None)
     print(print_check(result))
     return result
