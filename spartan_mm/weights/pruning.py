@@ -255,11 +255,16 @@ class Pruning:
         else:
             (before, ), (after, ) = before, after
             if key == 'expansion':
-                dims = self.modules[part].embed_dims
-                before, after = (math.nextafter(width / dims, 2) if int(width / dims * dims) < width
-                                 else width / dims for width in (before, after))
+                before, after = (find_expansion(width, self.modules[part].embed_dims)
+                                 for width in (before, after))
             settings[key] = after
         self.changes[f'{part}.{key}'] = before, after
+
+
+def find_expansion(width: int, dims: int) -> float:
+    """The factor that a HybridEncoder makes a width of its own `dims` with, rounding down."""
+    expansion = width / dims
+    return expansion if int(dims * expansion) == width else math.nextafter(expansion, math.inf)
 
 
 class Pruned(NamedTuple):

@@ -1,6 +1,6 @@
 """Smaller models of trained ones: what is left computes what it did, and can be trained."""
-import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ import spartan_mm
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.cli import main
 from spartan_mm.errors import CheckpointError, UsageError
+from spartan_mm.files import UnwritableError
 from spartan_mm.weights.forms import switch_to_deploy
-from spartan_mm.weights.pruning import Pruning, prune_checkpoint
+from spartan_mm.weights.pruning import Pruning, find_expansion, prune_checkpoint
 from spartan_mm.weights.saving import deploy_checkpoint
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -65,9 +66,10 @@ def idle_channels(model, share):
         cut_off(number, *mixer.proj_out.weight.chunk(2, 1), mixer.high_se.squeeze.weight,
                 mixer.low_se.squeeze.weight)
         if mixer.high_freq.conv.groups == 1:
-            convs = [part.weight for part in mixer.low_freq.modules() if isinstance(part, nn.Conv2d)]
-            cut_off(number, mixer.high_freq.conv.weight, convs[0])
-            for weight in convs[1:]:
+            first, *others = (part.weight for part in mixer.low_freq.modules()
+                              if isinstance(part, nn.Conv2d))
+            cut_off(number, mixer.high_freq.conv.weight, first)
+            for weight in others:
                 cut_off(number, weight)
 
 
@@ -149,9 +151,95 @@ def test_a_block_that_adds_nothing(wanted):
                                           'backbone.stages.0.blocks.0.smixer'),
     (lambda it: it.narrow('ffn', 0.5), '--ffn: the model has no feed-forward network'),
     (lambda it: it.drop_blocks(2), '--blocks 2: SpaRTAN has 3 blocks here, of which 1 may go'),
-    (lambda it: it.drop_blocks(['backbone.stages.0.blocks.2']), 'there is no block backbone.stages'),
+    (lambda it: it.drop_blocks(['backbone.stages.0.blocks.2']), 'there is no block backbone'),
     (lambda it: it.drop_blocks(['backbone.stages.1.blocks.0']), 'stages.1 would lose all its'),
 ])
 def test_what_cannot_be_left_out(prune, message):
     with pytest.raises(UsageError, match=message):
         prune(Pruning(*make_model()))
+
+
+def test_feed_forward_networks_and_fusion_blocks_of_a_detector():
+    config = Config.fromfile(DATA / 'user_detector.py')
+    config.model.neck.num_blocks = 2
+    model = randomize(spartan_mm.get_model(config))
+    for layer in (model.neck.aifi, *model.decoder.layers):
+        cut_off(16, layer.linear2.weight)
+    for layer in (*model.neck.top_down_blocks, *model.neck.bottom_up_blocks):
+        cut_off(4, layer.conv3.conv.weight)
+        for block in layer.blocks:
+            cut_off(4, block.dense.conv.weight, block.pointwise.conv.weight)
+    pruning = Pruning(model, config)
+    pruning.narrow('ffn', 0.5)
+    pruning.narrow('csp', 0.25)
+    assert pruning.changes == {'neck.ffn_dims': (32, 16), 'decoder.ffn_dims': (32, 16),
+                               'neck.expansion': (0.5, 0.375)}
+    smaller, images = spartan_mm.get_model(config).double(), torch.rand(1, 3, 64, 64).double()
+    smaller.load_state_dict(pruning.state_dict)
+    with torch.no_grad():
+        assert_close(smaller.infer(images), model.infer(images), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('dims, hidden', [(100, 29), (96, 31), (256, 107)])
+def test_an_expansion_gives_the_width_that_is_left(dims, hidden):
+    assert int(dims * find_expansion(hidden, dims)) == hidden
+
+
+@pytest.fixture(scope='module')
+def trained(user_project, tmp_path_factory):
+    """Of each task a config and a checkpoint, as a training leaves them."""
+    files = {}
+    for task in ('classifier', 'detector'):
+        config = Config.fromfile(user_project / f'user_{task}.py')
+        files[task] = tmp_path_factory.mktemp(task) / 'trained.pth'
+        torch.save(dict(state_dict=spartan_mm.get_model(config).state_dict(), meta=dict(
+            cfg=config.pretty_text, epoch=3,
+            dataset_meta=dict(classes=('disc', 'square') if task == 'classifier'
+                              else ('square', 'disc')))), files[task])
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task, flags', [
+    ('classifier', []), ('detector', ['--ffn', '0.5', '--csp', '0.5'])])
+def test_what_is_written_is_trained_tested_deployed_and_published(
+        user_project, trained, tmp_path, monkeypatch, task, flags, capfd):
+    monkeypatch.chdir(user_project)
+
+    def run(*words):
+        assert main([str(word) for word in words]) == 0
+
+    run('prune', f'user_{task}.py', trained[task], '--waves', '0.5', '--inner', '0.5', *flags,
+        '--out-dir', tmp_path)
+    assert 'backbone.arch.hidden_channels: (16, 32, 48, 64) became (12, 24, 36, 48)' in (
+        capfd.readouterr().out)
+    config, checkpoint = (tmp_path / f'user_{task}_pruned{suffix}' for suffix in ('.py', '.pth'))
+    run('train', config, '--work-dir', tmp_path / 'work_dir', '--cfg-options',
+        'train_cfg.max_epochs=1')
+    run('test', config, checkpoint, '--work-dir', tmp_path / 'test')
+    run('deploy', config, tmp_path / 'work_dir' / 'epoch_1.pth', tmp_path / 'deployed.pth')
+    run('publish', checkpoint, tmp_path / 'published')
+    [published] = tmp_path.glob('published-*.safetensors')
+    backbone = spartan_mm.get_model(spartan_mm.config_from(published), published).backbone
+    assert backbone.arch['hidden_channels'] == (12, 24, 36, 48)
+
+
+def test_files_that_cannot_be_pruned_or_written(user_project, trained, tmp_path):
+    config = Config.fromfile(user_project / 'user_classifier.py')
+    deploy_checkpoint(spartan_mm.get_model(config), trained['classifier'],
+                      tmp_path / 'deployed.pth')
+    with pytest.raises(CheckpointError, match='is of the deploy form, which cannot be pruned'):
+        prune_checkpoint(config, tmp_path / 'deployed.pth', tmp_path / 'out', dict(waves=0.5))
+    (tmp_path / 'out.pth').mkdir()
+    with pytest.raises(UnwritableError, match='out.pth cannot be written: it is a folder'):
+        prune_checkpoint(config, trained['classifier'], tmp_path / 'out', dict(waves=0.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['deployed.pth', 'out.pth']
+
+
+@pytest.mark.parametrize('flags, message', [
+    ([], 'nothing to leave out is named'), (['--waves', '1.5'], '1.5 must be a number from 0 to 1'),
+    (['--blocks', '1', 'a'], '--blocks takes one number, or the names of blocks')])
+def test_flags_that_say_nothing(flags, message, capfd):
+    with pytest.raises(SystemExit) if '1.5' in flags else nullcontext():
+        assert main(['prune', str(DATA / 'user_classifier.py'), 'no.pth', *flags]) == 2
+    assert message in capfd.readouterr().err
