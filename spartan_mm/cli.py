@@ -31,6 +31,7 @@ COMMANDS = {
     'publish': 'make a checkpoint fit to be given away',
     'prune': 'leave out of a trained model what matters least',
     'deploy': 'write a checkpoint in the form for inference',
+    'export': 'write a model for other runtimes: ONNX, OpenVINO, TensorRT and more',
     'replay': 'run a batch once more that stopped a training by a NaN',
     'list': 'list the models by name',
 }

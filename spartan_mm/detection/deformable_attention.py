@@ -15,29 +15,27 @@ from .shape_cache import cached_by_shape
 
 
 @cached_by_shape
-def level_grid(batch: int, heads: int, spatial_shapes: tuple[tuple[int, int], ...],
-               device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def level_grid(batch: int, heads: int, points: int, spatial_shapes: tuple[tuple[int, int], ...],
+               device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Where the cells of N images' levels stand in the rows of (N, L, M), for M heads.
 
     Returns:
-        Of each level, (levels, 1, 2): width and height; column and row of the last cell, int32;
-        rows from a cell to the ones right of it and below it, int32. And (N, 1, M, levels, 1), row
-        of each image's, head's and level's first cell, int32.
+        For each of the K = levels * points samples of a head, what holds for its level, (K, 2):
+        width and height; column and row of the last cell, int32; rows from a cell to the ones right
+        of it and below it, int32. (K,): row of the level's first cell, int32. And (N, 1, M, 1), row
+        of each image's and head's first cell, int32.
     """
-    sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=torch.int32,
-                         device=device)[:, None]
     areas = [height * width for height, width in spatial_shapes]
-    starts = torch.tensor([sum(areas[:level]) for level in range(len(areas))], dtype=torch.int32,
-                          device=device)
-    image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None, None, None]
-    head = torch.arange(heads, dtype=torch.int32, device=device)[:, None, None]
-    start = ((image * sum(areas) + starts[:, None]) * heads + head)[:, :, :, None]
-    step = torch.cat([torch.full_like(sizes[..., :1], heads), sizes[..., :1] * heads], -1)
-    return sizes.float(), sizes - 1, step, start
+    levels = [(width, height, heads, width * heads, sum(areas[:level]) * heads)
+              for level, (height, width) in enumerate(spatial_shapes) for _ in range(points)]
+    sizes, step, start = torch.tensor(levels, dtype=torch.int32, device=device).split((2, 2, 1), 1)
+    image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None, None]
+    head = torch.arange(heads, dtype=torch.int32, device=device)[:, None]
+    return sizes.float(), sizes - 1, step, start[:, 0], image * (sum(areas) * heads) + head
 
 
 def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
-                       locations: Tensor, weights: Tensor) -> Tensor:
+                       locations: Tensor, weights: Tensor, form: str = 'bags') -> Tensor:
     """Sum the values that each query samples at its points, over all levels.
 
     Each level is read bilinearly with zeros outside and as by grid_sample's
@@ -51,39 +49,45 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     Args:
         value: (N, L, M, D) values of M heads, levels one after the other, L = sum of H * W.
         spatial_shapes: (H, W) of each level.
-        locations: (N, Q, M, levels, points, 2), (x, y) as fractions of the image, 0 to 1.
-        weights: (N, Q, M, levels, points), attention weights.
+        locations: (N, Q, M, levels * points, 2), (x, y) as fractions of the image, 0 to 1.
+        weights: (N, Q, M, levels * points), attention weights.
+        form: 'bags' for ``embedding_bag``, or 'gather' to take the rows and multiply, in operations
+            that every runtime has.
 
     Returns:
         (N, Q, M * D), in the type of `value`.
     """
-    batch, _, heads, dims = value.shape
-    queries = locations.shape[1]
-    size, last, step, start = level_grid(batch, heads, tuple(spatial_shapes), device=value.device)
+    batch, queries, heads, samples = weights.shape
+    dims = value.shape[-1]
+    size, last, step, start, first = level_grid(
+        batch, heads, samples // len(spatial_shapes), tuple(spatial_shapes), device=value.device)
 
     # In cells from the first one's centre. One cell outside all is zero: no need to go further, and
-    # integers hold what is left.
-    place = (locations.float() * size - 0.5).clamp(min=-1.).minimum(size)
+    # integers hold what is left. A bag is a query's head: (N * Q * M, K, 2 axes).
+    place = locations.float().flatten(0, 2) * size - 0.5
+    place = place.clamp(min=-1.).minimum(size)
     low = place.detach().floor()
     share = place - low  # of the cell to the right (below)
     low = low.int()
 
-    # Number and weight of the cells on either side, (N, Q, M, 2 sides, levels, points, 2 axes).
-    cells = torch.stack([low, low + 1], 3)
+    # Number and weight of the cells on either side, (N * Q * M, 2 sides, K, 2 axes).
+    cells = torch.stack([low, low + 1], 1)
     inside = (cells >= 0) & (cells <= last)
-    shares = torch.stack([1 - share, share], 3) * inside
+    shares = torch.stack([1 - share, share], 1) * inside
     column, line = (cells.clamp(min=0).minimum(last) * step).unbind(-1)
     horizontal, vertical = shares.unbind(-1)
-    # Each line with each column, (N, Q, M, 2, 2, levels, points).
-    rows = (line + start)[:, :, :, :, None] + column[:, :, :, None]
-    vertical = vertical * weights.float()[:, :, :, None]
-    shares = vertical[:, :, :, :, None] * horizontal[:, :, :, None]
+    # Each line with each column, (N * Q * M, 2, 2, K).
+    line = (line + start).view(batch, queries, heads, -1) + first
+    rows = line.view_as(column)[:, :, None] + column[:, None]
+    vertical = vertical * weights.float().flatten(0, 2)[:, None]
+    shares = vertical[:, :, None] * horizontal[:, None]
 
-    # A bag is a query's head: (N * Q * M, 4 * levels * points).
-    bags = batch * queries * heads
-    mixed = F.embedding_bag(
-        rows.view(bags, -1), value.float().reshape(-1, dims), mode='sum',
-        per_sample_weights=shares.view(bags, -1))
+    rows, shares, value_rows = rows.flatten(1), shares.flatten(1), value.float().reshape(-1, dims)
+    if form == 'gather':
+        taken = value_rows.index_select(0, rows.flatten()).view(*rows.shape, dims)
+        mixed = shares[:, None] @ taken  # (N * Q * M, 1, D)
+    else:
+        mixed = F.embedding_bag(rows, value_rows, mode='sum', per_sample_weights=shares)
     return mixed.view(batch, queries, heads * dims).to(value.dtype)
 
 
@@ -105,6 +109,8 @@ class MultiScaleDeformableAttention(nn.Module):
 
     deploy = False
     switch_to_deploy = join_query_projections
+    #: How values are sampled, see :func:`sample_multi_scale`; exports set it.
+    form = 'bags'
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
                  num_points: int = 4, dropout: float = 0.):
@@ -159,12 +165,12 @@ class MultiScaleDeformableAttention(nn.Module):
             offsets, weights = self.sampling(placed).split(self.sampling_split, -1)
         else:
             offsets, weights = self.sampling_offsets(placed), self.attention_weights(placed)
-        samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
-        weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1).view(samples)
-        offsets = offsets.float().reshape(*samples, 2)
-        reference = reference.float()[:, :, None, None, None]  # (N, Q, 1, 1, 1, 4)
+        # (N, Q, M, K) and (N, Q, M, K, 2), for K = levels * points samples of a head.
+        weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1)
+        offsets = offsets.float().view(*weights.shape, 2)
+        reference = reference.float()[:, :, None, None]  # (N, Q, 1, 1, 4)
         locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
 
         value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))  # (N, L, M, D)
-        mixed = sample_multi_scale(value, spatial_shapes, locations, weights)
+        mixed = sample_multi_scale(value, spatial_shapes, locations, weights, self.form)
         return self.dropout(self.output_proj(mixed)) + query

@@ -29,9 +29,12 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float =
         base_size: Side of the finest level's boxes, as a fraction of the image.
         device: Where the result lies.
 
+    NOTE: The official code has infinity in place of 1e4; either way the sigmoid is 1, and the
+    decoder sees the same. Not every runtime goes on well with infinity.
+
     Returns:
-        Logits (L, 4) of (cx, cy, w, h), +inf for invalid boxes, and (L, 1), True for valid ones,
-        all of whose numbers lie within 0.01 and 0.99.
+        Logits (L, 4) of (cx, cy, w, h), 1e4 for invalid boxes, and (L, 1), True for valid ones, all
+        of whose numbers lie within 0.01 and 0.99.
     """
     anchors = []
     for level, (height, width) in enumerate(spatial_shapes):
@@ -42,7 +45,7 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float =
         anchors.append(torch.stack([center_x, center_y, side, side], -1).flatten(0, 1))
     anchors = torch.cat(anchors)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-    return anchors.logit().masked_fill(~valid, float('inf')), valid
+    return (anchors / (1 - anchors)).log().masked_fill(~valid, 1e4), valid
 
 
 def with_in_channels(neck: dict, backbone: nn.Module) -> dict:

@@ -279,6 +279,24 @@ class RTDETRHead(BaseModule):
         return tuple(part.expand_as(query).flatten().expand(num_sets, -1)
                      for part in (targets.image, query, objects))
 
+    def best(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The K best (query, class) pairs of each image, best first.
+
+        Args:
+            logits: (N, Q, classes).
+            boxes: (N, Q, 4) (cx, cy, w, h; 0 to 1).
+
+        Returns:
+            Scores (N, K), labels (N, K), and corners (N, K, 4) (x1, y1, x2, y2; 0 to 1, and beyond
+            where a box leaves the image).
+        """
+        scores = logits.sigmoid().flatten(1)  # (N, Q * classes)
+        keep = min(self.test_cfg.get('max_per_img', 300), scores.shape[1])
+        scores, index = scores.topk(keep)
+        query, labels = index // self.num_classes, index % self.num_classes
+        boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
+        return scores, labels, bbox_cxcywh_to_xyxy(boxes)
+
     def predict_by_feat(self, logits: Tensor, boxes: Tensor, batch_img_metas: list[dict],
                         rescale: bool = True) -> InstanceList:
         """The best (query, class) pairs of each image; no threshold, no suppression.
@@ -296,11 +314,7 @@ class RTDETRHead(BaseModule):
             `scores`, `labels` and `bboxes` (x1, y1, x2, y2; pixels) of each image, best first. A
             query can stand there with several labels.
         """
-        scores = logits.sigmoid().flatten(1)  # (N, Q * classes)
-        keep = min(self.test_cfg.get('max_per_img', 300), scores.shape[1])
-        scores, index = scores.topk(keep)
-        query, labels = index // self.num_classes, index % self.num_classes
-        corners = bbox_cxcywh_to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4)))
+        scores, labels, corners = self.best(logits, boxes)
 
         # (x, y) of the input's size, of the image's size and of the factor from the original's.
         factors = to_device(np.array(

@@ -42,6 +42,16 @@ def test_equals_mmcv_in_values_and_gradients():
     assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+def test_forms_are_the_same_function():
+    (module, _), tensors = pair(), inputs()
+    module.double()
+    tensors = [x.double() for x in tensors]
+    expected = module(*tensors, SHAPES)
+    module.form = 'gather'
+    # Places are found in float32 in either.
+    assert_close(module(*tensors, SHAPES), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_initial_weights_are_mmcvs():
     ours, theirs = MultiScaleDeformableAttention(num_levels=3), MMCVAttention(num_levels=3)
     for name in ('sampling_offsets', 'attention_weights'):
@@ -60,17 +70,19 @@ def test_half_precision_keeps_its_type_and_stays_close(dtype):
     assert_close(half.float(), exact, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize('form', ['bags', 'gather'])
 @pytest.mark.parametrize('far', [-1e30, -3., 4., 1e30, float('-inf'), float('inf')])
-def test_far_outside_is_zero(far):
+def test_far_outside_is_zero(far, form):
     value = torch.rand(1, LENGTH, 4, 2)
-    locations = torch.full((1, 3, 4, 3, 2, 2), far)
-    assert not sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 3, 2)).any()
+    locations = torch.full((1, 3, 4, 6, 2), far)
+    assert not sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 6), form).any()
 
 
-def test_nan_stays_within_its_query():
-    value, locations = torch.rand(1, LENGTH, 4, 2), torch.rand(1, 3, 4, 3, 2, 2)
+@pytest.mark.parametrize('form', ['bags', 'gather'])
+def test_nan_stays_within_its_query(form):
+    value, locations = torch.rand(1, LENGTH, 4, 2), torch.rand(1, 3, 4, 6, 2)
     locations[0, 1] = float('nan')
-    sampled = sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 3, 2))
+    sampled = sample_multi_scale(value, SHAPES, locations, torch.ones(1, 3, 4, 6), form)
     assert sampled[0, 1].isnan().all() and sampled[0, [0, 2]].isfinite().all()
 
 

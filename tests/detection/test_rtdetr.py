@@ -88,7 +88,7 @@ def test_anchors():
 def test_anchors_at_the_border_are_invalid(size, invalid):
     logits, valid = make_anchors(tuple((size // s, size // s) for s in (8, 16, 32)))
     assert (~valid).sum() == invalid
-    assert logits[~valid[:, 0]].isposinf().all() and logits[valid[:, 0]].isfinite().all()
+    assert (logits[~valid[:, 0]] == 1e4).all() and (logits[valid[:, 0]].abs() < 5).all()
 
 
 def scored(model, **requires_grad):

@@ -1,0 +1,529 @@
+"""Whether an exported file says what its model says: compared on pictures before it is given away.
+
+The model runs as it was trained, eagerly and in float32; the file as its users run it.
+
+NOTE: Rows of a detector are matched before they are compared. Their order isn't stable, and neither
+is their choice at its edge: where two scores differ by less than float32's rounding, two right
+programs keep different ones.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.special import logit
+from torch import Tensor, nn
+
+from ..backbones.spartan import CMixer
+from ..errors import ExplainedError
+from ..text import count, join, markdown
+from .pictures import Pictures, resized
+from .race import argmax_outputs, race
+
+#: The largest differences that float32 may make: of a detector's logits; of its boxes, as a share
+#: of the image's sides; of a classifier's logits, as a share of the largest.
+LOGITS, BOXES, CLASS_LOGITS = 1e-3, 1e-4, 1e-4
+
+#: How near a score is to the edge of a choice, of queries or of detections, where it may be
+#: another one's turn.
+EDGE = 1e-4
+
+#: Detections of lower precision are compared from this score on; if there are none, the best.
+SCORE, BEST = 0.3, 10
+
+# Names of what a file gives, and what it gives for images (N, 3, H, W) and their original sizes
+# (N, 2), width and height.
+Run = Callable[[np.ndarray, np.ndarray | None], Mapping[str, np.ndarray]]
+
+
+class CheckError(ExplainedError):
+    """An exported file that does not compute what its model computes."""
+
+
+class Rows(NamedTuple):
+    """The detections of one picture, or the queries.
+
+    Attributes:
+        values: Logits (K, classes), or scores (K, 1).
+        boxes: (K, 4), as a share of the image's sides.
+        labels: (K,); zeros for queries.
+        scores: (K,), the best of each.
+        loose: (K,), True for rows at the edge of a choice, which may have no partner.
+    """
+
+    values: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    loose: np.ndarray
+
+
+class Right(NamedTuple):
+    """What is right for one picture.
+
+    Attributes:
+        rows: Of a detector; of a classifier its logits, or logarithms of its scores, (classes,).
+        swaps: How many queries others might stand for, by the edge of their selection.
+        largest: The largest logit, as a number without its sign.
+    """
+
+    rows: Rows | np.ndarray
+    swaps: int = 0
+    largest: float = 0.
+
+
+@dataclass
+class Difference:
+    """How a file's output differs from what is right, for one picture.
+
+    Args:
+        values: The largest difference of logits or scores of rows with a partner.
+        boxes: Of boxes.
+        ties: Rows without a partner at the edge of a choice.
+        top5: Whether a classifier's best five are the same.
+        fault: What is wrong, if anything is.
+    """
+
+    values: float
+    boxes: float = 0.
+    ties: int = 0
+    top5: bool = True
+    fault: str | None = None
+
+
+class Reference:
+    """What a file is compared with: the model as it was trained, eager, in float32.
+
+    Args:
+        model: A detector or a classifier, in evaluation mode and in none of the other forms.
+        metadata: Of the file: its `task`, and whether it is `raw`.
+    """
+
+    def __init__(self, model: nn.Module, metadata: Mapping[str, Any]) -> None:
+        self.model = model
+        self.detects = metadata['task'] == 'detection'
+        self.raw = bool(metadata['raw'])
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> list[Right]:
+        """Say what is right for images (N, 3, H, W), RGB bytes, of the original sizes (N, 2)."""
+        inputs = [torch.from_numpy(image[::-1].copy()) for image in images]
+        batch = self.model.data_preprocessor(dict(inputs=inputs, data_samples=None), False)
+        give = self._detect if self.detects else self._classify
+        return give(batch['inputs'], sizes)
+
+    def strongest(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+        """The strongest channel at each position, of each CMixer in its turn, (N, 1, H, W)."""
+        found = []
+        hooks = [module.register_forward_pre_hook(
+            lambda _, args: found.append(args[0].argmax(1, keepdim=True).cpu().numpy()))
+            for module in self.model.modules() if isinstance(module, CMixer)]
+        try:
+            self(images, sizes)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _classify(self, inputs: Tensor, sizes: np.ndarray) -> list[Right]:
+        features = self.model.extract_feat(inputs)
+        logits = self.model.head(features).float()
+        values = logits.numpy() if self.raw else _log(torch.stack([
+            sample.pred_score for sample in self.model.head.predict(features)]).numpy())
+        return [Right(own, largest=float(largest)) for own, largest in zip(
+            values, logits.abs().amax(1), strict=True)]
+
+    def _detect(self, inputs: Tensor, sizes: np.ndarray) -> list[Right]:
+        head, tokens = self.model.bbox_head, []
+        # In evaluation the last branch rates the tokens, of which the best become queries.
+        hook = head.cls_branches[-1].register_forward_hook(
+            lambda module, args, output: tokens.append(output))
+        try:
+            logits, boxes = self.model.infer(inputs)
+        finally:
+            hook.remove()
+        scores = tokens[-1].float().amax(-1).sigmoid().sort(1, descending=True).values  # (N, L)
+        kept = logits.shape[1]
+        first_out = scores[:, kept:kept + 1] if scores.shape[1] > kept else -1.
+        at_edge = scores[:, :kept] - first_out <= EDGE  # (N, Q)
+        could_enter = scores[:, kept - 1:kept] - scores[:, kept:] <= EDGE
+        swaps = torch.minimum(at_edge.sum(1), could_enter.sum(1)).tolist()
+        if self.raw:
+            found = [queries(*of_image) for of_image in zip(
+                logits.numpy(), boxes.numpy(), at_edge.numpy(), strict=True)]
+        else:
+            found = self._detections(logits, boxes, at_edge, inputs.shape[2:], sizes)
+        return [*map(Right, found, swaps)]
+
+    def _detections(self, logits: Tensor, boxes: Tensor, at_edge: Tensor, shape: Sequence[int],
+                    sizes: np.ndarray) -> list[Rows]:
+        """Rows of detections as :meth:`RTDETRHead.predict_by_feat` makes them."""
+        sides = np.asarray(shape[::-1], np.float32)
+        found = self.model.bbox_head.predict_by_feat(logits, boxes, [
+            dict(img_shape=tuple(shape), batch_input_shape=tuple(shape), scale_factor=sides / size)
+            for size in sizes])
+        # The same choice once more, for the query of each.
+        keep = len(found[0].scores)
+        query = logits.sigmoid().flatten(1).topk(keep).indices // logits.shape[2]
+        return [detections(each.labels.numpy(), each.bboxes.numpy(), each.scores.numpy(), size,
+                           loose.numpy())
+                for each, size, loose in zip(found, sizes, at_edge.gather(1, query), strict=True)]
+
+
+def queries(logits: np.ndarray, boxes: np.ndarray, loose: np.ndarray | bool = False) -> Rows:
+    """Make rows of the logits (Q, classes) and boxes (Q, 4) (cx, cy, w, h; 0 to 1) of a picture."""
+    return Rows(logits, boxes, np.zeros(len(boxes), int), _sigmoid(logits.max(1)),
+                np.broadcast_to(loose, len(boxes)))
+
+
+def detections(labels: np.ndarray, boxes: np.ndarray, scores: np.ndarray, size: Sequence[int],
+               loose: np.ndarray | bool = False) -> Rows:
+    """Make rows of the detections of a picture of a width and height, `boxes` in its pixels."""
+    return Rows(scores[:, None], boxes / np.tile(np.asarray(size, float), 2), labels, scores,
+                loose | (scores - scores.min() <= EDGE))
+
+
+def compare_rows(right: Rows, found: Rows, swaps: int, raw: bool) -> Difference:
+    """Match rows and compare them.
+
+    Args:
+        right: Those of the model.
+        found: Those of the file.
+        swaps: How many boxes of `found` may belong to queries that the model did not select.
+        raw: Whether rows are queries.
+    """
+    if not all(np.isfinite(part).all() for part in found):
+        return Difference(np.inf, np.inf, fault='there are numbers that are not finite')
+    scores = right.scores[:, None]
+    bounds = LOGITS if raw else LOGITS * scores * (1 - scores) + 1e-6
+    values = cdist(right.values, found.values, 'chebyshev')
+    boxes = cdist(right.boxes, found.boxes, 'chebyshev')
+    # Times the bound; nobody is of another class.
+    distance = np.maximum(values / bounds, boxes / BOXES)
+    distance[right.labels[:, None] != found.labels] = 1e9
+    # No row that has its partner is given another one to mend what is far apart anyway.
+    own, partner = linear_sum_assignment(distance.clip(max=100))
+    good = distance[own, partner] <= 1
+    result = Difference(values[own, partner][good].max(initial=0),
+                        boxes[own, partner][good].max(initial=0), int((~good).sum()))
+    if good.all():
+        return result
+
+    own, partner = own[~good], partner[~good]
+    nearest = linear_sum_assignment(distance[np.ix_(own, partner)])
+    own, partner = own[nearest[0]], partner[nearest[1]]
+    entered = partner[~found.loose[partner]]
+    excess = len(np.unique(found.boxes[entered], axis=0)) > swaps
+    wrong = ~right.loose[own] | (~found.loose[partner] if excess else False)
+    if not wrong.any():
+        return result
+    first = np.flatnonzero(wrong)[distance[own, partner][wrong].argmax()]
+    own, partner = own[first], partner[first]
+    what = 'query' if raw else 'detection'
+    kind = 'logits' if raw else 'scores'
+    if right.labels[own] != found.labels[partner]:
+        problem = (f'has no partner: the nearest that is left is of class {found.labels[partner]}, '
+                   f'not {right.labels[own]}')
+    else:
+        problem = (f'differs from its nearest partner by {values[own, partner]:.2g} in {kind} '
+                   f'(bound {np.broadcast_to(bounds, values.shape)[own, partner]:.2g}) and by '
+                   f'{boxes[own, partner]:.2g} of the image in its box (bound {BOXES:g})')
+    result.fault = (f'{what} {own} of {len(right.boxes)}, of score {right.scores[own]:.3f}, '
+                    f'{problem}; {count(int(wrong.sum()), "row")} of this kind')
+    return result
+
+
+def compare_logits(right: np.ndarray, found: np.ndarray, largest: float) -> Difference:
+    """Compare logits, or logarithms of scores, (classes,) of a picture.
+
+    Args:
+        right: Those of the model.
+        found: Those of the file.
+        largest: The largest logit, as a number without its sign.
+    """
+    if not np.isfinite(found).all():
+        return Difference(np.inf, fault='there are numbers that are not finite')
+    bound, difference = CLASS_LOGITS * largest, np.abs(right - found)
+    # In the order of the file; where it is another, equals may have changed places.
+    best = right[np.argsort(-found, kind='stable')[:5]]
+    top5 = bool(np.abs(best - np.sort(right)[::-1][:5]).max() <= bound / 10)
+    result = Difference(float(difference.max()), top5=top5)
+    if result.values > bound:
+        result.fault = (f'the logit of class {difference.argmax()} differs by '
+                        f'{result.values:.2g} (bound {bound:.2g})')
+    elif not top5:
+        result.fault = 'the five best classes are others, or in another order'
+    return result
+
+
+def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Mapping[str, Any]
+               ) -> dict[str, Any]:
+    """Compare a file with its model.
+
+    Pictures go through in batches of 1, 2 and 3 where the batch is free, and two more sizes follow
+    where the size is. In float32 the first picture that is beyond a bound ends it; lower precisions
+    have no bounds, see :func:`measure`.
+
+    Args:
+        reference: The model.
+        run: Runs the file, as :meth:`Runtime.run` does.
+        pictures: What to compare them on.
+        metadata: Of the file.
+
+    Returns:
+        What was found, fit for JSON.
+
+    Raises:
+        CheckError: A float32 file is wrong.
+    """
+    dynamic, size = metadata['input']['dynamic'], tuple(metadata['input']['size'])
+    result = dict(pictures=pictures.source, reference=f'torch {torch.__version__}, as trained, '
+                  'eager, float32', precision=metadata['precision'])
+    batches = _split(len(pictures.images), (1, 2, 3) if 'batch' in dynamic else (1, ))
+    if metadata['precision'] != 'fp32':
+        return result | measure(reference, run, pictures, batches, size)
+    plan = [(size, batch) for batch in batches]
+    if 'size' in dynamic:
+        plan += [(other, range(min(2 if 'batch' in dynamic else 1, len(pictures.images))))
+                 for other in _other_sizes(size, metadata['input'].get('min_size', 32))]
+    rows = {}
+    for shape, batch in plan:
+        row = rows.setdefault((len(batch), shape), dict(
+            batch=len(batch), size=list(shape), pictures=0, values=0., boxes=0., ties=0))
+        for place, difference in zip(batch, _compare(reference, run, pictures, batch, shape),
+                                     strict=True):
+            if difference.fault:
+                raise CheckError(
+                    f'the file does not compute what the model computes: {pictures.names[place]}, '
+                    f'batch of {len(batch)}, {shape[0]}x{shape[1]} pixels: {difference.fault}')
+            row.update(pictures=row['pictures'] + 1, ties=row['ties'] + difference.ties,
+                       **{key: max(row[key], float(getattr(difference, key)))
+                          for key in ('values', 'boxes')})
+    return result | dict(
+        bounds=dict(logits=LOGITS, boxes=BOXES, edge=EDGE) if reference.detects
+        else dict(logits=f'{CLASS_LOGITS:g} of the largest'), rows=[*rows.values()])
+
+
+def measure(reference: Reference, run: Run, pictures: Pictures, batches: Sequence[Sequence[int]],
+            size: tuple[int, int]) -> dict[str, Any]:
+    """Say how far a file of lower precision is from its model.
+
+    Returns:
+        `relative_rms` of the logits, of rows that were matched; for a detector, how many
+        `detections` there are and the share `kept` that has a partner of the same class at an IoU
+        of 0.9; for a classifier, the share of pictures with the same `top1`.
+    """
+    errors, squares, kept, total = [], [], [], 0
+    for batch in batches:
+        images, sizes = _batch(pictures, batch, size)
+        for right, found in zip(reference(images, sizes),
+                                _read(reference, run(images, sizes), sizes), strict=True):
+            one, other = right.rows, found
+            if reference.detects:
+                kept += _find_partners(one, other, reference.raw).tolist()
+                one, other = _match_logits(one, other, reference.raw)
+            else:
+                # Scores say their logits up to a constant.
+                one, other = one - one.mean(), other - other.mean()
+                kept.append(bool(one.argmax() == other.argmax()))
+            errors.append(np.square(one - other).sum())
+            squares.append(np.square(one).sum())
+            total += 1
+    result = dict(images=total, relative_rms=float(np.sqrt(sum(errors) / sum(squares))))
+    share = float(np.mean(kept))
+    return result | (dict(detections=len(kept), kept=share) if reference.detects
+                     else dict(top1=share))
+
+
+def count_flips(reference: Reference, path: str | Path, pictures: Pictures, size: tuple[int, int],
+                precision: str = 'fp32') -> dict[str, Any] | None:
+    """Count the positions whose strongest channel is another one than in the model.
+
+    Args:
+        reference: The model.
+        path: The file, .onnx or .xml.
+        pictures: On what.
+        size: Height and width that the file takes.
+        precision: What OpenVINO computes in.
+
+    Returns:
+        The share of positions, of all CMixers and of each; None for a model without, or a file
+        whose argmax cannot be found.
+    """
+    flips, positions = 0, 0
+    find = argmax_outputs(path, precision)
+    for place in range(len(pictures.images)):
+        images, sizes = _batch(pictures, [place], size)
+        right, found = reference.strongest(images, sizes), find(images, sizes)
+        if not right or len(right) != len(found) or any(
+                one.size != other.size for one, other in zip(right, found, strict=True)):
+            return None
+        flips = flips + np.array([(one.ravel() != other.ravel()).sum()
+                                  for one, other in zip(right, found, strict=True)])
+        positions = positions + np.array([one.size for one in right])
+    return dict(all=float(flips.sum() / positions.sum()),
+                each=[*map(float, np.round(flips / positions, 6))])
+
+
+def check_export(model: nn.Module, path: str | Path, metadata: Mapping[str, Any],
+                 pictures: Pictures, float32: str | Path | None = None) -> dict[str, Any]:
+    """Check a file that was exported, .onnx or .xml.
+
+    Args:
+        model: What it was made of, in the form that it was trained in.
+        path: The file.
+        metadata: Of the file, as a dict.
+        pictures: See :func:`find_pictures`.
+        float32: A file of the same model in float32, to compare times with; None for none.
+
+    Returns:
+        What was found, fit for JSON: the metadata's `check`.
+
+    Raises:
+        CheckError: A float32 file is wrong.
+    """
+    from ..runtime import Runtime
+    precision, size = metadata['precision'], tuple(metadata['input']['size'])
+    reference, run = Reference(model, metadata), Runtime(path, precision=precision).run
+    result = check_file(reference, run, pictures, metadata)
+    if precision == 'fp32':
+        return result
+    result['flips'] = count_flips(reference, path, pictures, size, precision)
+    if float32 is not None:
+        images, sizes = _batch(pictures, [0], size)
+        times = race([partial(one, images, sizes) for one in (Runtime(float32).run, run)])
+        result['milliseconds'] = dict(zip(('fp32', precision), times, strict=True))
+    return result
+
+
+def print_check(result: Mapping[str, Any]) -> str:
+    """Write what a check found as tables for people."""
+    head = f"Compared with {result['reference']} on {result['pictures']}.\n\n"
+    if 'rows' in result:
+        bounds = result['bounds']
+        rows = [[str(row['batch']), 'x'.join(map(str, row['size'])), str(row['pictures']),
+                 f"{row['values']:.1e}", f"{row['boxes']:.1e}", str(row['ties'])]
+                for row in result['rows']]
+        columns = ['batch', 'size', 'pictures', 'largest difference of scores or logits',
+                   'of boxes', 'ties at the edge']
+        # A classifier has neither boxes nor ties.
+        end = None if 'boxes' in bounds else -2
+        text = markdown([row[:end] for row in (columns, *rows)])
+        return f'{head}{text}\nBounds: {join(f"{name} {value}" for name, value in bounds.items())}'
+    rows = [['precision', result['precision']],
+            ['relative RMS of the logits', f"{result['relative_rms']:.2g}"]]
+    if 'kept' in result:
+        rows.append(['detections with a partner (class, IoU 0.9)',
+                     f"{100 * result['kept']:.1f} % of {result['detections']}"])
+    else:
+        rows.append(['same class first', f"{100 * result['top1']:.1f} % of {result['images']}"])
+    if result.get('flips'):
+        rows.append(['positions with another strongest channel',
+                     f"{100 * result['flips']['all']:.2f} %"])
+    if times := result.get('milliseconds'):
+        *_, own = times.values()
+        rows.append(['ms a picture, and beside float32',
+                     f"{own:.1f}, {times['fp32'] / own:.2f}x as fast"])
+    return (f'{head}{markdown([["", ""], *rows])}\n'
+            'Accuracy on data with labels: spartan-mm test CONFIG FILE')
+
+
+def _compare(reference: Reference, run: Run, pictures: Pictures, batch: Sequence[int],
+             shape: tuple[int, int]) -> list[Difference]:
+    """Compare the pictures of a batch."""
+    images, sizes = _batch(pictures, batch, shape)
+    expected = reference(images, sizes)
+    outputs = _read(reference, run(images, sizes), sizes)
+    differences = []
+    for right, found in zip(expected, outputs, strict=True):
+        shapes = [np.shape(each.values if reference.detects else each)
+                  for each in (right.rows, found)]
+        if shapes[0] != shapes[1]:
+            differences.append(Difference(
+                np.inf, fault=f'outputs are of shape {shapes[1]}, where {shapes[0]} is right'))
+        elif reference.detects:
+            differences.append(compare_rows(right.rows, found, right.swaps, reference.raw))
+        else:
+            differences.append(compare_logits(right.rows, found, right.largest))
+    return differences
+
+
+def _read(reference: Reference, outputs: Mapping[str, np.ndarray], sizes: np.ndarray
+          ) -> list[Rows | np.ndarray]:
+    """Read the outputs of a file, for each picture."""
+    if not reference.detects:
+        return [*(outputs['logits'] if reference.raw else _log(outputs['scores']))]
+    if reference.raw:
+        return [*map(queries, outputs['logits'], outputs['boxes'])]
+    return [*map(detections, outputs['labels'], outputs['boxes'], outputs['scores'], sizes)]
+
+
+def _batch(pictures: Pictures, places: Sequence[int], shape: tuple[int, int]
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 3, H, W) of a shape, and the sizes (N, 2) of their originals."""
+    return (np.stack([resized(pictures.images[place], shape) for place in places]),
+            np.array([pictures.sizes[place] for place in places], np.int64))
+
+
+def _split(number: int, sizes: Sequence[int]) -> list[range]:
+    """Split so many pictures into batches of these sizes, in turns."""
+    batches, start, turn = [], 0, 0
+    while start < number:
+        end = min(number, start + sizes[turn % len(sizes)])
+        batches.append(range(start, end))
+        start, turn = end, turn + 1
+    return batches
+
+
+def _other_sizes(size: tuple[int, int], least: int) -> list[tuple[int, int]]:
+    """Two more sizes, of whole multiples of 32: one that is flatter, one that is wider."""
+    height, width = (side // 32 * 32 for side in size)
+    flatter, wider = height - max(32, height // 4 // 32 * 32), width + max(32, width // 4 // 32 * 32)
+    return [(flatter if flatter >= least else height + 64, width), (height, wider)]
+
+
+def _match_logits(right: Rows, found: Rows, raw: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of rows and of their nearest partners."""
+    distance = cdist(right.boxes, found.boxes, 'chebyshev') + np.abs(
+        right.scores[:, None] - found.scores) + (right.labels[:, None] != found.labels)
+    own, partner = linear_sum_assignment(distance)
+    pair = right.values[own], found.values[partner]
+    return pair if raw else tuple(logit(np.clip(scores, 1e-6, 1 - 1e-6)) for scores in pair)
+
+
+def _find_partners(right: Rows, found: Rows, raw: bool) -> np.ndarray:
+    """Whether each detection has one of the same class at an IoU of at least 0.9."""
+    chosen = right.scores >= SCORE
+    if not chosen.any():
+        chosen = np.argsort(-right.scores)[:BEST]
+    corners = [_corners(rows.boxes) if raw else rows.boxes for rows in (right, found)]
+    labels = [rows.values.argmax(1) if raw else rows.labels for rows in (right, found)]
+    same = labels[0][chosen][:, None] == labels[1]
+    return (same & (_overlaps(corners[0][chosen], corners[1]) >= 0.9)).any(1)
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    return np.concatenate([centre - half, centre + half], 1)
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU (N, M) of boxes (N, 4) and (M, 4)."""
+    sides = (np.minimum(boxes[:, None, 2:], others[:, 2:])
+             - np.maximum(boxes[:, None, :2], others[:, :2])).clip(min=0)
+    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
+    both = sides.prod(2)
+    return both / (areas[0][:, None] + areas[1] - both).clip(min=1e-12)
+
+
+def _log(scores: np.ndarray) -> np.ndarray:
+    return np.log(np.clip(scores, 1e-30, None))
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits.clip(-80, 80)))

@@ -1,0 +1,135 @@
+"""ONNX files: written by torch.export's exporter, for opset 18, which every runtime reads."""
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from ..files import write_whole
+from ..requirements import require
+from ..runtime import Runtime
+from .form import export_form
+from .metadata import MULTIPLE, as_properties
+
+if TYPE_CHECKING:
+    from .check import Run
+    from .job import Job
+
+#: NOTE: The exporter cannot write an older one; TensorRT reads GridSample of 20 and later wrong.
+OPSET = 18
+
+#: What a node says of the modules that it comes from.
+_SCOPES = 'pkg.torch.onnx.name_scopes'
+
+
+def write(job: 'Job') -> 'Run':
+    """Write the ONNX file of a job, see :class:`~.formats.Format`."""
+    if job.precision == 'fp32':
+        shutil.copy(job.onnx(), job.path)
+    else:
+        from . import quantize
+        quantize.write_onnx(job)
+    set_metadata(job.path, as_properties(job.metadata))
+    return Runtime(job.path).run
+
+
+def make_inputs(graph: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8
+                ) -> tuple[Tensor, ...]:
+    """Inputs to trace a graph with: two images, since a batch of one would be taken for a law.
+
+    Args:
+        graph: What :func:`~.graph.make_graph` gave.
+        size: Height and width.
+        dtype: Of the images.
+    """
+    images = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[size[1], size[0]]] * 2)
+    return (images.to(dtype), sizes)[:len(graph.input_names)]
+
+
+def dynamic_shapes(graph: nn.Module, dynamic: Sequence[str]) -> tuple[dict[int, Any], ...]:
+    """What torch.export is told of the inputs' free axes, 'batch' and 'size'."""
+    batch = {0: Dim('batch')} if 'batch' in dynamic else {}
+    sides = {axis: MULTIPLE * Dim(name, min=2, max=128)
+             for axis, name in ((2, 'rows'), (3, 'columns')) if 'size' in dynamic}
+    return (batch | sides, batch)[:len(graph.input_names)]
+
+
+def write_onnx(graph: nn.Module, path: str | Path, size: tuple[int, int],
+               dynamic: Sequence[str] = ('batch', )) -> None:
+    """Export a graph.
+
+    Nodes keep the names of the modules that they come from, by which quantization finds the
+    decoder; where the code lies on this machine is left out.
+
+    Args:
+        graph: What :func:`~.graph.make_graph` gave.
+        path: The file to write.
+        size: Height and width of the images; if they are free, of those to trace with.
+        dynamic: Free axes, of 'batch' and 'size'.
+    """
+    require('onnx', '1.17', 'export')
+    require('onnxscript', '0.5', 'export')
+    with export_form(graph), torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            graph, make_inputs(graph, size), dynamo=True, opset_version=OPSET, verbose=False,
+            dynamic_shapes=dynamic_shapes(graph, dynamic), input_names=graph.input_names,
+            output_names=graph.output_names)
+    for node in program.model.graph.all_nodes():
+        scopes = node.metadata_props.get(_SCOPES)
+        node.metadata_props.clear()
+        if scopes:
+            node.metadata_props[_SCOPES] = scopes
+    write_proto(program.model_proto, path)
+
+
+def write_proto(model: Any, path: str | Path) -> None:
+    """Write an ONNX model, an ``onnx.ModelProto``, the whole file or none, if it is sound."""
+    import onnx
+    onnx.checker.check_model(model)
+    with write_whole(path) as file:
+        file.write(model.SerializeToString())
+
+
+def set_metadata(path: str | Path, metadata: dict[str, str]) -> None:
+    """Give an ONNX file properties; those of other names stay."""
+    import onnx
+    model = onnx.load(path)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, kept | metadata)
+    write_proto(model, path)
+
+
+def find_scopes(path: str | Path) -> dict[str, str]:
+    """The module that each node of an ONNX file comes from, by the node's name."""
+    import ast
+
+    import onnx
+    scopes = {}
+    for node in onnx.load(path, load_external_data=False).graph.node:
+        names = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), '[]')
+        # From the outermost module to the operation itself.
+        scopes[node.name] = ([name for name in ast.literal_eval(names) if name][:-1] or [''])[-1]
+    return scopes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what the exporter says of its own steps."""
+    loggers = [logging.getLogger(name) for name in ('onnxscript', 'onnx_ir', 'torch.onnx')]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1029 @@
+"""Runs exported detectors and classifiers without torch: images in, boxes or classes out.
+
+    python runtime.py model.onnx photos/ --out-dir outputs
+
+This file is all that is needed: copy it where it is to run. Beside Python 3.10 it takes numpy,
+Pillow 10.1, and onnxruntime for a model.onnx or openvino for a model.xml (with its model.bin);
+videos and cameras take opencv-python, too.
+
+    from runtime import Runtime
+
+    runtime = Runtime('model.onnx')
+    for found in runtime(['a.jpg', 'b.jpg'], batch_size=2):
+        print(found.above(0.3).as_records())
+
+What it knows of a model (task, classes, size, how images are resized) stands in the file, where
+``spartan-mm export`` wrote it. Images reach the model as in training, to a grey level.
+"""
+import argparse
+import colorsys
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+#: The newest format of the metadata that is read here.
+FORMAT = 1
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+
+#: How many pixels an image may have, unless this variable of the environment says otherwise.
+MAX_PIXELS, MAX_PIXELS_VARIABLE = 200_000_000, 'SPARTAN_MM_MAX_PIXELS'
+
+# What the metadata call a precision, and what OpenVINO does.
+PRECISIONS = {'fp32': 'f32', 'fp16': 'f16', 'bf16': 'bf16'}
+
+# What says in the results which image or frame it is, and the image.
+Named = tuple[dict[str, Any], Image.Image]
+
+
+class RuntimeFileError(ValueError):
+    """A file, an argument or a machine that is not what it takes; the message is one line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class InputError(RuntimeFileError):
+    """Something that is no image, folder or video, or cannot be read."""
+
+
+def printable(text: Any) -> str:
+    """Write what would steer a terminal or forge a line as an escape sequence."""
+    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
+                   for letter in str(text))
+
+
+def gist(error: BaseException) -> str:
+    """Say what an error says first, or its kind if it says nothing."""
+    reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
+    return printable(reason.splitlines()[0])
+
+
+@cache
+def note(text: str) -> None:
+    """Say something on the screen, once."""
+    print(f'note: {text}', file=sys.stderr)
+
+
+# --- Images ---------------------------------------------------------------------------------------
+
+
+def read_image(value: Any, upright: bool = True) -> Image.Image:
+    """Read an image in colour, whatever kind it is.
+
+    Grey and palettes become colour, 16 bits are scaled to 8, alpha is left out: what lies under it
+    shows.
+
+    Args:
+        value: The path or the content of a file; a Pillow image; or an array of numbers from 0 to
+            255, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), in BGR order as OpenCV reads.
+        upright: Whether to turn it as its EXIF orientation says.
+
+    Raises:
+        InputError: It is none of these, or cannot be read.
+    """
+    name = f'the {type(value).__name__}'
+    try:
+        if isinstance(value, str | os.PathLike):
+            name = str(value)
+            if '://' in name:
+                raise InputError(f'{name} is a URL: download it, and name the file')
+            if os.path.exists(name) and not os.path.isfile(name):
+                raise InputError(f'{name} is no file')
+            value = Path(value).read_bytes()
+        if isinstance(value, bytes | bytearray | memoryview):
+            value = _decode(bytes(value), name)
+        if isinstance(value, Image.Image):
+            # Older versions of Pillow do not tell 16 bits from 32.
+            deep = value.mode.startswith('I;16') or value.mode == 'I' and value.format == 'PNG'
+            image = ImageOps.exif_transpose(value) if upright else value
+            if not image.mode.startswith(('I', 'F')):
+                return image.convert('RGB')
+            value = np.asarray(image)
+            value = (value >> 8).astype(np.uint8) if deep else value
+    except RuntimeFileError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f'{name} is of no known image format, or damaged') from None
+    except Exception as error:  # each decoder has exceptions of its own
+        raise InputError(f'{name} cannot be read: {gist(error)}') from error
+    if not isinstance(value, np.ndarray):
+        raise InputError(f'{name} is no image: give the path or the content of a file, a Pillow '
+                         'image or an array')
+    return _take_array(value)
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    """Open an image without decoding it, unless it claims to be enormous."""
+    if not content:
+        raise InputError(f'{name} is empty')
+    # Pillow's own limit, which nobody can raise without touching the program, is off meanwhile.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(io.BytesIO(content))
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    pixels = math.prod(image.size)
+    most = int(os.environ.get(MAX_PIXELS_VARIABLE) or MAX_PIXELS)
+    if pixels > most:
+        raise InputError(f'{name} has {pixels:,} pixels, and no more than {most:,} are read; if '
+                         f'that is right, set {MAX_PIXELS_VARIABLE}={pixels} in the environment')
+    return image
+
+
+def _take_array(array: np.ndarray) -> Image.Image:
+    """Make a picture of an array, unless it is open what its numbers mean."""
+    described = f'an array of shape {array.shape} and type {array.dtype}'
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype.kind not in 'uif':
+        raise InputError(f'{described} is no image: give uint8 of shape (H, W), (H, W, 1), '
+                         '(H, W, 3) or (H, W, 4)')
+    if not array.size:
+        raise InputError(f'{described} has no pixels')
+    if array.dtype != np.uint8:
+        least, most = array.min(), array.max()
+        deep = array.dtype == np.uint16
+        if deep and most > 255:
+            array = array >> 8
+        # Not <, which NaN would pass.
+        elif not (least >= 0 and most <= 255):
+            raise InputError(f'{described} has values from {least:g} to {most:g}: give uint8, from '
+                             '0 to 255')
+        elif most and (deep or array.dtype.kind == 'f' and most <= 1):
+            raise InputError(f'{described} has values up to {most:g}, of 255 or of '
+                             f'{65535 if deep else 1}: give uint8, from 0 to 255')
+        array = array.round().astype(np.uint8)
+    rgb = np.broadcast_to(array[..., 2::-1], (*array.shape[:2], 3))
+    return Image.fromarray(np.ascontiguousarray(rgb))
+
+
+def preprocess(image: Image.Image, rule: Mapping[str, Any]) -> np.ndarray:
+    """Resize and crop an image as the test pipeline of the model's config does.
+
+    Args:
+        image: In RGB.
+        rule: What the metadata say under 'resize'.
+
+    Returns:
+        RGB, shape (3, H, W), uint8.
+    """
+    width, height = image.size
+    if rule['rule'] == 'stretch':
+        rows, columns = rule['size']
+    else:  # The shorter side becomes so long; the other is cut to whole pixels.
+        side = rule['size']
+        rows, columns = ((int(side * height / width), side) if width < height else
+                         (side, int(side * width / height)))
+    if rule['antialias']:
+        method = getattr(Image.Resampling, rule['interpolation'].upper())
+        pixels = np.asarray(image.resize((columns, rows), method))
+    else:
+        pixels = resize(np.asarray(image), rows, columns, rule['interpolation'])
+    if rule['crop']:
+        top, left = (round((whole - part) / 2) for whole, part
+                     in zip((rows, columns), rule['crop'], strict=True))
+        pixels = pixels[top:top + rule['crop'][0], left:left + rule['crop'][1]]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def resize(pixels: np.ndarray, rows: int, columns: int, interpolation: str) -> np.ndarray:
+    """Resize as OpenCV does, which takes few pixels for each, however far an image shrinks.
+
+    Args:
+        pixels: Shape (H, W, C), uint8.
+        rows: New height.
+        columns: New width.
+        interpolation: 'nearest', 'bilinear' or 'bicubic'.
+
+    Returns:
+        Shape (rows, columns, C), uint8; no value differs from OpenCV's by more than one.
+    """
+    down, across = (_find_taps(*lengths, interpolation)
+                    for lengths in zip(pixels.shape, (rows, columns)))  # noqa: B905 - C is left
+    pixels = sum(pixels[places] * shares[:, None, None] for places, shares in down)
+    pixels = sum(pixels[:, places] * shares[:, None] for places, shares in across)
+    return (pixels + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _find_taps(length: int, new_length: int, interpolation: str
+               ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Find which pixels along an axis make up the new ones, and their shares."""
+    scale = length / new_length
+    if interpolation == 'nearest':
+        places = (np.arange(new_length) * scale).astype(int)
+        return [(places.clip(0, length - 1), np.ones(new_length, np.float32))]
+    centres = (np.arange(new_length) + 0.5) * scale - 0.5
+    first = np.floor(centres).astype(int)
+    taps = []
+    for offset in (0, 1) if interpolation == 'bilinear' else (-1, 0, 1, 2):
+        distance = np.abs(centres - first - offset)
+        shares = 1 - distance
+        if interpolation == 'bicubic':  # Keys' kernel, with OpenCV's a
+            a = -0.75
+            shares = np.where(distance <= 1,
+                              ((a + 2) * distance - a - 3) * distance**2 + 1,
+                              a * (((distance - 5) * distance + 8) * distance - 4))
+        taps.append(((first + offset).clip(0, length - 1), shares.astype(np.float32)))
+    return taps
+
+
+def with_size(rule: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """Change a resize rule so that images of another size come of it.
+
+    Where the shorter side is resized and the centre cropped, the two keep their ratio.
+
+    Args:
+        rule: What the metadata say under 'resize'.
+        size: Height and width.
+    """
+    if rule['rule'] == 'stretch' and not rule['crop']:
+        return dict(rule, size=[*size])
+    if rule['rule'] == 'stretch':
+        whole = [round(old * new / part) for old, part, new
+                 in zip(rule['size'], rule['crop'], size, strict=True)]
+        return dict(rule, size=whole, crop=[*size])
+    if not rule['crop']:
+        return dict(rule, size=min(size))
+    return dict(rule, size=round(rule['size'] * max(size) / max(rule['crop'])), crop=[*size])
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+class _Found:
+    """Labels with scores, best first, and perhaps boxes."""
+
+    def above(self, threshold: float) -> '_Found':
+        """Keep those with at least this score."""
+        return self._select(self.scores >= threshold)
+
+    def top(self, number: int) -> '_Found':
+        """Keep so many, the best."""
+        return self._select(slice(number))
+
+    def _select(self, index: Any) -> '_Found':
+        *arrays, _ = vars(self).values()
+        return type(self)(*(values[index] for values in arrays), self.names)
+
+    def name(self, label: int) -> str:
+        """Name a class, by its number if it has no name."""
+        return self.names[label] if label < len(self.names) else f'class {label}'
+
+    def as_records(self) -> list[dict[str, Any]]:
+        """Describe each by a dict fit for JSON."""
+        return [dict(label=int(label), class_name=self.name(label), score=round(float(score), 4))
+                for label, score in zip(self.labels, self.scores, strict=True)]
+
+
+@dataclass
+class Detections(_Found):
+    """What was found in one image, best first.
+
+    Args:
+        boxes: Corners x1, y1, x2, y2 in pixels of the image, shape (N, 4).
+        labels: Class indices, shape (N,).
+        scores: From 0 to 1, shape (N,).
+        names: Of all classes; may be empty.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    names: Sequence[str] = ()
+
+    def as_records(self) -> list[dict[str, Any]]:
+        return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
+                for box, record in zip(self.boxes, super().as_records(), strict=True)]
+
+    def to_supervision(self) -> Any:
+        """Make ``supervision.Detections``, if supervision is installed."""
+        import supervision
+        return supervision.Detections(
+            xyxy=self.boxes, confidence=self.scores, class_id=self.labels.astype(int),
+            data={'class_name': np.array([self.name(label) for label in self.labels], str)})
+
+
+@dataclass
+class Classification(_Found):
+    """What an image is taken for, best first.
+
+    Args:
+        labels: Class indices, shape (K,).
+        scores: From 0 to 1, shape (K,).
+        names: Of all classes; may be empty.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    names: Sequence[str] = ()
+
+
+# --- The libraries that run a file ----------------------------------------------------------------
+
+
+class _OnnxRuntime:
+    """A file of ONNX in ONNX Runtime."""
+
+    def __init__(self, path: Path, precision: str | None, threads: int | None,
+                 providers: Sequence[str] | None) -> None:
+        ort = _import('onnxruntime', path)
+        known, providers = ort.get_available_providers(), [*(providers or ['CPUExecutionProvider'])]
+        if unknown := [name for name in providers if name not in known]:
+            raise RuntimeFileError(f'onnxruntime has no provider {unknown[0]} here, only '
+                                   f'{", ".join(known)}')
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # errors
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime has many
+            raise RuntimeFileError(f'{path} cannot be loaded by onnxruntime {ort.__version__}: '
+                                   f'{gist(error)}') from error
+        if self._session.get_providers()[0] != providers[0]:
+            raise RuntimeFileError(f'{providers[0]} does not start; its libraries are missing or '
+                                   'do not fit onnxruntime')
+        types = {'tensor(uint8)': np.uint8, 'tensor(float)': np.float32, 'tensor(int64)': np.int64}
+        self.metadata = self._session.get_modelmeta().custom_metadata_map
+        self.inputs = {each.name: (each.shape, types.get(each.type, np.float16))
+                       for each in self._session.get_inputs()}
+        self.outputs = [each.name for each in self._session.get_outputs()]
+        exported = _exported_precision(self.metadata)
+        if precision not in (None, exported):
+            raise RuntimeFileError(f'{path} computes in {exported}, not {precision}: onnxruntime '
+                                   'keeps to what is written; export it so')
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(self.outputs, feed)
+
+
+class _OpenVino:
+    """An intermediate representation of OpenVINO, two files.
+
+    NOTE: left alone, OpenVINO computes in bfloat16 where the processor has it, and in half
+    precision on GPUs.
+    """
+
+    def __init__(self, path: Path, precision: str | None, threads: int | None,
+                 providers: Sequence[str] | None) -> None:
+        weights = path.with_suffix('.bin')
+        if not weights.is_file():
+            raise RuntimeFileError(f'{path} has its weights in {weights.name}, which is missing: '
+                                   'keep the two together')
+        ov = _import('openvino', path)
+        core = ov.Core()
+        device, *more = providers or ['CPU']
+        if more or device not in (known := [*core.available_devices, 'AUTO']):
+            raise RuntimeFileError(f'openvino has no device {" ".join([device, *more])} here, only '
+                                   f'{", ".join(known)}')
+        try:
+            model = core.read_model(path)
+            found = model.get_rt_info()
+            stored = found['model_info'].value if 'model_info' in found else {}
+            self.metadata = {key: str(each.value) for key, each in stored.items()}
+            hint = PRECISIONS.get(precision or _exported_precision(self.metadata), 'f32')
+            settings = {'INFERENCE_PRECISION_HINT': hint}
+            if threads:
+                settings['INFERENCE_NUM_THREADS'] = threads
+            self._model = core.compile_model(model, device, settings)
+        except Exception as error:  # openvino has many
+            raise RuntimeFileError(f'{path} cannot be loaded by openvino {ov.__version__}: '
+                                   f'{gist(error)}') from error
+        if precision is None and hint == 'f32':
+            own = _type_name(core, device)
+            if own not in (hint, 'dynamic'):
+                note(f'float32 is computed, as in the check of the export; left alone, this device '
+                     f'would take {own}, faster and less exact (precision bf16 or fp16 asks for '
+                     'it)')
+        elif (taken := _type_name(self._model)) != hint:
+            note(f'this device computes in {taken} instead of {hint}')
+        self.inputs = {each.any_name: ([side.get_length() if side.is_static else str(side)
+                                        for side in each.partial_shape],
+                                       each.element_type.to_dtype()) for each in model.inputs}
+        self.outputs = [each.any_name for each in model.outputs]
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [*self._model(feed).values()]
+
+
+def _type_name(place: Any, *device: str) -> str:
+    return place.get_property(*device, 'INFERENCE_PRECISION_HINT').get_type_name()
+
+
+def _exported_precision(metadata: Mapping[str, str]) -> str:
+    return metadata.get('precision', '"fp32"').strip('"')
+
+
+def _import(library: str, path: Path) -> Any:
+    try:
+        return __import__(library)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise RuntimeFileError(f'{path} needs {library}: pip install {library}') from None
+    except ImportError as error:
+        raise RuntimeFileError(f'{library} is installed, but broken: {gist(error)}') from error
+
+
+_ENGINES = {'.onnx': _OnnxRuntime, '.xml': _OpenVino}
+
+
+# --- Metadata -------------------------------------------------------------------------------------
+
+
+def parse_metadata(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """Read what an exported file says of itself.
+
+    Args:
+        texts: JSON by key.
+        path: What to call the file.
+
+    Raises:
+        RuntimeFileError: Somebody else wrote the file, something is missing or makes no sense, or
+            it is newer than this program.
+    """
+    if not {'format', 'spartan_mm'} & {*texts}:
+        raise RuntimeFileError(f'{path} is no file of `spartan-mm export`: it says neither how '
+                               'images are resized nor what comes out')
+    metadata = {}
+    for key, text in texts.items():
+        try:
+            metadata[key] = json.loads(text)
+        except ValueError:
+            if key in _SOUND:
+                raise RuntimeFileError(f'the metadata of {path} are damaged: {key} is '
+                                       f'{text[:60]!r}; export it again') from None
+    number = metadata.get('format')
+    if isinstance(number, int) and number > FORMAT:
+        raise RuntimeFileError(f'{path} has metadata of format {number}, and this runtime.py reads '
+                               f'{FORMAT}: take the one of spartan_mm '
+                               f'{metadata.get("spartan_mm", "that exported it")}')
+    if missing := [key for key in _SOUND if key not in metadata]:
+        raise RuntimeFileError(f'the metadata of {path} lack {", ".join(missing)}: export it again')
+    for key, is_sound in _SOUND.items():
+        try:
+            sound = is_sound(metadata)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise RuntimeFileError(f'the metadata of {path} make no sense: {key} is '
+                                   f'{json.dumps(metadata[key])[:120]}; export it again')
+    return metadata
+
+
+def _is_size(value: Any) -> bool:
+    return len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_rule(rule: Any) -> bool:
+    sides = rule['size'] if rule['rule'] == 'stretch' else [rule['size']] * 2
+    fits = not rule['crop'] or _is_size(rule['crop']) and all(
+        part <= whole for part, whole in zip(rule['crop'], sides, strict=True))
+    return (_is_size(sides) and fits and rule['rule'] in ('stretch', 'shorter side')
+            and rule['interpolation'] in ('nearest', 'bilinear', 'bicubic')
+            and isinstance(rule['antialias'], bool))
+
+
+# What has to be in the metadata, and whether it makes sense.
+_SOUND = {
+    'format': lambda metadata: metadata['format'] == FORMAT,
+    'task': lambda metadata: metadata['task'] in ('detection', 'classification'),
+    'classes': lambda metadata: metadata['classes'] is None or _are_texts(metadata['classes']),
+    'input': lambda metadata: _is_size(metadata['input']['size']) and _are_texts(
+        metadata['input']['dynamic']),
+    'raw': lambda metadata: isinstance(metadata['raw'], bool),
+    'resize': lambda metadata: (metadata['raw'] if metadata['resize'] is None
+                                else _is_rule(metadata['resize'])),
+    'outputs': lambda metadata: _are_texts(metadata['outputs']),
+}
+
+
+# --- The runtime ----------------------------------------------------------------------------------
+
+
+class Runtime:
+    """An exported model.
+
+    Args:
+        path: The .onnx file, or the .xml of OpenVINO.
+        precision: 'fp32', 'fp16' or 'bf16', for OpenVINO alone; None for the one that was exported.
+        threads: How many compute; None leaves it to the library.
+        providers: Of ONNX Runtime, such as ['CUDAExecutionProvider']; of OpenVINO its device, such
+            as ['GPU']. None for the processor.
+        size: Height and width of the model's images, where the file leaves them open.
+
+    Attributes:
+        metadata: What the file says of itself, by key.
+        task: 'detection' or 'classification'.
+        classes: Their names; empty if nobody knows them.
+        size: Height and width of the model's images.
+        dynamic: What may change: 'batch', 'size'.
+
+    Raises:
+        RuntimeFileError: The file, the machine or an argument is not what it takes.
+    """
+
+    def __init__(self, path: str | Path, precision: str | None = None, threads: int | None = None,
+                 providers: Sequence[str] | None = None, size: Sequence[int] | None = None) -> None:
+        self.path = path = Path(path)
+        if path.suffix not in _ENGINES:
+            raise RuntimeFileError(f'{path} is of no known kind: give a .onnx or a .xml file')
+        if not path.is_file():
+            raise RuntimeFileError(f'{path} {"is no file" if path.exists() else "does not exist"}')
+        if precision not in (None, *PRECISIONS):
+            raise RuntimeFileError(f'precision {precision} is none of {", ".join(PRECISIONS)}')
+        if threads is not None and threads < 1:
+            raise RuntimeFileError(f'{threads} threads cannot compute; give 1 or more')
+        self._engine = _ENGINES[path.suffix](path, precision, threads, providers)
+        self.metadata = parse_metadata(self._engine.metadata, path)
+        self.task, self.classes = self.metadata['task'], self.metadata['classes'] or []
+        self.size, self.dynamic = self.metadata['input']['size'], self.metadata['input']['dynamic']
+        self._rule = self.metadata['resize']
+        self._check_graph()
+        if size is not None and [*size] != self.size:
+            self._check_size(size)
+            self.size, self._rule = [*size], self._rule and with_size(self._rule, size)
+        #: How long the model itself has run, in seconds.
+        self.seconds = 0.
+
+    def run(self, images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Run the bare graph.
+
+        Args:
+            images: RGB, shape (N, 3, H, W), uint8.
+            sizes: Width and height of the originals, shape (N, 2), in whose pixels boxes are to be;
+                by default those of the images.
+
+        Returns:
+            Arrays by name, whose first axis is N.
+
+        Raises:
+            RuntimeFileError: The graph does not take these images.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
+            raise RuntimeFileError(f'images are (N, 3, H, W) uint8, not {images.shape} '
+                                   f'{images.dtype}')
+        self._check_size(images.shape[2:])
+        shape, kind = self._engine.inputs['images']
+        if shape[0] != len(images) and isinstance(shape[0], int):
+            raise RuntimeFileError(f'{self.path} takes {shape[0]} image at a time, not '
+                                   f'{len(images)}: set the batch size so, or export with '
+                                   '--dynamic batch')
+        feed = dict(images=np.ascontiguousarray(images, kind))
+        if 'orig_target_sizes' in self._engine.inputs:
+            if sizes is None:
+                sizes = [images.shape[:1:-1]] * len(images)
+            feed['orig_target_sizes'] = np.asarray(sizes, np.int64).reshape(-1, 2)
+        start = time.perf_counter()
+        try:
+            outputs = self._engine.run(feed)
+        except Exception as error:  # the libraries have many
+            height, width = images.shape[2:]
+            raise RuntimeFileError(f'{self.path} fails on {len(images)} x {height}x{width} pixels: '
+                                   f'{gist(error)}') from error
+        self.seconds += time.perf_counter() - start
+        return dict(zip(self._engine.outputs, outputs, strict=True))
+
+    def read(self, image: Any) -> Image.Image:
+        """Read an image, see :func:`read_image`, turned upright as in training."""
+        return read_image(image, (self._rule or {}).get('upright', True))
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """Make of an image, whatever :meth:`read` takes, what the graph takes.
+
+        Returns:
+            RGB, shape (3, H, W), uint8.
+        """
+        if self._rule is None:
+            raise RuntimeFileError(f'{self.path} says no rule for resizing: call run() with images '
+                                   'that are ready')
+        return preprocess(self.read(image), self._rule)
+
+    def __call__(self, images: Any, batch_size: int = 1) -> Any:
+        """Detect or classify.
+
+        Args:
+            images: One, whatever :meth:`read` takes, or an iterable of them; sizes may differ.
+            batch_size: How many go through the model together.
+
+        Returns:
+            :class:`Detections` or :class:`Classification` of one image, a list of them of many.
+        """
+        alone = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image
+                           ) or not isinstance(images, Iterable) or (
+                               isinstance(images, np.ndarray) and images.ndim < 4)
+        waiting, found = iter([images] if alone else images), []
+        while batch := list(itertools.islice(waiting, batch_size)):
+            found += self._predict([self.read(image) for image in batch])
+        return found[0] if alone else found
+
+    def _predict(self, images: Sequence[Image.Image]) -> list[Any]:
+        if self.metadata['raw']:
+            raise RuntimeFileError(f'{self.path} was exported with --raw: call run(), which gives '
+                                   f'{", ".join(self._engine.outputs)}')
+        ready = [self.preprocess(image) for image in images]
+        if len({image.shape for image in ready}) > 1:
+            raise RuntimeFileError(f'{self.path} leaves images their shapes, which differ: set the '
+                                   'batch size to 1')
+        outputs = self.run(np.stack(ready), np.array([image.size for image in images]))
+        if self.task == 'detection':
+            return [Detections(*each, self.classes) for each in zip(
+                *(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)]
+        orders = [np.argsort(-scores, kind='stable') for scores in outputs['scores']]
+        return [Classification(order, scores[order], self.classes)
+                for order, scores in zip(orders, outputs['scores'], strict=True)]
+
+    def _check_size(self, size: Sequence[int]) -> None:
+        least = self.metadata['input'].get('min_size', 1)
+        if 'size' in self.dynamic:
+            if len(size) != 2 or min(size) < least:
+                raise RuntimeFileError(f'{self.path} takes heights and widths from {least} pixels '
+                                       f'on, not {"x".join(map(str, size))}')
+        elif [*size] != self.size:
+            raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
+                                   f'(height x width), not {"x".join(map(str, size))}: export with '
+                                   '--dynamic size, or with that --size')
+
+    def _check_graph(self) -> None:
+        """Check that the metadata are those of this graph."""
+        rule, shape = self._rule, self._engine.inputs.get('images', ((), None))[0]
+        needed = {*self.metadata['outputs']}
+        if not self.metadata['raw']:
+            needed |= {'scores'} | ({'boxes', 'labels'} if self.task == 'detection' else set())
+        sizes = [self.size, *(rule['crop'] or (rule['size'] if rule['rule'] == 'stretch' else
+                                               self.size) for rule in [rule] if rule)]
+        if len(shape) == 4 and all(isinstance(side, int) for side in shape[2:]):
+            sizes.append([*shape[2:]])
+        if (len(shape) != 4 or needed - {*self._engine.outputs}
+                or 'size' not in self.dynamic and sizes.count(self.size) != len(sizes)):
+            raise RuntimeFileError(f'the metadata of {self.path} are those of another graph, whose '
+                                   f'inputs, outputs or size differ: export it again')
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Source:
+    """Where images come from: files in a folder, a video, or a camera by its number."""
+
+    root: Path
+    images: Sequence[Path] = ()
+    video: Path | int | None = None
+
+    def name_of(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self.root)).as_posix()
+
+
+def find_source(words: Sequence[str], out_dir: Path) -> _Source:
+    """See what there is to process.
+
+    Args:
+        words: Images, folders, which are searched, patterns such as 'photos/*.jpg'; or a video, or
+            the number of a camera.
+        out_dir: Where the results go; if it lies in a folder, it is not searched.
+
+    Raises:
+        InputError: There is nothing of that name, or there are no images.
+    """
+    if len(words) == 1 and words[0].isdecimal() and not os.path.exists(words[0]):
+        return _Source(Path(), video=int(words[0]))
+    images, own = [], out_dir.resolve()
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            skip = own if path.resolve() in own.parents else None
+            found = sorted(file for file in path.rglob('*')
+                           if file.suffix.lower() in IMAGE_SUFFIXES
+                           # A link that leads nowhere is an image that is missing.
+                           and (file.is_file() or file.is_symlink() and not file.exists())
+                           and skip not in file.resolve().parents)
+            if not found:
+                raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+        elif os.path.lexists(path):
+            found = [path]
+            if not path.is_file():
+                raise InputError(f'input {path} is no file')
+        else:
+            found = [Path(file) for file in sorted(glob.glob(word, recursive=True))
+                     if os.path.isfile(file)]
+            if not found:
+                raise InputError(f'input {path} does not exist')
+        images += found
+    videos = [path for path in images if path.suffix.lower() in VIDEO_SUFFIXES]
+    if videos and len(images) > 1:
+        raise InputError(f'{videos[0]} is a video: give it alone')
+    folders = words if len(words) == 1 and os.path.isdir(words[0]) else [
+        os.path.dirname(os.path.abspath(path)) for path in images]
+    root = Path(os.path.commonpath(folders))
+    if videos:
+        return _Source(root, video=videos[0])
+    return _Source(root, [*dict.fromkeys(images)])
+
+
+def process(runtime: Runtime, source: _Source, out_dir: Path, json_path: Path | None = None,
+            score_threshold: float = 0.3, top: int = 5, batch_size: int = 1) -> dict[str, str]:
+    """Process images, a video or a camera; write pictures and ``results.json``.
+
+    Images are read, processed and written one batch after the other. What a file has already is
+    replaced when the new one is whole; Ctrl-C ends a camera's recording.
+
+    Args:
+        runtime: The model.
+        source: What :func:`find_source` found.
+        out_dir: Where to write; pictures keep their names and subfolders.
+        json_path: Where to write results alone, without pictures.
+        score_threshold: The least score of a detection that is written and drawn.
+        top: Number of classes of a classifier that are written and drawn.
+        batch_size: How many images go through the model together.
+
+    Returns:
+        What is wrong with each image that could not be read or written, and with a video that
+        breaks off.
+
+    Raises:
+        RuntimeFileError: The results would overwrite what is read, or there is no place for them.
+    """
+    detects = runtime.task == 'detection'
+    options = dict(score_threshold=score_threshold) if detects else dict(top=top)
+    images, results = [*source.images], json_path or out_dir / 'results.json'
+    is_video, failures = source.video is not None, {}
+    film_path = out_dir / (f'{source.video.stem}.mp4' if isinstance(source.video, Path)
+                           else f'camera {source.video}.mp4')
+    pictures = {} if json_path else {name: _picture_path(out_dir / name)
+                                     for name in map(source.name_of, images)}
+    read = [*images, *([source.video] if isinstance(source.video, Path) else []), runtime.path,
+            runtime.path.with_suffix('.bin'), Path(__file__)]
+    _check_places([results, *pictures.values(), *([film_path] if is_video else [])], read)
+    if is_video:
+        frames = _read_frames(source, failures)
+        film = nullcontext() if json_path else _open_film(film_path, source)
+    else:
+        frames, film = _read_images(runtime, source, failures), nullcontext()
+    number = objects = 0
+    start, show = time.perf_counter(), _Progress(runtime, len(images))
+    with write_whole(results) as file, closing(frames), film as write_frame:
+        head = dict(source=str(source.root if source.video is None else source.video),
+                    classes=runtime.classes, **options)
+        file.write(f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "results": [')
+        try:
+            while batch := list(itertools.islice(frames, batch_size)):
+                found = runtime([image for _, image in batch], batch_size)
+                for (name, image), each in zip(batch, found, strict=True):
+                    each = each.above(score_threshold) if detects else each.top(top)
+                    records, objects = each.as_records(), objects + len(each.scores)
+                    record = dict(name, width=image.width, height=image.height, **{
+                        'detections' if detects else 'predictions': records})
+                    file.write(f'{"," * bool(number)}\n  {json.dumps(record, ensure_ascii=False)}')
+                    number += 1
+                    if write_frame:
+                        write_frame(draw(image, each))
+                    elif pictures:
+                        _write_picture(pictures[name['file']], draw(image, each), name, failures)
+                show(number)
+        except KeyboardInterrupt:
+            if not isinstance(source.video, int):
+                raise
+        if is_video and not number and not failures:
+            raise InputError(f'{source.video} has no frame that can be decoded')
+        file.write(f'\n ],\n "failures": {json.dumps(failures, ensure_ascii=False)}\n}}\n')
+    seconds = max(time.perf_counter() - start, 1e-9)
+    what = f'{objects} detections in {number} images' if detects else f'{number} images classified'
+    show.end(f'{what}, {number / seconds:.1f} a second, of which the model takes '
+             f'{1000 * runtime.seconds / max(number, 1):.1f} ms each; see '
+             f'{json_path or out_dir}')
+    return failures
+
+
+class _Progress:
+    """A line that says how far a command is, on a screen."""
+
+    def __init__(self, runtime: Runtime, total: int) -> None:
+        self._total = f' of {total}' if total else ''
+        self._start, self._live = time.perf_counter(), sys.stderr.isatty()
+
+    def __call__(self, number: int) -> None:
+        if self._live:
+            speed = number / (time.perf_counter() - self._start)
+            print(f'\r{number}{self._total} images, {speed:.1f} a second ', end='',
+                  file=sys.stderr, flush=True)
+
+    def end(self, text: str) -> None:
+        if self._live:
+            print('\r' + 60 * ' ', end='\r', file=sys.stderr, flush=True)
+        print(printable(text))
+
+
+def _read_images(runtime: Runtime, source: _Source, failures: dict[str, str]) -> Iterator[Named]:
+    for path in source.images:
+        name = source.name_of(path)
+        try:
+            yield dict(file=name), runtime.read(path)
+        except InputError as error:
+            failures[name] = str(error)
+
+
+def _read_frames(source: _Source, failures: dict[str, str]) -> Iterator[Named]:
+    cv2, video = _open_video(source)
+    is_file = isinstance(source.video, Path)
+    name = source.video.name if is_file else f'camera {source.video}'
+    length, done = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+    try:
+        while (frame := video.read()[1]) is not None:
+            yield dict(file=name, frame=done), _take_array(frame)
+            done += 1
+    finally:
+        video.release()
+    # The length that a container tells is often an estimate, off by a frame or two.
+    if is_file and 0 < done < length - max(2, length // 100):
+        failures[name] = f'{source.video} breaks off after {done} of {length} frames'
+
+
+def _open_video(source: _Source) -> tuple[Any, Any]:
+    name = f'camera {source.video}' if isinstance(source.video, int) else str(source.video)
+    try:
+        import cv2
+    except ImportError:
+        raise RuntimeFileError(f'{name} needs OpenCV: pip install opencv-python-headless') from None
+    video = cv2.VideoCapture(source.video if isinstance(source.video, int) else name)
+    if not video.isOpened():
+        raise InputError(f'{name} cannot be opened')
+    return cv2, video
+
+
+@contextmanager
+def _open_film(path: Path, source: _Source) -> Iterator[Any]:
+    """Open a video for writing, as fast as another; gives what writes a frame."""
+    cv2, video = _open_video(source)
+    rate, film = video.get(cv2.CAP_PROP_FPS) or 25., None
+    video.release()
+    with write_whole(path) as file:
+        def write(picture: Image.Image) -> None:
+            nonlocal film
+            film = film or cv2.VideoWriter(file.name, cv2.VideoWriter_fourcc(*'mp4v'), rate,
+                                           picture.size)
+            if not film.isOpened():
+                raise RuntimeFileError(f'{path} cannot be written: this OpenCV has no encoder')
+            film.write(np.asarray(picture)[..., ::-1])
+        try:
+            yield write
+        finally:
+            if film is not None:
+                film.release()
+
+
+def draw(image: Image.Image, found: Detections | Classification) -> Image.Image:
+    """Draw boxes with their classes, or the classes alone, on a copy of an image."""
+    image = image.copy()
+    canvas, size = ImageDraw.Draw(image), max(11, min(image.size) // 36)
+    font, line = ImageFont.load_default(size), max(1, min(image.size) // 250)
+    height = round(1.4 * size)
+    for rank in reversed(range(len(found.scores))):  # the best on top
+        label = int(found.labels[rank])
+        text = printable(f'{found.name(label)} {found.scores[rank]:.2f}')
+        # Neighbours far apart: hue moves by the golden ratio.
+        colour = tuple(int(255 * part) for part
+                       in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.))
+        left, top = 0, rank * height
+        if isinstance(found, Detections):
+            box = np.nan_to_num(found.boxes[rank]).clip(0, max(image.size)).tolist()
+            canvas.rectangle(box, outline=colour, width=line)
+            left, top = box[0], max(0, box[1] - height)
+        canvas.rectangle((left, top, left + font.getlength(text) + 6, top + height), fill=colour)
+        canvas.text((left + 3, top + height / 2), text, 'black', font, anchor='lm')
+    return image
+
+
+def _picture_path(path: Path) -> Path:
+    return path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_name(f'{path.name}.png')
+
+
+def _write_picture(path: Path, picture: Image.Image, name: Mapping[str, Any],
+                   failures: dict[str, str]) -> None:
+    """Write a picture, or note why not."""
+    quality = dict(quality=95) if path.suffix.lower() in ('.jpg', '.jpeg') else {}
+    content = io.BytesIO()
+    try:
+        picture.save(content, Image.registered_extensions()[path.suffix.lower()], **quality)
+        with write_whole(path) as file:
+            file.buffer.write(content.getvalue())
+    except RuntimeFileError as error:
+        failures[name['file']] = str(error)
+    except Exception as error:  # each encoder has exceptions of its own
+        failures[name['file']] = (f'{path} cannot be written: {gist(error)}; its results are in '
+                                  'results.json')
+
+
+def _check_places(places: Iterable[Path], sources: Iterable[Path]) -> None:
+    """Check that what is to be written has a place and is nothing that is read."""
+    read = {(found.st_dev, found.st_ino) for found in map(os.stat, filter(os.path.exists, sources))}
+    for path in places:
+        if os.path.exists(path):
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) in read:
+                raise InputError(f'{path} would be overwritten, and it is read: write to another '
+                                 'folder')
+            if not stat.S_ISREG(found.st_mode):
+                raise RuntimeFileError(f'{path} cannot be written: it is there and no regular file')
+        elif os.path.islink(path):
+            raise RuntimeFileError(f'{path} cannot be written: it is a link that leads nowhere')
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[TextIO]:
+    """Open a file for writing that takes its name only when it is whole.
+
+    A link is written through; permissions are those of the file that is replaced, or the usual
+    ones.
+    """
+    target = Path(os.path.realpath(path))
+    unfinished = target.with_name(f'.{secrets.token_hex(4)}.unfinished{target.suffix[:8]}')
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, 'x', encoding='utf-8', errors='backslashreplace',
+                  opener=lambda *args: os.open(*args, mode)) as file:
+            yield file
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise RuntimeFileError(f'{path} cannot be written: {gist(error)}') from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The status: 0; 1 if something could not be read, run or written; 130 after Ctrl-C. Wrong
+        arguments leave with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog='runtime.py', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('model', metavar='MODEL', help='model.onnx, or model.xml of OpenVINO')
+    add('input', nargs='+', metavar='INPUT', help="images, folders, patterns ('photos/*.jpg'); or "
+        'one video, or the number of a camera (0)')
+    add('--out-dir', type=Path, default=Path('outputs'), metavar='DIR',
+        help='where pictures and results.json go (default: %(default)s)')
+    add('--json', type=Path, metavar='FILE', help='write the results here, and no pictures')
+    add('--score-thr', type=float, default=0.3, metavar='SCORE',
+        help='least score of a detection (default: %(default)s)')
+    add('--top', type=_positive, default=5, metavar='N',
+        help='number of classes that a classifier names (default: %(default)s)')
+    add('--batch-size', type=_positive, default=1, metavar='N',
+        help='images that go through the model together (default: %(default)s)')
+    add('--threads', type=_positive, metavar='N', help='threads that compute')
+    add('--precision', choices=PRECISIONS, help='for OpenVINO; by default that of the export')
+    add('--provider', metavar='NAME', help='such as CUDAExecutionProvider, or GPU for OpenVINO')
+    add('--size', type=_positive, nargs=2, metavar=('H', 'W'),
+        help='size of the images in the model, where it is open')
+    for stream in (sys.stdout, sys.stderr):  # whatever is printed, no encoding fails on it
+        getattr(stream, 'reconfigure', dict)(errors='backslashreplace')
+    args = parser.parse_args(argv)
+    try:
+        source = find_source(args.input, args.out_dir)
+        runtime = Runtime(args.model, args.precision, args.threads,
+                          args.provider and [args.provider], args.size)
+        failures = process(runtime, source, args.out_dir, args.json, args.score_thr, args.top,
+                           args.batch_size)
+        problems = [*failures.values()]
+    except RuntimeFileError as error:
+        problems = [error]
+    except KeyboardInterrupt:
+        print('stopped by Ctrl-C', file=sys.stderr)
+        return 130
+    for problem in problems:
+        print(printable(f'error: {problem}'), file=sys.stderr)
+    return int(bool(problems))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{printable(text)} must be a whole number, at least 1')
+    return int(text)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
