@@ -8,6 +8,7 @@ import spartan_mm
 from spartan_mm.errors import UsageError
 from spartan_mm.export.form import export_form
 from spartan_mm.export.graph import Normalize, make_graph
+
 from .conftest import enliven
 
 
