@@ -29,6 +29,7 @@ COMMANDS = {
     'confusion': 'draw the confusion matrix of a test',
     'convert': "convert the originals' checkpoints to ours, and back",
     'publish': 'make a checkpoint fit to be given away',
+    'prune': 'leave out of a trained model what matters least',
     'deploy': 'write a checkpoint in the form for inference',
     'export': 'write a model for other runtimes: ONNX, OpenVINO, TensorRT and more',
     'replay': 'run a batch once more that stopped a training by a NaN',

@@ -1,4 +1,5 @@
 """What SpaRTAN is given, checked: architecture, options, images, and the weights it loads."""
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -6,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 CONV_TYPES = ('full', 'depthwise')
+
+#: Keys that an arch dict may have beside the usual ones: widths inside the mixers of each stage.
+PRUNED_WIDTHS = ('hidden_channels', 'inner_channels')
 
 
 def check_choice(name: str, value: Any, choices: Iterable, alternative: str = '') -> None:
@@ -21,28 +25,31 @@ def check_arch(arch: str | Mapping, conv_types: str | Sequence[str] | None,
     """Return an architecture, a key of `known` or a dict like its values, as a dict of tuples.
 
     `conv_types`, for all stages or one for each, stand in place of its own unless they are None. A
-    ValueError says what is allowed.
+    dict may have PRUNED_WIDTHS besides. A ValueError says what is allowed.
     """
     keys = next(iter(known.values())).keys()
+    pruned = [key for key in PRUNED_WIDTHS if isinstance(arch, Mapping) and key in arch]
     if not isinstance(arch, Mapping):
         check_choice('arch', arch, known, f'or a dict with {", ".join(keys)}')
         arch = known[arch]
-    elif arch.keys() != keys:
+    elif arch.keys() - pruned != keys:
         raise ValueError(
-            f'the arch dict must have the keys {", ".join(keys)}: '
-            f'missing {sorted(keys - arch.keys())}, unknown {sorted(arch.keys() - keys)}')
+            f'the arch dict must have the keys {", ".join(keys)}, and may have '
+            f'{" and ".join(PRUNED_WIDTHS)}: missing {sorted(keys - arch.keys())}, '
+            f'unknown {sorted(arch.keys() - keys - {*pruned})}')
 
-    arch = {key: arch[key] if key == 'stem_channels' else tuple(arch[key]) for key in keys}
+    arch = {key: arch[key] if key == 'stem_channels' else tuple(arch[key])
+            for key in (*keys, *pruned)}
     if isinstance(conv_types, str):
         arch['conv_types'] = (conv_types, ) * len(arch['depths'])
     elif conv_types is not None:
         arch['conv_types'] = tuple(conv_types)
 
-    lengths = {key: len(arch[key]) for key in keys if key != 'stem_channels'}
+    lengths = {key: len(arch[key]) for key in arch if key != 'stem_channels'}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError('arch: each stage needs one entry in every list, '
                          f'their lengths are {lengths}')
-    for key in ('depths', 'channels', 'expand_ratios', 'stem_channels'):
+    for key in ('depths', 'channels', 'expand_ratios', 'stem_channels', *pruned):
         values = (arch[key], ) if key == 'stem_channels' else arch[key]
         if not all(isinstance(value, int) and value > 0 for value in values):
             raise ValueError(f'arch: {key}={arch[key]} must be positive integers')
@@ -54,7 +61,22 @@ def check_arch(arch: str | Mapping, conv_types: str | Sequence[str] | None,
                              f'divisible by 8; take {nearest}')
     for stage, conv_type in enumerate(arch['conv_types'], start=1):
         check_choice(f'conv_types of stage {stage}', conv_type, CONV_TYPES)
+    for stage, hidden in enumerate(arch.get('hidden_channels', ()), start=1):
+        width, ratio, conv_type = (
+            arch[key][stage - 1] for key in ('channels', 'expand_ratios', 'conv_types'))
+        unit = wave_unit(ratio if conv_type == 'depthwise' else 1)
+        if hidden < width or hidden % unit:
+            raise ValueError(f'arch: stage {stage} has {hidden} hidden channels, which must be at '
+                             f'least its {width} channels, any of which may be the strongest, and '
+                             f'a multiple of {unit}, in whole pairs and groups')
+    if min(arch.get('inner_channels', (2, ))) < 2:
+        raise ValueError(f'arch: inner_channels={arch["inner_channels"]} must be at least 2')
     return arch
+
+
+def wave_unit(group: int) -> int:
+    """How many waves of a CMixer stay or go together: whole pairs, and whole groups of so many."""
+    return math.lcm(2, group)
 
 
 def check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:

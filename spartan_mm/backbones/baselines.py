@@ -15,9 +15,9 @@ class ConvMixer(nn.Module):
     """
 
     def __init__(self, channels: int, conv_type: str = 'full', norm: str = 'BN',
-                 act: str = 'GELU'):
+                 act: str = 'GELU', inner_channels: int | None = None):
         super().__init__()
-        inner = channels // 2
+        inner = inner_channels or channels // 2
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.conv = ConvNormAct(inner, inner, 3, norm, act, padding=1,
                                 groups=inner if conv_type == 'depthwise' else 1)
@@ -39,9 +39,10 @@ class MLP(nn.Module):
     """
 
     def __init__(self, channels: int, expand_ratio: int, conv_type: str = 'full',
-                 norm: str = 'BN', act: str = 'GELU', squeeze_excitation: bool = False):
+                 norm: str = 'BN', act: str = 'GELU', hidden_channels: int | None = None,
+                 squeeze_excitation: bool = False):
         super().__init__()
-        hidden = channels * expand_ratio
+        hidden = hidden_channels or channels * expand_ratio
         self.proj_in = nn.Conv2d(channels, hidden, 1)
         self.act = ACTIVATIONS[act]()
         self.se = SqueezeExcitation(hidden, channels // 4) if squeeze_excitation else nn.Identity()

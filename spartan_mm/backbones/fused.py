@@ -113,10 +113,12 @@ def find_obstacle(block: Block) -> str:
         conv = getattr(smixer.high_freq, 'conv', smixer.proj_in)
         conv_type = 'full' if conv.groups == 1 else 'depthwise'
         options = dict(conv_type=conv_type, act=type(cmixer.act).__name__)
+        group = cmixer.refine.conv.weight.shape[1] if type(cmixer.refine) is ConvNormAct else 1
         stacked = type(smixer.low_freq) is nn.Sequential
         with torch.device('meta'):
-            usual = (SMixer(channels, low_freq_kernel=3 if stacked else 5, **options),
-                     CMixer(channels, hidden // channels, **options))
+            usual = (SMixer(channels, low_freq_kernel=3 if stacked else 5,
+                            inner_channels=smixer.proj_in.out_channels, **options),
+                     CMixer(channels, group, hidden_channels=hidden, **options))
         for mixer, like in zip((smixer, cmixer), usual, strict=True):
             if repr(mixer) != repr(like):
                 return f"a {type(mixer).__name__} is not as the paper's: {mixer}"

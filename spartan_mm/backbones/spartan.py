@@ -19,7 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from .arch import check_arch, check_choice, check_images, check_out_indices, check_state_dict
+from .arch import (
+    PRUNED_WIDTHS,
+    check_arch,
+    check_choice,
+    check_images,
+    check_out_indices,
+    check_state_dict,
+)
 from .layers import ACTIVATIONS, NORMS, DropPath, KeepStatistics, fold_norm, superpose
 
 for function in ('check_images', 'superpose'):
@@ -75,26 +82,27 @@ class SMixer(nn.Module):
         act: Activation after it, a key of ``ACTIVATIONS``.
         low_freq_kernel: 3 for the stacked pair of the low-frequency branch, 5 for one dilated 5x5
             in its place (Table V).
+        inner_channels: Channels of a branch, at least 2; None for half of those of the input.
     """
 
     def __init__(self, channels: int, conv_type: str = 'full', norm: str = 'BN', act: str = 'GELU',
-                 low_freq_kernel: int = 3):
+                 low_freq_kernel: int = 3, inner_channels: int | None = None):
         super().__init__()
-        inner = channels // 2
+        inner = inner_channels or channels // 2
         groups = inner if conv_type == 'depthwise' else 1
         conv = partial(ConvNormAct, inner, inner, norm=norm, act=act, groups=groups)
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.gamma = nn.Parameter(torch.empty(1, inner, 1, 1))
         self.high_freq = conv(3, padding=1)
-        self.high_se = SqueezeExcitation(inner, inner // 4)
+        self.high_se = SqueezeExcitation(inner, channels // 8)
         if low_freq_kernel == 3:
             self.low_freq = nn.Sequential(
                 nn.Conv2d(inner, inner, 3, padding=2, dilation=2, groups=groups, bias=False),
                 conv(3, padding=2, dilation=2))
         else:
             self.low_freq = conv(5, padding=4, dilation=2)
-        self.low_se = SqueezeExcitation(inner, inner // 4)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.low_se = SqueezeExcitation(inner, channels // 8)
+        self.proj_out = nn.Conv2d(2 * inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
@@ -155,23 +163,26 @@ class CMixer(nn.Module):
 
     Args:
         channels: Channels C of input and output, a multiple of 4.
-        expand_ratio: Hidden channels per input channel.
+        expand_ratio: Hidden channels per input channel, and in a group of a depthwise convolution.
         conv_type: 'full' or 'depthwise', of the stage; see the note.
         norm: Norm after the 3x3 convolution, a key of ``NORMS``.
         act: Activation of the phase and after the norm, a key of ``ACTIVATIONS``.
+        hidden_channels: Hidden channels R, whole pairs and groups. The first C of them may be
+            picked, and have to be there. None for what `expand_ratio` says.
     """
 
     def __init__(self, channels: int, expand_ratio: int, conv_type: str = 'full',
-                 norm: str = 'BN', act: str = 'GELU'):
+                 norm: str = 'BN', act: str = 'GELU', hidden_channels: int | None = None):
         super().__init__()
-        hidden = channels * expand_ratio
+        hidden = hidden_channels or channels * expand_ratio
+        group = expand_ratio if conv_type == 'depthwise' else 1
         self.proj_in = nn.Conv2d(channels, 2 * hidden, 1)  # phases, then amplitudes
         self.act = ACTIVATIONS[act]()
         # NOTE: a real (R / 2, 2) table. The released rank-5 tensor keeps the model from
         # channels_last, and a complex one from float16.
         self.complex_weight = nn.Parameter(torch.empty(hidden // 2, 2))
         self.refine = ConvNormAct(hidden, hidden, 3, norm, act, padding=1,
-                                  groups=channels if conv_type == 'depthwise' else hidden)
+                                  groups=hidden // group)
         self.se = SqueezeExcitation(hidden, channels // 4)
         self.proj_out = nn.Conv2d(hidden, channels, 1)
 
@@ -281,7 +292,9 @@ class SpaRTAN(BaseModule):
     Args:
         arch: 'xt', 't', or a dict with stem_channels (width of the stem's first convolution) and,
             one entry for each stage, depths, channels (multiples of 8), expand_ratios (hidden
-            channels of the CMixer per channel) and conv_types ('full' or 'depthwise').
+            channels of the CMixer per channel) and conv_types ('full' or 'depthwise'). A pruned
+            one also has hidden_channels (all hidden channels of the CMixer) or inner_channels (of
+            a branch of the SMixer).
         in_channels: Channels of the image.
         out_indices: Stages whose maps are returned, ascending; negative values count from the last.
             Stages after the last of these are not computed.
@@ -367,13 +380,15 @@ class SpaRTAN(BaseModule):
         self.stem = nn.Sequential(*(
             down(*widths[i:i + 2], 3, padding=1, act=stem_act) for i in range(2)))
         rates = iter([drop_path_rate * i / sum(depths) for i in range(sum(depths))])
+        pruned = [self.arch.get(key, [None] * len(depths)) for key in PRUNED_WIDTHS]
         self.stages = nn.ModuleList()
-        for i, (depth, width, ratio, conv_type) in enumerate(zip(
-                depths, channels, self.arch['expand_ratios'], self.arch['conv_types'],
+        for i, (depth, width, ratio, conv_type, hidden, inner) in enumerate(zip(
+                depths, channels, self.arch['expand_ratios'], self.arch['conv_types'], *pruned,
                 strict=True)):
             embedding = down(channels[i - 1], width, 2, act=patch_act) if i else nn.Identity()
             self.stages.append(Stage(embedding, [
-                Block(width, make_smixer(width, conv_type), make_cmixer(width, ratio, conv_type),
+                Block(width, make_smixer(width, conv_type, inner_channels=inner),
+                      make_cmixer(width, ratio, conv_type, hidden_channels=hidden),
                       block_norm, next(rates), with_cp) for _ in range(depth)]))
         self.apply(init_parameters)
         for module in self.frozen_modules():

@@ -63,7 +63,8 @@ SETTINGS = [
     dict(conv_types='full', expand_ratios=(1, 3)),
     dict(block_act='SiLU'), dict(block_norm='BN'), dict(block_norm='LN2d'), dict(norm_eval=True),
     dict(frozen_stages=0), dict(frozen_stages=1), dict(with_cp=True), dict(drop_path_rate=0.9),
-    dict(drop_path_rate=0.9, with_cp=True, low_freq_kernel=5, depths=(1, 2))]
+    dict(drop_path_rate=0.9, with_cp=True, low_freq_kernel=5, depths=(1, 2)),
+    dict(hidden_channels=(22, 30), inner_channels=(5, 7)), dict(hidden_channels=(16, 24))]
 
 
 @pytest.mark.parametrize('options', SETTINGS, ids=str)

@@ -471,6 +471,13 @@ def test_bad_value_of_an_option(options, message):
     (dict(stem_channels=0), 'stem_channels=0 must be positive'),
     (dict(widths=(1, 2, 3, 4)), r"missing \[\], unknown \['widths'\]"),
     (dict(conv_types=None), r"missing \['conv_types'\], unknown \[\]"),
+    (dict(hidden_channels=(14, 24, 40, 64)), 'stage 1 has 14 hidden channels.* at least its 16'),
+    (dict(hidden_channels=(16, 25, 40, 64)), 'stage 2 has 25 hidden channels.* multiple of 2'),
+    (dict(hidden_channels=(16, ) * 3), "'hidden_channels': 3"),
+    (dict(expand_ratios=(4, 4, 3, 3), hidden_channels=(16, 24, 44, 66)),
+     'stage 3 has 44 hidden channels.* multiple of 6'),
+    (dict(inner_channels=(8, 8, 1, 8)), r'inner_channels=\(8, 8, 1, 8\) must be at least 2'),
+    (dict(inner_channels=(8, 8, 2.5, 8)), 'inner_channels=.* must be positive integers'),
 ])
 def test_bad_arch_dict(change, message):
     arch = {key: value for key, value in (SMALL | change).items() if value is not None}

@@ -4,6 +4,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from spartan_mm.backbones import SpaRTAN
+from spartan_mm.backbones.arch import PRUNED_WIDTHS
 
 # A block of either type: compilers take a while.
 TOY = dict(stem_channels=8, depths=(1, 1), channels=(16, 24), expand_ratios=(4, 2),
@@ -15,14 +16,16 @@ OPTIONS = [
     dict(channel_mixer='mlp'), dict(channel_mixer='mlp_se'),
     dict(spatial_mixer='conv', channel_mixer='mlp'), dict(block_norm='BN'),
     dict(block_norm='BN', channel_mixer='mlp'), dict(block_norm='LN2d'), dict(conv_norm='LN'),
-    dict(conv_norm='LN2d'), dict(block_act='SiLU', stem_act='SiLU', patch_act='GELU')]
+    dict(conv_norm='LN2d'), dict(block_act='SiLU', stem_act='SiLU', patch_act='GELU'),
+    dict(hidden_channels=(22, 30), inner_channels=(5, 7))]
 
 
 def make(dtype=torch.float64, **options):
     """A toy in training mode that returns both maps, with options of SpaRTAN or parts of an arch.
     """
     torch.manual_seed(0)
-    arch = TOY | {key: options.pop(key) for key in ('depths', 'expand_ratios') if key in options}
+    arch = TOY | {key: options.pop(key) for key in ('depths', 'expand_ratios', *PRUNED_WIDTHS)
+                  if key in options}
     options = dict(out_indices=(0, 1), drop_path_rate=0.) | options
     return randomise(SpaRTAN(arch, **options)).to(dtype).train()
 
