@@ -27,10 +27,11 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,11 +47,8 @@ VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.web
 #: How many pixels an image may have, unless this variable of the environment says otherwise.
 MAX_PIXELS, MAX_PIXELS_VARIABLE = 200_000_000, 'SPARTAN_MM_MAX_PIXELS'
 
-# What the metadata call a precision, and what OpenVINO does.
-PRECISIONS = {'fp32': 'f32', 'fp16': 'f16', 'bf16': 'bf16'}
-
-# What says in the results which image or frame it is, and the image.
-Named = tuple[dict[str, Any], Image.Image]
+#: What a file may be exported in; and what OpenVINO is to compute in, where it may choose.
+PRECISIONS = {'fp32': 'f32', 'fp16': 'f16', 'bf16': 'bf16', 'int8': 'f32'}
 
 
 class RuntimeFileError(ValueError):
@@ -113,10 +111,14 @@ def read_image(value: Any, upright: bool = True) -> Image.Image:
         if isinstance(value, Image.Image):
             # Older versions of Pillow do not tell 16 bits from 32.
             deep = value.mode.startswith('I;16') or value.mode == 'I' and value.format == 'PNG'
-            image = ImageOps.exif_transpose(value) if upright else value
-            if not image.mode.startswith(('I', 'F')):
-                return image.convert('RGB')
-            value = np.asarray(image)
+            if upright:
+                with suppress(Exception):  # of EXIF that is damaged, as OpenCV does
+                    value = ImageOps.exif_transpose(value)
+            if not value.mode.startswith(('I', 'F')):
+                image = value.convert('RGB')
+                image.info = {}  # It is turned now.
+                return image
+            value = np.asarray(value)
             value = (value >> 8).astype(np.uint8) if deep else value
     except RuntimeFileError:
         raise
@@ -247,21 +249,19 @@ def _find_taps(length: int, new_length: int, interpolation: str
 def with_size(rule: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
     """Change a resize rule so that images of another size come of it.
 
-    Where the shorter side is resized and the centre cropped, the two keep their ratio.
+    Where the centre is cropped, it remains the same part.
 
     Args:
         rule: What the metadata say under 'resize'.
         size: Height and width.
     """
-    if rule['rule'] == 'stretch' and not rule['crop']:
-        return dict(rule, size=[*size])
+    whole, crop = rule['size'], rule['crop']
     if rule['rule'] == 'stretch':
-        whole = [round(old * new / part) for old, part, new
-                 in zip(rule['size'], rule['crop'], size, strict=True)]
-        return dict(rule, size=whole, crop=[*size])
-    if not rule['crop']:
-        return dict(rule, size=min(size))
-    return dict(rule, size=round(rule['size'] * max(size) / max(rule['crop'])), crop=[*size])
+        whole = [round(side * new / part) for side, part, new
+                 in zip(whole, crop or whole, size, strict=True)]
+    else:
+        whole = round(whole * max(size) / max(crop)) if crop else min(size)
+    return dict(rule, size=whole, crop=crop and [*size])
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -339,80 +339,64 @@ class Classification(_Found):
 
 
 class _OnnxRuntime:
-    """A file of ONNX in ONNX Runtime."""
+    """A graph in ONNX Runtime."""
 
     def __init__(self, path: Path, precision: str | None, threads: int | None,
                  providers: Sequence[str] | None) -> None:
         ort = _import('onnxruntime', path)
-        known, providers = ort.get_available_providers(), [*(providers or ['CPUExecutionProvider'])]
-        if unknown := [name for name in providers if name not in known]:
-            raise RuntimeFileError(f'onnxruntime has no provider {unknown[0]} here, only '
-                                   f'{", ".join(known)}')
+        providers = _check_known('provider', providers or ['CPUExecutionProvider'],
+                                 ort.get_available_providers())
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3  # errors
-        try:
+        with _loading(path, ort):
             self._session = ort.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # onnxruntime has many
-            raise RuntimeFileError(f'{path} cannot be loaded by onnxruntime {ort.__version__}: '
-                                   f'{gist(error)}') from error
         if self._session.get_providers()[0] != providers[0]:
-            raise RuntimeFileError(f'{providers[0]} does not start; its libraries are missing or '
-                                   'do not fit onnxruntime')
-        types = {'tensor(uint8)': np.uint8, 'tensor(float)': np.float32, 'tensor(int64)': np.int64}
+            raise RuntimeFileError(f'{providers[0]} does not start here: its libraries are missing '
+                                   'or do not fit onnxruntime')
         self.metadata = self._session.get_modelmeta().custom_metadata_map
-        self.inputs = {each.name: (each.shape, types.get(each.type, np.float16))
+        written = _written_precision(self.metadata)
+        if precision not in (None, 'fp32', written):
+            raise RuntimeFileError(f'{path} computes in {written}, not {precision}: onnxruntime '
+                                   'keeps to the graph; export it in that precision')
+        kinds = {'tensor(uint8)': np.uint8, 'tensor(float)': np.float32}
+        self.inputs = {each.name: (each.shape, kinds.get(each.type, np.int64))
                        for each in self._session.get_inputs()}
         self.outputs = [each.name for each in self._session.get_outputs()]
-        exported = _exported_precision(self.metadata)
-        if precision not in (None, exported):
-            raise RuntimeFileError(f'{path} computes in {exported}, not {precision}: onnxruntime '
-                                   'keeps to what is written; export it so')
 
     def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         return self._session.run(self.outputs, feed)
 
 
 class _OpenVino:
-    """An intermediate representation of OpenVINO, two files.
+    """A graph in OpenVINO.
 
-    NOTE: left alone, OpenVINO computes in bfloat16 where the processor has it, and in half
-    precision on GPUs.
+    NOTE: left alone, OpenVINO computes in bfloat16 where a processor has it, on GPUs in float16.
     """
 
     def __init__(self, path: Path, precision: str | None, threads: int | None,
                  providers: Sequence[str] | None) -> None:
-        weights = path.with_suffix('.bin')
-        if not weights.is_file():
-            raise RuntimeFileError(f'{path} has its weights in {weights.name}, which is missing: '
+        if not path.with_suffix('.bin').is_file():
+            raise RuntimeFileError(f'{path} has its weights in {path.stem}.bin, which is missing: '
                                    'keep the two together')
         ov = _import('openvino', path)
         core = ov.Core()
-        device, *more = providers or ['CPU']
-        if more or device not in (known := [*core.available_devices, 'AUTO']):
-            raise RuntimeFileError(f'openvino has no device {" ".join([device, *more])} here, only '
-                                   f'{", ".join(known)}')
-        try:
+        device, = _check_known('device', providers or ['CPU'], [*core.available_devices, 'AUTO'])
+        with _loading(path, ov):
             model = core.read_model(path)
-            found = model.get_rt_info()
-            stored = found['model_info'].value if 'model_info' in found else {}
-            self.metadata = {key: str(each.value) for key, each in stored.items()}
-            hint = PRECISIONS.get(precision or _exported_precision(self.metadata), 'f32')
+            stored = model.get_rt_info()['model_info'] if model.has_rt_info('model_info') else {}
+            self.metadata = {key: str(getattr(each, 'value', each)) for key, each in stored.items()}
+            hint = PRECISIONS.get(precision or _written_precision(self.metadata), 'f32')
             settings = {'INFERENCE_PRECISION_HINT': hint}
             if threads:
                 settings['INFERENCE_NUM_THREADS'] = threads
             self._model = core.compile_model(model, device, settings)
-        except Exception as error:  # openvino has many
-            raise RuntimeFileError(f'{path} cannot be loaded by openvino {ov.__version__}: '
-                                   f'{gist(error)}') from error
-        if precision is None and hint == 'f32':
-            own = _type_name(core, device)
-            if own not in (hint, 'dynamic'):
-                note(f'float32 is computed, as in the check of the export; left alone, this device '
-                     f'would take {own}, faster and less exact (precision bf16 or fp16 asks for '
-                     'it)')
-        elif (taken := _type_name(self._model)) != hint:
-            note(f'this device computes in {taken} instead of {hint}')
+        own, taken = _type_name(core, device), _type_name(self._model)
+        if taken != hint:
+            note(f'this device computes in {taken}, not in {hint}')
+        elif hint == 'f32' and precision is None and own not in (hint, 'dynamic'):
+            note(f'float32 is computed, as when the export was checked; {device} alone would take '
+                 f'{own}, which is faster and less exact: precision bf16 or fp16 asks for it')
         self.inputs = {each.any_name: ([side.get_length() if side.is_static else str(side)
                                         for side in each.partial_shape],
                                        each.element_type.to_dtype()) for each in model.inputs}
@@ -422,29 +406,42 @@ class _OpenVino:
         return [*self._model(feed).values()]
 
 
-def _type_name(place: Any, *device: str) -> str:
-    return place.get_property(*device, 'INFERENCE_PRECISION_HINT').get_type_name()
-
-
-def _exported_precision(metadata: Mapping[str, str]) -> str:
-    return metadata.get('precision', '"fp32"').strip('"')
+_ENGINES = {'.onnx': _OnnxRuntime, '.xml': _OpenVino}
 
 
 def _import(library: str, path: Path) -> Any:
     try:
-        return __import__(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise RuntimeFileError(f'{path} needs {library}: pip install {library}') from None
+        return import_module(library)
     except ImportError as error:
-        raise RuntimeFileError(f'{library} is installed, but broken: {gist(error)}') from error
+        raise RuntimeFileError(
+            f'{path} needs {library}: pip install {library}' if error.name == library
+            else f'{library} is installed, but does not start: {gist(error)}') from error
 
 
-_ENGINES = {'.onnx': _OnnxRuntime, '.xml': _OpenVino}
+@contextmanager
+def _loading(path: Path, library: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the libraries have many
+        raise RuntimeFileError(f'{path} cannot be loaded by {library.__name__} '
+                               f'{library.__version__}: {gist(error)}') from error
 
 
-# --- Metadata -------------------------------------------------------------------------------------
+def _check_known(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    if unknown := [name for name in names if name not in known]:
+        raise RuntimeFileError(f'there is no {kind} {unknown[0]} here, only {", ".join(known)}')
+    return [*names]
+
+
+def _type_name(place: Any, *device: str) -> str:
+    return place.get_property(*device, 'INFERENCE_PRECISION_HINT').get_type_name()
+
+
+def _written_precision(texts: Mapping[str, str]) -> str:
+    return texts.get('precision', 'fp32').strip('"')
+
+
+# --- What a file says of itself -------------------------------------------------------------------
 
 
 def parse_metadata(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
@@ -465,7 +462,7 @@ def parse_metadata(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]
     for key, text in texts.items():
         try:
             metadata[key] = json.loads(text)
-        except ValueError:
+        except ValueError:  # of other keys, others may have written them
             if key in _SOUND:
                 raise RuntimeFileError(f'the metadata of {path} are damaged: {key} is '
                                        f'{text[:60]!r}; export it again') from None
@@ -473,17 +470,17 @@ def parse_metadata(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]
     if isinstance(number, int) and number > FORMAT:
         raise RuntimeFileError(f'{path} has metadata of format {number}, and this runtime.py reads '
                                f'{FORMAT}: take the one of spartan_mm '
-                               f'{metadata.get("spartan_mm", "that exported it")}')
+                               f'{metadata.get("spartan_mm", "that wrote it")}')
     if missing := [key for key in _SOUND if key not in metadata]:
         raise RuntimeFileError(f'the metadata of {path} lack {", ".join(missing)}: export it again')
     for key, is_sound in _SOUND.items():
         try:
             sound = is_sound(metadata)
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError):
             sound = False
         if not sound:
             raise RuntimeFileError(f'the metadata of {path} make no sense: {key} is '
-                                   f'{json.dumps(metadata[key])[:120]}; export it again')
+                                   f'{json.dumps(metadata[key])[:200]}; export it again')
     return metadata
 
 
@@ -495,26 +492,30 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def _is_rule(rule: Any) -> bool:
-    sides = rule['size'] if rule['rule'] == 'stretch' else [rule['size']] * 2
-    fits = not rule['crop'] or _is_size(rule['crop']) and all(
-        part <= whole for part, whole in zip(rule['crop'], sides, strict=True))
-    return (_is_size(sides) and fits and rule['rule'] in ('stretch', 'shorter side')
+def _is_rule(rule: Any, images: Mapping[str, Any]) -> bool:
+    stretches, crop = rule['rule'] == 'stretch', rule['crop']
+    whole = rule['size'] if stretches else [rule['size']] * 2
+    result = crop or (whole if stretches else images['size'])
+    return (_is_size(whole) and _is_size(result)
+            and ('size' in images['dynamic'] or result == images['size'])
+            and not any(part > side for part, side in zip(crop or whole, whole, strict=True))
+            and rule['rule'] in ('stretch', 'shorter side')
             and rule['interpolation'] in ('nearest', 'bilinear', 'bicubic')
             and isinstance(rule['antialias'], bool))
 
 
 # What has to be in the metadata, and whether it makes sense.
 _SOUND = {
-    'format': lambda metadata: metadata['format'] == FORMAT,
-    'task': lambda metadata: metadata['task'] in ('detection', 'classification'),
-    'classes': lambda metadata: metadata['classes'] is None or _are_texts(metadata['classes']),
-    'input': lambda metadata: _is_size(metadata['input']['size']) and _are_texts(
-        metadata['input']['dynamic']),
-    'raw': lambda metadata: isinstance(metadata['raw'], bool),
-    'resize': lambda metadata: (metadata['raw'] if metadata['resize'] is None
-                                else _is_rule(metadata['resize'])),
-    'outputs': lambda metadata: _are_texts(metadata['outputs']),
+    'format': lambda all: all['format'] == FORMAT,
+    'task': lambda all: all['task'] in ('detection', 'classification'),
+    'classes': lambda all: all['classes'] is None or _are_texts(all['classes']),
+    'input': lambda all: _is_size(all['input']['size']) and _are_texts(all['input']['dynamic']),
+    'raw': lambda all: isinstance(all['raw'], bool),
+    'outputs': lambda all: _are_texts(all['outputs']) and (
+        all['raw'] or {*all['outputs']} >= {'scores'} | (
+            {'labels', 'boxes'} if all['task'] == 'detection' else set())),
+    'resize': lambda all: (all['raw'] if all['resize'] is None
+                           else _is_rule(all['resize'], all['input'])),
 }
 
 
@@ -526,7 +527,7 @@ class Runtime:
 
     Args:
         path: The .onnx file, or the .xml of OpenVINO.
-        precision: 'fp32', 'fp16' or 'bf16', for OpenVINO alone; None for the one that was exported.
+        precision: What OpenVINO computes in: 'fp32', 'fp16' or 'bf16'; None for what was exported.
         threads: How many compute; None leaves it to the library.
         providers: Of ONNX Runtime, such as ['CUDAExecutionProvider']; of OpenVINO its device, such
             as ['GPU']. None for the processor.
@@ -538,6 +539,7 @@ class Runtime:
         classes: Their names; empty if nobody knows them.
         size: Height and width of the model's images.
         dynamic: What may change: 'batch', 'size'.
+        seconds: How long the model itself has run.
 
     Raises:
         RuntimeFileError: The file, the machine or an argument is not what it takes.
@@ -545,26 +547,31 @@ class Runtime:
 
     def __init__(self, path: str | Path, precision: str | None = None, threads: int | None = None,
                  providers: Sequence[str] | None = None, size: Sequence[int] | None = None) -> None:
-        self.path = path = Path(path)
-        if path.suffix not in _ENGINES:
+        self.path, self.seconds = Path(path), 0.
+        if self.path.suffix not in _ENGINES:
             raise RuntimeFileError(f'{path} is of no known kind: give a .onnx or a .xml file')
-        if not path.is_file():
-            raise RuntimeFileError(f'{path} {"is no file" if path.exists() else "does not exist"}')
+        if not self.path.is_file():
+            raise RuntimeFileError(f'{path} {"is no file" if self.path.exists() else "is missing"}')
         if precision not in (None, *PRECISIONS):
             raise RuntimeFileError(f'precision {precision} is none of {", ".join(PRECISIONS)}')
         if threads is not None and threads < 1:
-            raise RuntimeFileError(f'{threads} threads cannot compute; give 1 or more')
-        self._engine = _ENGINES[path.suffix](path, precision, threads, providers)
+            raise RuntimeFileError(f'threads={threads} must be 1 or more')
+        self._engine = _ENGINES[self.path.suffix](self.path, precision, threads, providers)
         self.metadata = parse_metadata(self._engine.metadata, path)
         self.task, self.classes = self.metadata['task'], self.metadata['classes'] or []
         self.size, self.dynamic = self.metadata['input']['size'], self.metadata['input']['dynamic']
         self._rule = self.metadata['resize']
-        self._check_graph()
-        if size is not None and [*size] != self.size:
+        batch, _, *sides = self._engine.inputs.get('images', [()])[0] or (0, 0)
+        if {*self.metadata['outputs']} - {*self._engine.outputs} or len(sides) != 2 or any(
+                isinstance(side, int) and side != own for side, own
+                in zip(sides, self.size, strict=True)):
+            raise RuntimeFileError(f'the metadata of {path} are those of another graph, with other '
+                                   'inputs, outputs or another size: export it again')
+        #: How many images the graph takes; None for any number.
+        self._batch = batch if isinstance(batch, int) else None
+        if size is not None:
             self._check_size(size)
             self.size, self._rule = [*size], self._rule and with_size(self._rule, size)
-        #: How long the model itself has run, in seconds.
-        self.seconds = 0.
 
     def run(self, images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Run the bare graph.
@@ -583,29 +590,26 @@ class Runtime:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
             raise RuntimeFileError(f'images are (N, 3, H, W) uint8, not {images.shape} '
                                    f'{images.dtype}')
-        self._check_size(images.shape[2:])
-        shape, kind = self._engine.inputs['images']
-        if shape[0] != len(images) and isinstance(shape[0], int):
-            raise RuntimeFileError(f'{self.path} takes {shape[0]} image at a time, not '
-                                   f'{len(images)}: set the batch size so, or export with '
-                                   '--dynamic batch')
-        feed = dict(images=np.ascontiguousarray(images, kind))
+        number, _, height, width = images.shape
+        self._check_size((height, width))
+        if self._batch not in (None, number):
+            raise RuntimeFileError(f'{self.path} takes batches of {self._batch}, not of {number}: '
+                                   'export with --dynamic batch')
+        feed = dict(images=np.ascontiguousarray(images, self._engine.inputs['images'][1]))
         if 'orig_target_sizes' in self._engine.inputs:
-            if sizes is None:
-                sizes = [images.shape[:1:-1]] * len(images)
-            feed['orig_target_sizes'] = np.asarray(sizes, np.int64).reshape(-1, 2)
+            feed['orig_target_sizes'] = np.array([[width, height]] * number if sizes is None
+                                                 else sizes, np.int64).reshape(number, 2)
         start = time.perf_counter()
         try:
             outputs = self._engine.run(feed)
         except Exception as error:  # the libraries have many
-            height, width = images.shape[2:]
-            raise RuntimeFileError(f'{self.path} fails on {len(images)} x {height}x{width} pixels: '
-                                   f'{gist(error)}') from error
+            raise RuntimeFileError(f'{self.path} fails on {number} images of {height}x{width} '
+                                   f'pixels: {gist(error)}') from error
         self.seconds += time.perf_counter() - start
         return dict(zip(self._engine.outputs, outputs, strict=True))
 
     def read(self, image: Any) -> Image.Image:
-        """Read an image, see :func:`read_image`, turned upright as in training."""
+        """Read an image as training does, see :func:`read_image`."""
         return read_image(image, (self._rule or {}).get('upright', True))
 
     def preprocess(self, image: Any) -> np.ndarray:
@@ -615,8 +619,8 @@ class Runtime:
             RGB, shape (3, H, W), uint8.
         """
         if self._rule is None:
-            raise RuntimeFileError(f'{self.path} says no rule for resizing: call run() with images '
-                                   'that are ready')
+            raise RuntimeFileError(f'{self.path} has no rule for resizing: call run(), with images '
+                                   'of its size')
         return preprocess(self.read(image), self._rule)
 
     def __call__(self, images: Any, batch_size: int = 1) -> Any:
@@ -624,78 +628,73 @@ class Runtime:
 
         Args:
             images: One, whatever :meth:`read` takes, or an iterable of them; sizes may differ.
-            batch_size: How many go through the model together.
+            batch_size: How many go through the model together, if it leaves that open.
 
         Returns:
             :class:`Detections` or :class:`Classification` of one image, a list of them of many.
         """
-        alone = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image
-                           ) or not isinstance(images, Iterable) or (
-                               isinstance(images, np.ndarray) and images.ndim < 4)
-        waiting, found = iter([images] if alone else images), []
-        while batch := list(itertools.islice(waiting, batch_size)):
+        alone = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
+        if (isinstance(images, alone) or not isinstance(images, Iterable)
+                or isinstance(images, np.ndarray) and images.ndim < 4):
+            return self([images])[0]
+        waiting, found = iter(images), []
+        while batch := list(itertools.islice(waiting, self._batch or batch_size)):
             found += self._predict([self.read(image) for image in batch])
-        return found[0] if alone else found
+        return found
 
     def _predict(self, images: Sequence[Image.Image]) -> list[Any]:
         if self.metadata['raw']:
             raise RuntimeFileError(f'{self.path} was exported with --raw: call run(), which gives '
                                    f'{", ".join(self._engine.outputs)}')
-        ready = [self.preprocess(image) for image in images]
+        full = [*images, *[images[-1]] * ((self._batch or 0) - len(images))]
+        ready = [self.preprocess(image) for image in full]
         if len({image.shape for image in ready}) > 1:
-            raise RuntimeFileError(f'{self.path} leaves images their shapes, which differ: set the '
-                                   'batch size to 1')
-        outputs = self.run(np.stack(ready), np.array([image.size for image in images]))
+            raise RuntimeFileError('the shorter sides of images become equal, the longer ones need '
+                                   'not: set the batch size to 1')
+        outputs = self.run(np.stack(ready), [image.size for image in full])
         if self.task == 'detection':
-            return [Detections(*each, self.classes) for each in zip(
-                *(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)]
-        orders = [np.argsort(-scores, kind='stable') for scores in outputs['scores']]
-        return [Classification(order, scores[order], self.classes)
-                for order, scores in zip(orders, outputs['scores'], strict=True)]
+            found = zip(*(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)
+        else:
+            orders = np.argsort(-outputs['scores'], axis=1, kind='stable')
+            found = ((order, scores[order])
+                     for order, scores in zip(orders, outputs['scores'], strict=True))
+        kind = Detections if self.task == 'detection' else Classification
+        return [kind(*each, self.classes) for each, _ in zip(found, images)]  # noqa: B905
 
     def _check_size(self, size: Sequence[int]) -> None:
-        least = self.metadata['input'].get('min_size', 1)
-        if 'size' in self.dynamic:
-            if len(size) != 2 or min(size) < least:
-                raise RuntimeFileError(f'{self.path} takes heights and widths from {least} pixels '
-                                       f'on, not {"x".join(map(str, size))}')
-        elif [*size] != self.size:
+        images, text = self.metadata['input'], 'x'.join(map(str, size))
+        least, multiple = images.get('min_size', 1), images.get('multiple_of', 1)
+        if 'size' not in self.dynamic and [*size] != self.size:
             raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
-                                   f'(height x width), not {"x".join(map(str, size))}: export with '
-                                   '--dynamic size, or with that --size')
-
-    def _check_graph(self) -> None:
-        """Check that the metadata are those of this graph."""
-        rule, shape = self._rule, self._engine.inputs.get('images', ((), None))[0]
-        needed = {*self.metadata['outputs']}
-        if not self.metadata['raw']:
-            needed |= {'scores'} | ({'boxes', 'labels'} if self.task == 'detection' else set())
-        sizes = [self.size, *(rule['crop'] or (rule['size'] if rule['rule'] == 'stretch' else
-                                               self.size) for rule in [rule] if rule)]
-        if len(shape) == 4 and all(isinstance(side, int) for side in shape[2:]):
-            sizes.append([*shape[2:]])
-        if (len(shape) != 4 or needed - {*self._engine.outputs}
-                or 'size' not in self.dynamic and sizes.count(self.size) != len(sizes)):
-            raise RuntimeFileError(f'the metadata of {self.path} are those of another graph, whose '
-                                   f'inputs, outputs or size differ: export it again')
+                                   f'(height x width), not {text}: export it with --dynamic size, '
+                                   'or with that --size')
+        if min(size) < least or any(side % multiple for side in size):
+            raise RuntimeFileError(f'{self.path} takes sides that are multiples of {multiple} from '
+                                   f'{least} pixels on, not {text}')
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
 @dataclass
-class _Source:
-    """Where images come from: files in a folder, a video, or a camera by its number."""
+class Source:
+    """Where images come from: files below a folder, a video, or a camera by its number."""
 
     root: Path
     images: Sequence[Path] = ()
     video: Path | int | None = None
 
-    def name_of(self, path: Path) -> str:
-        return Path(os.path.relpath(path, self.root)).as_posix()
+    def name_of(self, image: Path) -> str:
+        """Say what results call an image."""
+        return Path(os.path.relpath(image, self.root)).as_posix()
+
+    @property
+    def video_name(self) -> str:
+        """What results call the video or the camera."""
+        return self.video.name if isinstance(self.video, Path) else f'camera {self.video}'
 
 
-def find_source(words: Sequence[str], out_dir: Path) -> _Source:
+def find_source(words: Sequence[str], out_dir: Path) -> Source:
     """See what there is to process.
 
     Args:
@@ -707,8 +706,8 @@ def find_source(words: Sequence[str], out_dir: Path) -> _Source:
         InputError: There is nothing of that name, or there are no images.
     """
     if len(words) == 1 and words[0].isdecimal() and not os.path.exists(words[0]):
-        return _Source(Path(), video=int(words[0]))
-    images, own = [], out_dir.resolve()
+        return Source(Path(), video=int(words[0]))
+    files, own = [], out_dir.resolve()
     for word in words:
         path = Path(word)
         if path.is_dir():
@@ -722,31 +721,26 @@ def find_source(words: Sequence[str], out_dir: Path) -> _Source:
                 raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
         elif os.path.lexists(path):
             found = [path]
-            if not path.is_file():
-                raise InputError(f'input {path} is no file')
         else:
-            found = [Path(file) for file in sorted(glob.glob(word, recursive=True))
-                     if os.path.isfile(file)]
+            found = sorted(map(Path, glob.glob(word, recursive=True)))
             if not found:
                 raise InputError(f'input {path} does not exist')
-        images += found
-    videos = [path for path in images if path.suffix.lower() in VIDEO_SUFFIXES]
-    if videos and len(images) > 1:
+        files += found
+    if strange := [file for file in files if file.exists() and not file.is_file()]:
+        raise InputError(f'input {strange[0]} is no file')
+    folder = words[0] if len(words) == 1 and os.path.isdir(words[0]) else os.path.commonpath(
+        [os.path.dirname(os.path.abspath(file)) for file in files])
+    videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+    if videos and len(files) > 1:
         raise InputError(f'{videos[0]} is a video: give it alone')
-    folders = words if len(words) == 1 and os.path.isdir(words[0]) else [
-        os.path.dirname(os.path.abspath(path)) for path in images]
-    root = Path(os.path.commonpath(folders))
-    if videos:
-        return _Source(root, video=videos[0])
-    return _Source(root, [*dict.fromkeys(images)])
+    return Source(Path(folder), [] if videos else [*dict.fromkeys(files)], *videos)
 
 
-def process(runtime: Runtime, source: _Source, out_dir: Path, json_path: Path | None = None,
+def process(runtime: Runtime, source: Source, out_dir: Path, json_path: Path | None = None,
             score_threshold: float = 0.3, top: int = 5, batch_size: int = 1) -> dict[str, str]:
     """Process images, a video or a camera; write pictures and ``results.json``.
 
-    Images are read, processed and written one batch after the other. What a file has already is
-    replaced when the new one is whole; Ctrl-C ends a camera's recording.
+    One batch after the other is read, processed and written. Ctrl-C ends a camera's film.
 
     Args:
         runtime: The model.
@@ -762,123 +756,109 @@ def process(runtime: Runtime, source: _Source, out_dir: Path, json_path: Path | 
         breaks off.
 
     Raises:
-        RuntimeFileError: The results would overwrite what is read, or there is no place for them.
+        RuntimeFileError: The results have no place, or a video has no frames.
     """
-    detects = runtime.task == 'detection'
+    detects, failures = runtime.task == 'detection', {}
     options = dict(score_threshold=score_threshold) if detects else dict(top=top)
-    images, results = [*source.images], json_path or out_dir / 'results.json'
-    is_video, failures = source.video is not None, {}
-    film_path = out_dir / (f'{source.video.stem}.mp4' if isinstance(source.video, Path)
-                           else f'camera {source.video}.mp4')
-    pictures = {} if json_path else {name: _picture_path(out_dir / name)
-                                     for name in map(source.name_of, images)}
-    read = [*images, *([source.video] if isinstance(source.video, Path) else []), runtime.path,
-            runtime.path.with_suffix('.bin'), Path(__file__)]
-    _check_places([results, *pictures.values(), *([film_path] if is_video else [])], read)
-    if is_video:
-        frames = _read_frames(source, failures)
-        film = nullcontext() if json_path else _open_film(film_path, source)
-    else:
-        frames, film = _read_images(runtime, source, failures), nullcontext()
-    number = objects = 0
-    start, show = time.perf_counter(), _Progress(runtime, len(images))
-    with write_whole(results) as file, closing(frames), film as write_frame:
+    results, pictures = json_path or out_dir / 'results.json', {}
+    film_path = out_dir / f'{Path(source.video_name).stem}.mp4'
+    if source.video is not None and json_path is None:
+        pictures = {source.video_name: film_path}
+    elif json_path is None:
+        pictures = {name: _picture_path(out_dir / name)
+                    for name in map(source.name_of, source.images)}
+    read = [*source.images, runtime.path, runtime.path.with_suffix('.bin'), Path(__file__)]
+    read += [source.video] if isinstance(source.video, Path) else []
+    _check_places([results, *pictures.values()], read)
+
+    images = (_read_images(runtime, source, failures) if source.video is None
+              else _read_frames(source, failures))
+    film = _film(film_path, source) if pictures and source.video is not None else nullcontext()
+    start, speed, number, objects = time.perf_counter(), 0., 0, 0
+    with write_whole(results) as file, closing(images), film as add_frame:
         head = dict(source=str(source.root if source.video is None else source.video),
                     classes=runtime.classes, **options)
         file.write(f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "results": [')
         try:
-            while batch := list(itertools.islice(frames, batch_size)):
+            while batch := list(itertools.islice(images, batch_size)):
                 found = runtime([image for _, image in batch], batch_size)
                 for (name, image), each in zip(batch, found, strict=True):
                     each = each.above(score_threshold) if detects else each.top(top)
-                    records, objects = each.as_records(), objects + len(each.scores)
                     record = dict(name, width=image.width, height=image.height, **{
-                        'detections' if detects else 'predictions': records})
+                        'detections' if detects else 'predictions': each.as_records()})
                     file.write(f'{"," * bool(number)}\n  {json.dumps(record, ensure_ascii=False)}')
-                    number += 1
-                    if write_frame:
-                        write_frame(draw(image, each))
+                    if add_frame:
+                        add_frame(draw(image, each))
                     elif pictures:
                         _write_picture(pictures[name['file']], draw(image, each), name, failures)
-                show(number)
+                    number, objects = number + 1, objects + len(each.scores)
+                speed = _show(start, number, len(source.images))
         except KeyboardInterrupt:
             if not isinstance(source.video, int):
                 raise
-        if is_video and not number and not failures:
-            raise InputError(f'{source.video} has no frame that can be decoded')
+        if source.video is not None and not number:
+            raise InputError(f'{source.video_name} has no frame that can be decoded')
         file.write(f'\n ],\n "failures": {json.dumps(failures, ensure_ascii=False)}\n}}\n')
-    seconds = max(time.perf_counter() - start, 1e-9)
     what = f'{objects} detections in {number} images' if detects else f'{number} images classified'
-    show.end(f'{what}, {number / seconds:.1f} a second, of which the model takes '
-             f'{1000 * runtime.seconds / max(number, 1):.1f} ms each; see '
-             f'{json_path or out_dir}')
+    print(f'{what}, {speed:.1f} a second; the model takes '
+          f'{1000 * runtime.seconds / max(number, 1):.1f} ms for one; see '
+          f'{printable(json_path or out_dir)}')
     return failures
 
 
-class _Progress:
-    """A line that says how far a command is, on a screen."""
-
-    def __init__(self, runtime: Runtime, total: int) -> None:
-        self._total = f' of {total}' if total else ''
-        self._start, self._live = time.perf_counter(), sys.stderr.isatty()
-
-    def __call__(self, number: int) -> None:
-        if self._live:
-            speed = number / (time.perf_counter() - self._start)
-            print(f'\r{number}{self._total} images, {speed:.1f} a second ', end='',
-                  file=sys.stderr, flush=True)
-
-    def end(self, text: str) -> None:
-        if self._live:
-            print('\r' + 60 * ' ', end='\r', file=sys.stderr, flush=True)
-        print(printable(text))
+def _show(start: float, number: int, total: int) -> float:
+    """Say on a screen how far a command is; return how many images it does a second."""
+    speed = number / max(time.perf_counter() - start, 1e-9)
+    if sys.stderr.isatty():
+        text = f'{number} of {total or "?"} images, {speed:.1f} a second'
+        print(f'\r{text:60}', end='\r', file=sys.stderr, flush=True)
+    return speed
 
 
-def _read_images(runtime: Runtime, source: _Source, failures: dict[str, str]) -> Iterator[Named]:
+def _read_images(runtime: Runtime, source: Source, failures: dict[str, str]
+                 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     for path in source.images:
-        name = source.name_of(path)
         try:
-            yield dict(file=name), runtime.read(path)
+            yield dict(file=source.name_of(path)), runtime.read(path)
         except InputError as error:
-            failures[name] = str(error)
+            failures[source.name_of(path)] = str(error)
 
 
-def _read_frames(source: _Source, failures: dict[str, str]) -> Iterator[Named]:
+def _read_frames(source: Source, failures: dict[str, str]
+                 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     cv2, video = _open_video(source)
-    is_file = isinstance(source.video, Path)
-    name = source.video.name if is_file else f'camera {source.video}'
     length, done = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
     try:
         while (frame := video.read()[1]) is not None:
-            yield dict(file=name, frame=done), _take_array(frame)
+            yield dict(file=source.video_name, frame=done), _take_array(frame)
             done += 1
     finally:
         video.release()
     # The length that a container tells is often an estimate, off by a frame or two.
-    if is_file and 0 < done < length - max(2, length // 100):
-        failures[name] = f'{source.video} breaks off after {done} of {length} frames'
+    if done < length - max(2, length // 100):
+        failures[source.video_name] = f'{source.video} breaks off after {done} of {length} frames'
 
 
-def _open_video(source: _Source) -> tuple[Any, Any]:
-    name = f'camera {source.video}' if isinstance(source.video, int) else str(source.video)
+def _open_video(source: Source) -> tuple[Any, Any]:
     try:
         import cv2
     except ImportError:
-        raise RuntimeFileError(f'{name} needs OpenCV: pip install opencv-python-headless') from None
-    video = cv2.VideoCapture(source.video if isinstance(source.video, int) else name)
+        raise RuntimeFileError(f'{source.video_name} needs OpenCV: pip install '
+                               'opencv-python-headless') from None
+    video = cv2.VideoCapture(source.video if isinstance(source.video, int) else str(source.video))
     if not video.isOpened():
-        raise InputError(f'{name} cannot be opened')
+        raise InputError(f'{source.video_name} cannot be opened')
     return cv2, video
 
 
 @contextmanager
-def _open_film(path: Path, source: _Source) -> Iterator[Any]:
-    """Open a video for writing, as fast as another; gives what writes a frame."""
+def _film(path: Path, source: Source) -> Iterator[Callable[[Image.Image], None]]:
+    """Open a film for writing, as fast as another; gives what adds a frame."""
     cv2, video = _open_video(source)
     rate, film = video.get(cv2.CAP_PROP_FPS) or 25., None
     video.release()
     with write_whole(path) as file:
-        def write(picture: Image.Image) -> None:
+        def add(picture: Image.Image) -> None:
             nonlocal film
             film = film or cv2.VideoWriter(file.name, cv2.VideoWriter_fourcc(*'mp4v'), rate,
                                            picture.size)
@@ -886,7 +866,7 @@ def _open_film(path: Path, source: _Source) -> Iterator[Any]:
                 raise RuntimeFileError(f'{path} cannot be written: this OpenCV has no encoder')
             film.write(np.asarray(picture)[..., ::-1])
         try:
-            yield write
+            yield add
         finally:
             if film is not None:
                 film.release()
@@ -921,10 +901,9 @@ def _picture_path(path: Path) -> Path:
 def _write_picture(path: Path, picture: Image.Image, name: Mapping[str, Any],
                    failures: dict[str, str]) -> None:
     """Write a picture, or note why not."""
-    quality = dict(quality=95) if path.suffix.lower() in ('.jpg', '.jpeg') else {}
-    content = io.BytesIO()
+    content, suffix = io.BytesIO(), path.suffix.lower()
     try:
-        picture.save(content, Image.registered_extensions()[path.suffix.lower()], **quality)
+        picture.save(content, Image.registered_extensions()[suffix], quality=95)
         with write_whole(path) as file:
             file.buffer.write(content.getvalue())
     except RuntimeFileError as error:
@@ -957,7 +936,7 @@ def write_whole(path: Path) -> Iterator[TextIO]:
     ones.
     """
     target = Path(os.path.realpath(path))
-    unfinished = target.with_name(f'.{secrets.token_hex(4)}.unfinished{target.suffix[:8]}')
+    unfinished = target.with_name(f'.{secrets.token_hex(4)}.unfinished{target.suffix}')
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -968,7 +947,8 @@ def write_whole(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise RuntimeFileError(f'{path} cannot be written: {gist(error)}') from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,12 +1,14 @@
-"""Evaluate a checkpoint, detector or classifier, as its config describes.
+"""Evaluate a checkpoint, or an exported file, as its config describes.
 
     spartan-mm test rtdetr_spartan_t epoch_72.pth --out predictions.pkl
+    spartan-mm test rtdetr_spartan_t model.onnx
 
 For several processes, see tools/dist_test.sh; a wheel has it in spartan_mm/.mim/tools.
 """
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
+from ..errors import UsageError
 from ..files import check_writable
 from .arguments import add, add_config, add_run
 
@@ -14,7 +16,8 @@ from .arguments import add, add_config, add_run
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_config(parser)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint file or URL')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help='checkpoint file or URL, or an exported .onnx or .xml file')
     add_run(parser)
     add(parser, '--match-classes')
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',
@@ -38,8 +41,14 @@ def run(args: Namespace) -> None:
     from ..engine.class_order import OrderedCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'test')
     check_evaluator(cfg, 'test')
-    launch.load_weights(cfg, args.checkpoint)
-    launch.use_compile(cfg, args.compile)
+    exported = args.checkpoint.lower().endswith(('.onnx', '.xml'))
+    if exported:
+        check_exported(args)
+        from ..export.model import ExportedClassesHook, use_exported
+        use_exported(cfg, args.checkpoint)
+    else:
+        launch.load_weights(cfg, args.checkpoint)
+        launch.use_compile(cfg, args.compile)
     if args.tta:
         launch.use_tta(cfg)
     if args.show or args.show_dir:
@@ -49,9 +58,19 @@ def run(args: Namespace) -> None:
         launch.keep_predictions(cfg, args.out)
     runner = launch.build_runner(cfg)
     # Ahead of hooks that load the checkpoint themselves.
-    runner.register_hook(OrderedCheckpointHook(args.match_classes), priority='HIGHEST')
+    runner.register_hook((ExportedClassesHook if exported else OrderedCheckpointHook)(
+        args.match_classes), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     runner.test()
+
+
+def check_exported(args: Namespace) -> None:
+    """Refuse flags that an exported file has no use for."""
+    for flag, asked in (('--tta', args.tta), ('--compile', args.compile),
+                        (f'--launcher {args.launcher}', args.launcher != 'none')):
+        if asked:
+            raise UsageError(f'{flag} is for checkpoints: {args.checkpoint} is an exported file, '
+                             'which is tested as it is, in one process; drop the flag')
 
 
 def _pickle_name(text: str) -> str:

@@ -72,7 +72,8 @@ class ResumeCheckHook(Hook):
         theirs = find_classes(checkpoint)
         ours = classes_of(runner.train_dataloader.dataset, 'train_dataloader')
         if not same_classes(theirs, ours):
-            _refuse(name, describe_classes(name, theirs, ours, 'the training data'))
+            _refuse(name, describe_classes(f'checkpoint {name}', theirs, ours,
+                                           'the training data'))
         before = _read_parts(checkpoint['meta'].get('cfg'))
         now = _read_parts(runner.message_hub.get_info('cfg'))
         changed = [*find_differences(before, now)] if before and now else []

@@ -68,11 +68,51 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
         CheckpointError: The classes differ, or cannot be matched.
     """
     theirs = find_classes(checkpoint)
+    if find_order(theirs, ours, f'checkpoint {name}', owner, match) is None:
+        return checkpoint
+    differ = describe_classes(f'checkpoint {name}', theirs, ours, owner)
+    for head in find_heads(model):
+        if head.num_classes != len(ours):
+            raise CheckpointError(f'{differ}. To match them by name, the model needs as many as '
+                                  f'{owner}: set model.{head.path}.num_classes={len(ours)}')
+    if find_meta(checkpoint).get('deploy'):
+        switch_to_deploy(model)
+    own = model.state_dict()
+    weights, changes = fit_classes(find_state_dict(checkpoint, name), own,
+                                   find_rows(model_cfg, own), [*map(_simplify, theirs)],
+                                   [*map(_simplify, ours)])
+    outputs = {change.known for change in changes}
+    if outputs != {len(theirs)}:
+        raise CheckpointError(f'{differ}. They cannot be matched by name, for it has '
+                              f'{join(outputs, none="no known")} outputs')
+    meta = find_meta(checkpoint)
+    dataset_meta = dict(meta.get('dataset_meta') or {}, classes=tuple(ours))
+    dataset_meta.pop('palette', None)
+    return dict(checkpoint, state_dict=weights, meta=dict(meta, dataset_meta=dataset_meta))
+
+
+def find_order(theirs: Sequence[str] | None, ours: Sequence[str] | None, name: str, owner: str,
+               match: Match = None) -> list[int] | None:
+    """Find each of our classes among those of a checkpoint.
+
+    Args:
+        theirs: Names of the checkpoint's classes; None if unknown.
+        ours: Names of the other classes; None if unknown.
+        name: What to call the checkpoint.
+        owner: Whose `ours` are.
+        match: What to do if they differ; None to refuse.
+
+    Returns:
+        The number that each has there; None if nothing has to move.
+
+    Raises:
+        CheckpointError: The classes differ, or cannot be matched.
+    """
     if match == 'name' and None in (theirs, ours):
         raise CheckpointError('classes cannot be matched by name, for there are no names in '
-                              + (f'checkpoint {name}' if theirs is None else owner))
+                              + (name if theirs is None else owner))
     if match == 'number' or same_classes(theirs, ours):
-        return checkpoint
+        return None
     differ = describe_classes(name, theirs, ours, owner)
     if match is None:
         raise CheckpointError(
@@ -84,23 +124,7 @@ def put_in_order(model: nn.Module, model_cfg: Mapping[str, Any], checkpoint: dic
     if unknown:
         raise CheckpointError(f'{differ}. They cannot be matched by name, for the checkpoint does '
                               f'not know {join(map(repr, unknown))}')
-    for head in find_heads(model):
-        if head.num_classes != len(ours):
-            raise CheckpointError(f'{differ}. To match them by name, the model needs as many as '
-                                  f'{owner}: set model.{head.path}.num_classes={len(ours)}')
-    if find_meta(checkpoint).get('deploy'):
-        switch_to_deploy(model)
-    own = model.state_dict()
-    weights, changes = fit_classes(find_state_dict(checkpoint, name), own,
-                                   find_rows(model_cfg, own), known, [*map(_simplify, ours)])
-    outputs = {change.known for change in changes}
-    if outputs != {len(theirs)}:
-        raise CheckpointError(f'{differ}. They cannot be matched by name, for it has '
-                              f'{join(outputs, none="no known")} outputs')
-    meta = find_meta(checkpoint)
-    dataset_meta = dict(meta.get('dataset_meta') or {}, classes=tuple(ours))
-    dataset_meta.pop('palette', None)
-    return dict(checkpoint, state_dict=weights, meta=dict(meta, dataset_meta=dataset_meta))
+    return [known.index(_simplify(one)) for one in ours]
 
 
 def follow_config(model: nn.Module, config: Config, checkpoint: Any, name: str, match: Match = None
@@ -148,7 +172,7 @@ def describe_classes(name: str, theirs: Sequence[str], ours: Sequence[str], owne
                   if not same_classes(*([one] for one in pair))), min(len(theirs), len(ours)))
     start = max(0, first - 1)
     orders = [f'{"..., " if start else ""}{join(names[start:], 5)}' for names in (theirs, ours)]
-    return (f'the classes of checkpoint {name} are not those of {owner}: it has '
+    return (f'the classes of {name} are not those of {owner}: it has '
             f'{count(len(theirs), "class")} ({orders[0]}), {owner} has {len(ours)} ({orders[1]}), '
             f'and class {first} is the first that differs')
 

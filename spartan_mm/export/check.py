@@ -7,7 +7,7 @@ is their choice at its edge: where two scores differ by less than float32's roun
 programs keep different ones.
 """
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.special import logit
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from ..backbones.spartan import CMixer
 from ..errors import ExplainedError
 from ..text import count, join, markdown
 from .pictures import Pictures, resized
-from .race import argmax_outputs, race
+from .race import BareRun, computed_in, open_bare, race
 
 #: The largest differences that float32 may make: of a detector's logits; of its boxes, as a share
 #: of the image's sides; of a classifier's logits, as a share of the largest.
@@ -68,13 +68,16 @@ class Right(NamedTuple):
 
     Attributes:
         rows: Of a detector; of a classifier its logits, or logarithms of its scores, (classes,).
+        largest: The largest logit of a classifier, as a number without its sign.
         swaps: How many queries others might stand for, by the edge of their selection.
-        largest: The largest logit, as a number without its sign.
+        others: Which these are, the nearest first: a selected token and one that is not, by their
+            ranks.
     """
 
     rows: Rows | np.ndarray
-    swaps: int = 0
     largest: float = 0.
+    swaps: int = 0
+    others: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
@@ -110,12 +113,20 @@ class Reference:
         self.raw = bool(metadata['raw'])
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> list[Right]:
-        """Say what is right for images (N, 3, H, W), RGB bytes, of the original sizes (N, 2)."""
+    def __call__(self, images: np.ndarray, sizes: np.ndarray,
+                 swap: tuple[int, int] | None = None) -> list[Right]:
+        """Say what is right for images (N, 3, H, W), RGB bytes, of the original sizes (N, 2).
+
+        Args:
+            images: The images.
+            sizes: Width and height of each before it was resized.
+            swap: Ranks of two tokens that change places before the best are selected.
+        """
         inputs = [torch.from_numpy(image[::-1].copy()) for image in images]
         batch = self.model.data_preprocessor(dict(inputs=inputs, data_samples=None), False)
-        give = self._detect if self.detects else self._classify
-        return give(batch['inputs'], sizes)
+        if self.detects:
+            return self._detect(batch['inputs'], sizes, swap)
+        return self._classify(batch['inputs'])
 
     def strongest(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         """The strongest channel at each position, of each CMixer in its turn, (N, 1, H, W)."""
@@ -130,37 +141,50 @@ class Reference:
                 hook.remove()
         return found
 
-    def _classify(self, inputs: Tensor, sizes: np.ndarray) -> list[Right]:
+    def _classify(self, inputs: Tensor) -> list[Right]:
         features = self.model.extract_feat(inputs)
         logits = self.model.head(features).float()
         values = logits.numpy() if self.raw else _log(torch.stack([
             sample.pred_score for sample in self.model.head.predict(features)]).numpy())
-        return [Right(own, largest=float(largest)) for own, largest in zip(
+        return [Right(own, float(largest)) for own, largest in zip(
             values, logits.abs().amax(1), strict=True)]
 
-    def _detect(self, inputs: Tensor, sizes: np.ndarray) -> list[Right]:
-        head, tokens = self.model.bbox_head, []
+    def _detect(self, inputs: Tensor, sizes: np.ndarray, swap: tuple[int, int] | None
+                ) -> list[Right]:
+        head, ranked = self.model.bbox_head, []
+
+        def look(module: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+            scores, order = logits.float().amax(-1).sort(1, descending=True)  # (N, L)
+            ranked.append(scores.sigmoid())
+            if swap is not None:
+                image, (one, other) = torch.arange(len(order)), order[:, swap].unbind(1)
+                logits = logits.clone()
+                logits[image, one], logits[image, other] = logits[image, other], logits[image, one]
+            return logits
+
         # In evaluation the last branch rates the tokens, of which the best become queries.
-        hook = head.cls_branches[-1].register_forward_hook(
-            lambda module, args, output: tokens.append(output))
+        hook = head.cls_branches[-1].register_forward_hook(look)
         try:
             logits, boxes = self.model.infer(inputs)
         finally:
             hook.remove()
-        scores = tokens[-1].float().amax(-1).sigmoid().sort(1, descending=True).values  # (N, L)
-        kept = logits.shape[1]
-        first_out = scores[:, kept:kept + 1] if scores.shape[1] > kept else -1.
-        at_edge = scores[:, :kept] - first_out <= EDGE  # (N, Q)
-        could_enter = scores[:, kept - 1:kept] - scores[:, kept:] <= EDGE
-        swaps = torch.minimum(at_edge.sum(1), could_enter.sum(1)).tolist()
+        scores, kept = ranked[-1], logits.shape[1]
+        selected, left = scores[:, :kept], scores[:, kept:]
+        first_left = left[:, :1] if left.shape[1] else torch.full((len(left), 1), -1.)
+        loose = selected - first_left <= EDGE  # (N, Q)
+        counts = torch.minimum(loose.sum(1), (selected[:, -1:] - left <= EDGE).sum(1)).tolist()
         if self.raw:
             found = [queries(*of_image) for of_image in zip(
-                logits.numpy(), boxes.numpy(), at_edge.numpy(), strict=True)]
+                logits.numpy(), boxes.numpy(), loose.numpy(), strict=True)]
         else:
-            found = self._detections(logits, boxes, at_edge, inputs.shape[2:], sizes)
-        return [*map(Right, found, swaps)]
+            found = self._detections(logits, boxes, loose, inputs.shape[2:], sizes)
+        pairs = [(one, other) for one, other in (
+            (kept - 1, kept), (kept - 2, kept), (kept - 1, kept + 1)) if other < scores.shape[1]]
+        return [Right(rows, swaps=swaps, others=[
+            (one, other) for one, other in pairs if own[one] - own[other] <= EDGE])
+            for rows, swaps, own in zip(found, counts, scores, strict=True)]
 
-    def _detections(self, logits: Tensor, boxes: Tensor, at_edge: Tensor, shape: Sequence[int],
+    def _detections(self, logits: Tensor, boxes: Tensor, loose: Tensor, shape: Sequence[int],
                     sizes: np.ndarray) -> list[Rows]:
         """Rows of detections as :meth:`RTDETRHead.predict_by_feat` makes them."""
         sides = np.asarray(shape[::-1], np.float32)
@@ -170,14 +194,14 @@ class Reference:
         # The same choice once more, for the query of each.
         keep = len(found[0].scores)
         query = logits.sigmoid().flatten(1).topk(keep).indices // logits.shape[2]
-        return [detections(each.labels.numpy(), each.bboxes.numpy(), each.scores.numpy(), size,
-                           loose.numpy())
-                for each, size, loose in zip(found, sizes, at_edge.gather(1, query), strict=True)]
+        return [detections(each.labels.numpy(), each.bboxes.numpy(), each.scores.numpy(), *of_image)
+                for each, *of_image in zip(found, sizes, loose.gather(1, query).numpy(),
+                                           strict=True)]
 
 
 def queries(logits: np.ndarray, boxes: np.ndarray, loose: np.ndarray | bool = False) -> Rows:
     """Make rows of the logits (Q, classes) and boxes (Q, 4) (cx, cy, w, h; 0 to 1) of a picture."""
-    return Rows(logits, boxes, np.zeros(len(boxes), int), _sigmoid(logits.max(1)),
+    return Rows(logits, boxes, np.zeros(len(boxes), int), expit(logits.max(1)),
                 np.broadcast_to(loose, len(boxes)))
 
 
@@ -284,29 +308,35 @@ def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Map
     dynamic, size = metadata['input']['dynamic'], tuple(metadata['input']['size'])
     result = dict(pictures=pictures.source, reference=f'torch {torch.__version__}, as trained, '
                   'eager, float32', precision=metadata['precision'])
-    batches = _split(len(pictures.images), (1, 2, 3) if 'batch' in dynamic else (1, ))
+    batches = _split(len(pictures.images), 'batch' in dynamic)
     if metadata['precision'] != 'fp32':
         return result | measure(reference, run, pictures, batches, size)
     plan = [(size, batch) for batch in batches]
     if 'size' in dynamic:
         plan += [(other, range(min(2 if 'batch' in dynamic else 1, len(pictures.images))))
                  for other in _other_sizes(size, metadata['input'].get('min_size', 32))]
+    compared = 'logits' if reference.raw or not reference.detects else 'scores'
     rows = {}
     for shape, batch in plan:
-        row = rows.setdefault((len(batch), shape), dict(
-            batch=len(batch), size=list(shape), pictures=0, values=0., boxes=0., ties=0))
+        row = rows.setdefault((len(batch), shape), {
+            'batch': len(batch), 'size': list(shape), 'pictures': 0, compared: 0., **(
+                dict(boxes=0., ties=0) if reference.detects else {})})
         for place, difference in zip(batch, _compare(reference, run, pictures, batch, shape),
                                      strict=True):
             if difference.fault:
                 raise CheckError(
                     f'the file does not compute what the model computes: {pictures.names[place]}, '
                     f'batch of {len(batch)}, {shape[0]}x{shape[1]} pixels: {difference.fault}')
-            row.update(pictures=row['pictures'] + 1, ties=row['ties'] + difference.ties,
-                       **{key: max(row[key], float(getattr(difference, key)))
-                          for key in ('values', 'boxes')})
-    return result | dict(
-        bounds=dict(logits=LOGITS, boxes=BOXES, edge=EDGE) if reference.detects
-        else dict(logits=f'{CLASS_LOGITS:g} of the largest'), rows=[*rows.values()])
+            row['pictures'] += 1
+            row[compared] = max(row[compared], float(difference.values))
+            if reference.detects:
+                row['boxes'] = max(row['boxes'], float(difference.boxes))
+                row['ties'] += difference.ties
+    bounds = (dict(logits=f'{CLASS_LOGITS:g} of the largest') if not reference.detects else
+              {compared: f'{LOGITS:g}' if reference.raw else f'{LOGITS:g} s (1 - s)',
+               'boxes': f"{BOXES:g} of the image's sides",
+               'ties': f'within {EDGE:g} of the edge of a choice'})
+    return result | dict(bounds=bounds, rows=[*rows.values()])
 
 
 def measure(reference: Reference, run: Run, pictures: Pictures, batches: Sequence[Sequence[int]],
@@ -340,28 +370,25 @@ def measure(reference: Reference, run: Run, pictures: Pictures, batches: Sequenc
                      else dict(top1=share))
 
 
-def count_flips(reference: Reference, path: str | Path, pictures: Pictures, size: tuple[int, int],
-                precision: str = 'fp32') -> dict[str, Any] | None:
+def count_flips(reference: Reference, find: BareRun, pictures: Pictures, size: tuple[int, int]
+                ) -> dict[str, Any] | None:
     """Count the positions whose strongest channel is another one than in the model.
 
     Args:
         reference: The model.
-        path: The file, .onnx or .xml.
+        find: Gives what each argmax of the file picks, see :func:`open_bare`.
         pictures: On what.
-        size: Height and width that the file takes.
-        precision: What OpenVINO computes in.
+        size: Height and width of the images.
 
     Returns:
-        The share of positions, of all CMixers and of each; None for a model without, or a file
-        whose argmax cannot be found.
+        The share of positions, of `all` CMixers and of `each`; None for a model without, or a file
+        that has another number of argmax.
     """
     flips, positions = 0, 0
-    find = argmax_outputs(path, precision)
     for place in range(len(pictures.images)):
         images, sizes = _batch(pictures, [place], size)
         right, found = reference.strongest(images, sizes), find(images, sizes)
-        if not right or len(right) != len(found) or any(
-                one.size != other.size for one, other in zip(right, found, strict=True)):
+        if not right or [each.size for each in right] != [each.size for each in found]:
             return None
         flips = flips + np.array([(one.ravel() != other.ravel()).sum()
                                   for one, other in zip(right, found, strict=True)])
@@ -370,16 +397,18 @@ def count_flips(reference: Reference, path: str | Path, pictures: Pictures, size
                 each=[*map(float, np.round(flips / positions, 6))])
 
 
-def check_export(model: nn.Module, path: str | Path, metadata: Mapping[str, Any],
-                 pictures: Pictures, float32: str | Path | None = None) -> dict[str, Any]:
-    """Check a file that was exported, .onnx or .xml.
+def check_export(model: nn.Module, run: Run, metadata: Mapping[str, Any], pictures: Pictures,
+                 path: str | Path, float32: str | Path | None = None) -> dict[str, Any]:
+    """Check a file that was exported.
 
     Args:
         model: What it was made of, in the form that it was trained in.
-        path: The file.
+        run: Runs the file.
         metadata: Of the file, as a dict.
         pictures: See :func:`find_pictures`.
-        float32: A file of the same model in float32, to compare times with; None for none.
+        path: The file; what argmax picks is looked for in .onnx and .xml.
+        float32: An ONNX file of the same model in float32, to compare times with in the same
+            library; None for none.
 
     Returns:
         What was found, fit for JSON: the metadata's `check`.
@@ -387,16 +416,19 @@ def check_export(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
     Raises:
         CheckError: A float32 file is wrong.
     """
-    from ..runtime import Runtime
     precision, size = metadata['precision'], tuple(metadata['input']['size'])
-    reference, run = Reference(model, metadata), Runtime(path, precision=precision).run
+    reference, suffix = Reference(model, metadata), Path(path).suffix
     result = check_file(reference, run, pictures, metadata)
-    if precision == 'fp32':
+    if precision == 'fp32' or suffix not in ('.onnx', '.xml'):
         return result
-    result['flips'] = count_flips(reference, path, pictures, size, precision)
+    library = 'openvino' if suffix == '.xml' else 'onnxruntime'
+    if library == 'openvino':
+        result['computed_in'] = computed_in(precision)
+    result['flips'] = count_flips(reference, open_bare(path, library, precision, argmax=True),
+                                  pictures, size)
     if float32 is not None:
-        images, sizes = _batch(pictures, [0], size)
-        times = race([partial(one, images, sizes) for one in (Runtime(float32).run, run)])
+        given = _batch(pictures, [0], size)
+        times = race([partial(each, *given) for each in (open_bare(float32, library), run)])
         result['milliseconds'] = dict(zip(('fp32', precision), times, strict=True))
     return result
 
@@ -405,17 +437,16 @@ def print_check(result: Mapping[str, Any]) -> str:
     """Write what a check found as tables for people."""
     head = f"Compared with {result['reference']} on {result['pictures']}.\n\n"
     if 'rows' in result:
-        bounds = result['bounds']
-        rows = [[str(row['batch']), 'x'.join(map(str, row['size'])), str(row['pictures']),
-                 f"{row['values']:.1e}", f"{row['boxes']:.1e}", str(row['ties'])]
-                for row in result['rows']]
-        columns = ['batch', 'size', 'pictures', 'largest difference of scores or logits',
-                   'of boxes', 'ties at the edge']
-        # A classifier has neither boxes nor ties.
-        end = None if 'boxes' in bounds else -2
-        text = markdown([row[:end] for row in (columns, *rows)])
-        return f'{head}{text}\nBounds: {join(f"{name} {value}" for name, value in bounds.items())}'
-    rows = [['precision', result['precision']],
+        bounds = join(f'{name} {value}' for name, value in result['bounds'].items())
+        head += f'Bounds: {bounds}.\n\n'
+        rows = [[f'{value:.1e}' if isinstance(value, float) else
+                 'x'.join(map(str, value if isinstance(value, list) else [value]))
+                 for value in row.values()] for row in result['rows']]
+        return head + markdown([[*result['rows'][0]], *rows])
+    precision = computed = result['precision']
+    if (found := result.get('computed_in', computed)) != computed:
+        computed = f'{precision}, but computed in {found}: this processor has no {precision}'
+    rows = [['precision', computed],
             ['relative RMS of the logits', f"{result['relative_rms']:.2g}"]]
     if 'kept' in result:
         rows.append(['detections with a partner (class, IoU 0.9)',
@@ -426,9 +457,7 @@ def print_check(result: Mapping[str, Any]) -> str:
         rows.append(['positions with another strongest channel',
                      f"{100 * result['flips']['all']:.2f} %"])
     if times := result.get('milliseconds'):
-        *_, own = times.values()
-        rows.append(['ms a picture, and beside float32',
-                     f"{own:.1f}, {times['fp32'] / own:.2f}x as fast"])
+        rows.append(['ms a picture', f"{times[precision]:.1f}; in float32 {times['fp32']:.1f}"])
     return (f'{head}{markdown([["", ""], *rows])}\n'
             'Accuracy on data with labels: spartan-mm test CONFIG FILE')
 
@@ -437,20 +466,26 @@ def _compare(reference: Reference, run: Run, pictures: Pictures, batch: Sequence
              shape: tuple[int, int]) -> list[Difference]:
     """Compare the pictures of a batch."""
     images, sizes = _batch(pictures, batch, shape)
-    expected = reference(images, sizes)
-    outputs = _read(reference, run(images, sizes), sizes)
-    differences = []
-    for right, found in zip(expected, outputs, strict=True):
-        shapes = [np.shape(each.values if reference.detects else each)
-                  for each in (right.rows, found)]
-        if shapes[0] != shapes[1]:
-            differences.append(Difference(
-                np.inf, fault=f'outputs are of shape {shapes[1]}, where {shapes[0]} is right'))
-        elif reference.detects:
-            differences.append(compare_rows(right.rows, found, right.swaps, reference.raw))
-        else:
-            differences.append(compare_logits(right.rows, found, right.largest))
-    return differences
+    found = _read(reference, run(images, sizes), sizes)
+    return [_compare_one(reference, *each, images[place:place + 1], sizes[place:place + 1])
+            for place, each in enumerate(zip(reference(images, sizes), found, strict=True))]
+
+
+def _compare_one(reference: Reference, right: Right, found: Rows | np.ndarray, image: np.ndarray,
+                 size: np.ndarray) -> Difference:
+    shapes = [np.shape(each.values if reference.detects else each) for each in (right.rows, found)]
+    if shapes[0] != shapes[1]:
+        return Difference(np.inf, fault=f'the output is {shapes[1]}, where {shapes[0]} is right')
+    if not reference.detects:
+        return compare_logits(right.rows, found, right.largest)
+    difference = compare_rows(right.rows, found, right.swaps, reference.raw)
+    # Queries attend to each other: with one that is another, all are.
+    for swap in right.others if difference.fault else ():
+        again = compare_rows(reference(image, size, swap)[0].rows, found, right.swaps,
+                             reference.raw)
+        if not again.fault:
+            return replace(again, ties=again.ties + 1)
+    return difference
 
 
 def _read(reference: Reference, outputs: Mapping[str, np.ndarray], sizes: np.ndarray
@@ -470,20 +505,25 @@ def _batch(pictures: Pictures, places: Sequence[int], shape: tuple[int, int]
             np.array([pictures.sizes[place] for place in places], np.int64))
 
 
-def _split(number: int, sizes: Sequence[int]) -> list[range]:
-    """Split so many pictures into batches of these sizes, in turns."""
-    batches, start, turn = [], 0, 0
-    while start < number:
-        end = min(number, start + sizes[turn % len(sizes)])
-        batches.append(range(start, end))
-        start, turn = end, turn + 1
+def _split(number: int, free: bool) -> list[list[int]]:
+    """Split so many pictures into batches of 1, 2 and 3 in turns, or of 1.
+
+    Too few for that go through more than once.
+    """
+    if not free:
+        return [[place] for place in range(number)]
+    batches, places = [], [place % number for place in range(max(number, 6))]
+    while places:
+        size = len(batches) % 3 + 1
+        batches.append(places[:size])
+        del places[:size]
     return batches
 
 
 def _other_sizes(size: tuple[int, int], least: int) -> list[tuple[int, int]]:
     """Two more sizes, of whole multiples of 32: one that is flatter, one that is wider."""
     height, width = (side // 32 * 32 for side in size)
-    flatter, wider = height - max(32, height // 4 // 32 * 32), width + max(32, width // 4 // 32 * 32)
+    flatter, wider = height - max(32, height // 128 * 32), width + max(32, width // 128 * 32)
     return [(flatter if flatter >= least else height + 64, width), (height, wider)]
 
 
@@ -523,7 +563,3 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _log(scores: np.ndarray) -> np.ndarray:
     return np.log(np.clip(scores, 1e-30, None))
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits.clip(-80, 80)))

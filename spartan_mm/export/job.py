@@ -24,7 +24,7 @@ from ..zoo import get_model
 from .check import Run, check_export, print_check
 from .formats import find_format
 from .graph import Classify, Detect, make_graph
-from .metadata import as_properties, describe, find_size
+from .metadata import MIN_SIDE, MULTIPLE, as_properties, describe, find_size
 from .onnx import write_onnx
 from .pictures import Pictures, find_pictures
 from .preprocessing import describe_resize
@@ -110,7 +110,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
     graph = make_graph(switch_to_deploy(copy.deepcopy(model)), raw)
     resize = None if raw and size else describe_resize(cfg, size)
     size = find_size(resize, size)
-    _check_size(model, size)
+    _check_size(model, size, dynamic)
     classes = find_names(model, _names_of(model), find_test_dataset(cfg), str(weights))
     metadata = describe(graph, cfg, name, classes, local_file(weights), resize, size, dynamic,
                         precision)
@@ -154,8 +154,11 @@ def _names_of(model: nn.Module) -> Sequence[str]:
     return meta.get('classes') or ()
 
 
-def _check_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Refuse what the data preprocessor would pad."""
+def _check_size(model: nn.Module, size: tuple[int, int], dynamic: tuple[str, ...]) -> None:
+    """Refuse what the data preprocessor would pad, and what free sides don't reach."""
+    if 'size' in dynamic and any(side % MULTIPLE or side < MIN_SIDE for side in size):
+        raise UsageError(f'--dynamic size: sides are multiples of {MULTIPLE} from {MIN_SIDE} on, '
+                         f'and {size[0]}x{size[1]} is not; give another --size')
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1) or 1
     if any(side % divisor for side in size):
         raise UsageError(f'--size {size[0]} {size[1]}: the data preprocessor of the config pads to '
@@ -189,7 +192,8 @@ def _check(job: Job, run: Run | None, wanted: int | str) -> dict[str, Any]:
         print(f'{job.path.name} was not compared: it cannot run on this machine')
         return dict(compared=False)
     pictures = find_pictures(job.cfg, wanted)
-    float32 = None if job.precision == 'fp32' else job.onnx()
-    result = check_export(job.model, job.path, job.metadata, pictures, float32)
+    compared = job.precision != 'fp32' and job.path.suffix in ('.onnx', '.xml')
+    result = check_export(job.model, run, job.metadata, pictures, job.path,
+                          job.onnx() if compared else None)
     print(print_check(result))
     return result

@@ -14,8 +14,8 @@ from ..version import __version__
 from ..weights.stored_config import as_text
 from .graph import Detect
 
-#: Sides are whole multiples of it where they are free.
-MULTIPLE = 32
+#: Where sides are free, they are whole multiples of the one from the other on.
+MULTIPLE, MIN_SIDE = 32, 64
 
 #: Which meaning the entries have; the runtime refuses what is newer than it knows.
 FORMAT = 1
@@ -64,15 +64,14 @@ def describe(graph: nn.Module, cfg: Config, name: str, classes: Sequence[str],
     detector = dict(num_queries=graph.model.num_queries,
                     max_per_img=graph.model.bbox_head.test_cfg.get('max_per_img', 300)
                     ) if isinstance(graph, Detect) else {}
-    least = getattr(getattr(graph.model, 'backbone', None), 'min_size', MULTIPLE)
     return dict(
         format=FORMAT, spartan_mm=__version__,
         task='detection' if isinstance(graph, Detect) else 'classification', model=name,
         config_sha256=hashlib.sha256(as_text(cfg.to_dict()).encode()).hexdigest(),
         checkpoint_sha256=checkpoint and hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         classes=list(classes) or None,
-        input=dict(size=list(size), dynamic=list(dynamic), multiple_of=MULTIPLE, min_size=max(
-            least, 2 * MULTIPLE), color='RGB', range=[0, 255], normalized_inside=True, **inside),
+        input=dict(size=list(size), dynamic=list(dynamic), multiple_of=MULTIPLE, min_size=MIN_SIDE,
+                   color='RGB', range=[0, 255], normalized_inside=True, **inside),
         resize=resize and dict(resize), outputs=list(graph.output_names), raw=graph.raw, **detector,
         precision=precision, versions={
             package: found for package in _PACKAGES if (found := _find_version(package))})

@@ -55,10 +55,11 @@ def describe_resize(cfg: Config, size: Sequence[int] | None = None) -> dict[str,
         for name, step in _list_steps(steps):
             if name.startswith('CenterCrop'):
                 rule['crop'] = _describe_crop(step, rule)
-            elif 'rule' in rule:
+                continue
+            resizing = _describe_step(name, step)
+            if rule:
                 raise _UnknownError('it follows another step that resizes')
-            else:
-                rule = _describe_step(name, step)
+            rule = resizing
         name = 'the pipeline'
         if 'rule' not in rule:
             raise _UnknownError('nothing in it resizes images')
@@ -92,9 +93,10 @@ def _describe_step(name: str, step: Mapping[str, Any]) -> dict[str, Any]:
         shape = [size] if isinstance(size, int) else [*size]
         rule = (dict(rule='shorter side', size=shape[0]) if len(shape) == 1
                 else dict(rule='stretch', size=shape))
-        if interpolation.startswith('nearest'):
-            # Pillow, too, takes the pixel under the centre, where others take the one at the left.
-            antialias, interpolation = interpolation == 'nearest-exact', 'nearest'
+        antialias = antialias and interpolation != 'nearest'
+        if interpolation == 'bicubic' and not antialias:
+            raise _UnknownError("its bicubic kernel without antialias is neither Pillow's nor "
+                                "OpenCV's")
     elif name == 'ResizeEdge' or name in _STRETCHES:
         backend = step.get('backend', _STRETCHES.get(name, 'cv2'))
         if backend not in _ANTIALIAS:

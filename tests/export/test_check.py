@@ -1,0 +1,210 @@
+"""Exported files beside their models: matched rows, bounds, ties, sizes, lower precision."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import spartan_mm.detection  # noqa: F401 - registers what the configs name
+from spartan_mm.export.check import (
+    BOXES,
+    LOGITS,
+    CheckError,
+    Reference,
+    check_file,
+    compare_logits,
+    compare_rows,
+    detections,
+    print_check,
+    queries,
+)
+from spartan_mm.export.pictures import find_pictures
+from spartan_mm.zoo import quiet
+
+DATA = Path(__file__).parents[1] / 'data'
+SIZE = (64, 48)
+
+
+def describe(task, raw=False, size=(64, 64), dynamic=('batch', 'size'), precision='fp32'):
+    return dict(task=task, raw=raw, precision=precision,
+                input=dict(size=list(size), dynamic=list(dynamic), min_size=32))
+
+
+@pytest.fixture(scope='module', params=['detection', 'classification'])
+def built(request):
+    """Config, model and pictures of a task."""
+    kind = dict(detection='detector', classification='classifier')[request.param]
+    config = Config.fromfile(DATA / f'user_{kind}.py')
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(config.default_scope), quiet():
+        model = MODELS.build(config.model)
+        model.init_weights()
+    for name, parameter in model.named_parameters():
+        if 'layer_scale' in name or name.startswith(('head.', 'bbox_head.cls_branches')):
+            nn.init.normal_(parameter, std=0.3)
+        if 'reg_branches' in name:
+            nn.init.normal_(parameter, std=0.1)
+    return request.param, model.eval(), find_pictures(config, 6)
+
+
+def as_file(model, metadata, change=lambda outputs, images: outputs):
+    """A model in the place of a file, its outputs changed, and the shapes that it was given."""
+    def run(images, sizes):
+        shapes.append(images.shape)
+        outputs = {}
+        for right, size in zip(Reference(model, metadata)(images, sizes), sizes, strict=True):
+            if metadata['task'] == 'classification':
+                found = dict(scores=np.exp(right.rows))
+            elif metadata['raw']:
+                found = dict(logits=right.rows.values, boxes=right.rows.boxes)
+            else:
+                found = dict(labels=right.rows.labels, scores=right.rows.scores,
+                             boxes=right.rows.boxes * [*size, *size])
+            for name, values in found.items():
+                outputs.setdefault(name, []).append(values)
+        return change({name: np.stack(values) for name, values in outputs.items()}, images)
+    shapes = []
+    return run, shapes
+
+
+def make_rows(count=20, classes=5, raw=False, seed=0, **changes):
+    """Rows of scores that are well apart."""
+    rng = np.random.default_rng(seed)
+    boxes = rng.uniform(0.1, 0.9, (count, 4))
+    if raw:
+        return queries(rng.normal(size=(count, classes)), boxes, **changes)
+    return detections(rng.integers(0, classes, count), boxes * [*SIZE, *SIZE],
+                      np.linspace(0.9, 0.1, count), SIZE, **changes)
+
+
+def changed(rows, row, **values):
+    """Rows of which one is another."""
+    parts = rows._asdict() | {name: np.array(getattr(rows, name)) for name in values}
+    for name, value in values.items():
+        parts[name][row] = value
+    return type(rows)(**parts)
+
+
+class TestRows:
+
+    @pytest.mark.parametrize('raw', [False, True])
+    def test_any_order_is_right(self, raw):
+        rows = make_rows(raw=raw)
+        order = np.random.default_rng(1).permutation(20)
+        shuffled = type(rows)(*(part[order] for part in rows))
+        result = compare_rows(rows, shuffled, 0, raw)
+        assert (result.fault, result.ties, result.values, result.boxes) == (None, 0, 0, 0)
+
+    @pytest.mark.parametrize('raw', [False, True])
+    @pytest.mark.parametrize('share, fault', [(0.9, False), (1.1, True)])
+    def test_bounds(self, raw, share, fault):
+        rows = make_rows(raw=raw)
+        slope = 1 if raw else rows.scores[3] * (1 - rows.scores[3])
+        for name, step in (('boxes', BOXES), ('values', LOGITS * slope)):
+            moved = changed(rows, 3, **{name: getattr(rows, name)[3] + share * step})
+            result = compare_rows(rows, moved, 0, raw)
+            assert bool(result.fault) == fault
+            if fault:
+                assert f'{"query" if raw else "detection"} 3 of 20' in result.fault
+                assert f'{share * step:.2g}' in result.fault
+            else:
+                assert getattr(result, name) == pytest.approx(share * step)
+
+    def test_another_class_is_wrong(self):
+        rows = make_rows()
+        wrong = compare_rows(rows, changed(rows, 3, labels=rows.labels[3] + 1), 0, False).fault
+        assert f'is of class {rows.labels[3] + 1}, not {rows.labels[3]}' in wrong
+
+    def test_the_last_detection_may_be_another(self):
+        rows = make_rows()
+        other = changed(rows, 19, boxes=0.5, labels=9)
+        result = compare_rows(rows, other, 0, False)
+        assert (result.fault, result.ties) == (None, 1)
+        # One in the middle may not, nor one whose score has gone.
+        assert compare_rows(rows, changed(rows, 9, boxes=0.5), 0, False).fault
+        assert compare_rows(rows, changed(rows, 18, scores=0.2, values=0.2, boxes=0.5), 0,
+                            False).fault
+
+    @pytest.mark.parametrize('raw', [False, True])
+    def test_queries_at_the_edge_of_their_selection_may_be_others(self, raw):
+        rows = make_rows(raw=raw, loose=np.arange(20) == 5)
+        other = changed(make_rows(raw=raw), 5, boxes=0.5)
+        assert compare_rows(rows, other, 1, raw).ties == 1
+        assert not compare_rows(rows, other, 1, raw).fault
+        assert compare_rows(rows, other, 0, raw).fault
+        assert compare_rows(rows, changed(rows, 6, boxes=0.5), 1, raw).fault
+
+    def test_numbers_that_are_not_finite(self):
+        rows = make_rows()
+        assert 'not finite' in compare_rows(rows, changed(rows, 3, boxes=np.nan), 9, False).fault
+
+
+@pytest.mark.parametrize('change, fault', [
+    (lambda logits: logits + [0, 3e-4, 0, 0, 0, 0], None),
+    (lambda logits: logits + [0, 5e-4, 0, 0, 0, 0], 'class 1 differs by 0.0005 (bound 0.0004)'),
+    (lambda logits: logits[[1, 0, 2, 3, 4, 5]], 'bound'),
+    (lambda logits: logits + [0, 0, 0, 0, 3e-4, 0], 'another order'),
+    (lambda logits: logits * np.inf, 'not finite')])
+def test_logits(change, fault):
+    logits = np.array([4, -2, 1, 0.5, 2, 2.0001])
+    result = compare_logits(logits, change(logits), 4.)
+    assert fault in result.fault if fault else result.fault is None
+
+
+class TestFiles:
+
+    def test_the_plan(self, built):
+        task, model, pictures = built
+        metadata = describe(task)
+        run, shapes = as_file(model, metadata)
+        result = check_file(Reference(model, metadata), run, pictures, metadata)
+        assert [shape[:1] + shape[2:] for shape in shapes] == [
+            (1, 64, 64), (2, 64, 64), (3, 64, 64), (2, 32, 64), (2, 64, 96)]
+        assert 'photographs' in result['pictures']
+        assert '32x64' in print_check(result)
+
+    def test_fixed_batch_and_size(self, built):
+        task, model, pictures = built
+        metadata = describe(task, dynamic=())
+        run, shapes = as_file(model, metadata)
+        check_file(Reference(model, metadata), run, pictures, metadata)
+        assert set(shapes) == {(1, 3, 64, 64)} and len(shapes) == 6
+
+    def test_the_picture_and_the_axis_are_named(self, built):
+        task, model, pictures = built
+        metadata = describe(task)
+
+        def change(outputs, images):
+            if images.shape[3] == 96:
+                outputs['scores'][1, :2] *= 0.7
+            return outputs
+        with pytest.raises(CheckError, match='picture 1, batch of 2, 64x96 pixels: .*bound'):
+            check_file(Reference(model, metadata), as_file(model, metadata, change)[0], pictures,
+                       metadata)
+
+    def test_a_file_of_the_deploy_form(self, built):
+        import copy
+
+        from spartan_mm.weights.forms import switch_to_deploy
+        task, model, pictures = built
+        metadata = describe(task)
+        deployed = switch_to_deploy(copy.deepcopy(model))
+        result = check_file(Reference(model, metadata), as_file(deployed, metadata)[0], pictures,
+                            metadata)
+        key = 'scores' if task == 'detection' else 'logits'
+        assert 0 < max(row[key] for row in result['rows']) < 1e-4
+
+    def test_lower_precision(self, built):
+        task, model, pictures = built
+        metadata = describe(task, precision='fp16')
+
+        def change(outputs, images):
+            outputs['scores'] = outputs['scores'] * np.float32(0.99)
+            return outputs
+        result = check_file(Reference(model, metadata), as_file(model, metadata, change)[0],
+                            pictures, metadata)
+        assert 0 < result['relative_rms'] < 0.1
+        assert result['kept' if task == 'detection' else 'top1'] == 1

@@ -1,0 +1,103 @@
+"""ONNX files: operations that every runtime has, and nothing of the machine that wrote them."""
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.testing import assert_close
+
+from spartan_mm.export.graph import make_graph
+from spartan_mm.export.onnx import find_scopes, write_onnx
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_operations_are_those_that_every_runtime_has(exported, task):
+    model = onnx.load(exported(task).path)
+    found = {node.op_type for node in model.graph.node}
+    assert not found & {'Loop', 'If', 'Scan', 'NonZero', 'ScatterND', 'ScatterElements',
+                        'GridSample', 'SequenceConstruct'}
+    assert {entry.domain: entry.version for entry in model.opset_import}[''] == 18
+    # Core ML and others have no more axes.
+    shapes = [value.type.tensor_type.shape.dim for value in model.graph.value_info]
+    assert max(map(len, shapes)) <= 5
+
+
+def test_nothing_tells_of_this_machine(exported):
+    content = exported('detector').path.read_bytes()
+    assert str(Path(__file__).parents[2]).encode() not in content
+    assert b'site-packages' not in content and b'stack_trace' not in content
+
+
+def test_nodes_know_their_modules(exported):
+    scopes = {*find_scopes(exported('detector').path).values()}
+    assert {'', 'model.decoder.query_pos_head.0', 'model.neck.input_projs.0.conv',
+            'model.decoder.layers.0.cross_attn'} <= scopes
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_metadata_say_what_running_takes(exported, task):
+    given = exported(task)
+    found = {entry.key: json.loads(entry.value)
+             for entry in onnx.load(given.path).metadata_props}
+    assert found['task'] == ('detection' if task == 'detector' else 'classification')
+    assert found['model'] == f'small_{task}'
+    assert found['input'] == dict(
+        size=[64, 64] if task == 'detector' else [32, 32], dynamic=['batch'],
+        multiple_of=32, min_size=64, color='RGB', range=[0, 255], normalized_inside=True,
+        mean=None, std=[255.] * 3)
+    assert found['check']['rows'] and found['precision'] == 'fp32'
+    assert len(found['checkpoint_sha256']) == len(found['config_sha256']) == 64
+
+
+def test_invalid_anchors_go_through_the_decoder(exported, tmp_path):
+    # 64 by 64 cells on the finest map, those at the border too near to it.
+    model = exported('detector').model
+    with torch.no_grad():
+        token = model.memory_trans_norm(model.memory_trans_fc.bias)
+        branch = model.bbox_head.cls_branches[-1]
+        branch.weight[0] = 3 * token  # no token is closer to this one than that of zero memory
+        branch.bias[0] = 0
+    graph = make_graph(model, raw=True)
+    images = torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8)
+    with torch.no_grad():
+        features = model.extract_feat(images / 255)
+        encoded = model.forward_encoder(**model.pre_transformer(features)[0])
+        selected = model.pre_decoder(**encoded)[0]['reference']
+        expected = graph(images)
+    assert (selected > 100).any(-1).all()
+
+    write_onnx(graph, tmp_path / 'graph.onnx', (512, 512))
+    session = onnxruntime.InferenceSession(tmp_path / 'graph.onnx')
+    found = [torch.from_numpy(each) for each in session.run(None, dict(images=images.numpy()))]
+    # All queries are the same, so their order is, too.
+    assert_close(found, [*expected], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fixed_size_has_a_fixed_number_of_tokens(exported, tmp_path):
+    write_onnx(make_graph(exported('detector').model), tmp_path / 'graph.onnx', (64, 96), ())
+    model = onnx.load(tmp_path / 'graph.onnx')
+    constants = {each.name for each in model.graph.initializer} | {
+        node.output[0] for node in model.graph.node if node.op_type == 'Constant'}
+    tops = [node for node in model.graph.node if node.op_type == 'TopK']
+    assert len(tops) == 2 and all(node.input[1] in constants for node in tops)
+    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [
+        2, 3, 64, 96]
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_size_is_free_on_request(exported, tmp_path, task):
+    graph = make_graph(exported(task).model, raw=task == 'detector')
+    write_onnx(graph, tmp_path / 'graph.onnx', (64, 96), ('batch', 'size'))
+    session = onnxruntime.InferenceSession(tmp_path / 'graph.onnx')
+    for shape in ((1, 3, 64, 64), (5, 3, 96, 160)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        with torch.no_grad():
+            expected = graph(images)
+        found = torch.from_numpy(session.run(None, dict(images=images.numpy()))[0])
+        if task == 'detector':  # queries have no stable order
+            found, expected = found.sort(1).values, expected[0].sort(1).values
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
