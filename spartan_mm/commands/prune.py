@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
             waves='waves that no argmax can pick, in each CMixer',
             inner='channels inside each SMixer',
             ffn='hidden channels of the feed-forward networks of neck and decoder',
-            csp="channels inside the neck's fusion blocks").items():
+            csp="channels between the 3x3 convolutions in the neck's fusion blocks").items():
         parser.add_argument(f'--{flag}', type=share, metavar='SHARE',
                             help=f'leave out this share, 0 to 1, of the {help}')
     parser.add_argument('--blocks', nargs='+', type=_block, metavar='BLOCK',
