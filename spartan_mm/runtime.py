@@ -664,11 +664,12 @@ class Runtime:
     def _check_size(self, size: Sequence[int]) -> None:
         images, text = self.metadata['input'], 'x'.join(map(str, size))
         least, multiple = images.get('min_size', 1), images.get('multiple_of', 1)
-        if 'size' not in self.dynamic and [*size] != self.size:
-            raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
-                                   f'(height x width), not {text}: export it with --dynamic size, '
-                                   'or with that --size')
-        if min(size) < least or any(side % multiple for side in size):
+        if 'size' not in self.dynamic:
+            if [*size] != self.size:
+                raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
+                                       f'(height x width), not {text}: export it with --dynamic '
+                                       'size, or with that --size')
+        elif min(size) < least or any(side % multiple for side in size):
             raise RuntimeFileError(f'{self.path} takes sides that are multiples of {multiple} from '
                                    f'{least} pixels on, not {text}')
 
