@@ -10,7 +10,8 @@ Waves are those behind the first C of a CMixer, which no argmax over its C input
 without those left out, the rest computes what it did. The first C waves and the widths of the
 stages are never changed, since that would change which channel is the strongest.
 """
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from ..engine.launch import load_config
@@ -28,10 +29,10 @@ def add_arguments(parser: ArgumentParser) -> None:
             waves='waves that no argmax can pick, in each CMixer',
             inner='channels inside each SMixer',
             ffn='hidden channels of the feed-forward networks of neck and decoder',
-            csp="channels inside the neck's fusion blocks").items():
+            csp="channels between the 3x3 convolutions in the neck's fusion blocks").items():
         parser.add_argument(f'--{flag}', type=share, metavar='SHARE',
                             help=f'leave out this share, 0 to 1, of the {help}')
-    parser.add_argument('--blocks', nargs='+', metavar='BLOCK',
+    parser.add_argument('--blocks', nargs='+', type=_block, metavar='BLOCK',
                         help='leave out these blocks of SpaRTAN, such as '
                              'backbone.stages.2.blocks.5, or so many of them that add least')
     add(parser, '--out-dir', default='pruned')
@@ -56,3 +57,11 @@ def run(args: Namespace) -> None:
     before, after = pruned.parameters
     print(printable(f'{pruned.config}, {pruned.checkpoint}: {before / 1e6:.2f} M parameters became '
                     f'{after / 1e6:.2f} M'))
+
+
+def _block(text: str) -> str:
+    """Read the name of a block, or a number."""
+    if re.fullmatch(r'\d+|(.+\.)?stages\.\d+\.blocks\.\d+', text, re.ASCII):
+        return text
+    raise ArgumentTypeError(f'{text} must be a number, or a name such as '
+                            'backbone.stages.2.blocks.5')

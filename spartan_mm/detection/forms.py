@@ -90,7 +90,7 @@ def fuse_encoder(neck: nn.Module) -> None:
         level = len(neck.input_projs) - 2 - step
         projection = neck.input_projs[level].conv
         given, projected = projection.in_channels, projection.out_channels
-        paths = 2 * block.conv1.conv.out_channels
+        paths = sum(block.paths)
         if given * paths <= projected * (given + paths):
             fuse_paths(block, projection)
             neck.input_projs[level] = nn.Identity()

@@ -5,6 +5,7 @@ section 4.2. Everything here starts from PyTorch's default initialization, as th
 does: mmcv's ConvModule draws kernels about 2.5 to 5 times as large.
 """
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +61,14 @@ class RepVGGBlock(nn.Module):
     deploy = False
     switch_to_deploy = fuse_branches
 
-    def __init__(self, channels: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.dense = ConvNorm(channels, channels, 3)
-        self.pointwise = ConvNorm(channels, channels, 1)
+        self.dense = ConvNorm(in_channels, out_channels, 3)
+        self.pointwise = ConvNorm(in_channels, out_channels, 1)
         self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
+        """(N, C, H, W) -> (N, C', H, W)."""
         if self.deploy:
             return self.act(self.fused(x))
         return self.act(self.dense(x) + self.pointwise(x))
@@ -82,16 +83,22 @@ class CSPRepLayer(nn.Module):
         channels: Channels of either map and of the output.
         hidden_channels: Channels within; a last 1x1 convolution follows where they differ.
         num_blocks: RepVGG blocks.
+        block_channels: Channels before and between these; None for `hidden_channels`, which the
+            last one gives.
     """
 
     deploy = False
     switch_to_deploy = fuse_paths
 
-    def __init__(self, channels: int, hidden_channels: int, num_blocks: int = 3):
+    def __init__(self, channels: int, hidden_channels: int, num_blocks: int = 3,
+                 block_channels: int | None = None):
         super().__init__()
-        self.conv1 = ConvNorm(2 * channels, hidden_channels, act=True)
+        widths = [block_channels or hidden_channels] * num_blocks + [hidden_channels]
+        self.paths = widths[0], hidden_channels
+        self.conv1 = ConvNorm(2 * channels, widths[0], act=True)
         self.conv2 = ConvNorm(2 * channels, hidden_channels, act=True)
-        self.blocks = nn.Sequential(*(RepVGGBlock(hidden_channels) for _ in range(num_blocks)))
+        self.blocks = nn.Sequential(*(
+            RepVGGBlock(*widths[i:i + 2]) for i in range(num_blocks)))
         self.conv3 = (nn.Identity() if hidden_channels == channels
                       else ConvNorm(hidden_channels, channels, act=True))
 
@@ -109,7 +116,7 @@ class CSPRepLayer(nn.Module):
             # A 1x1 convolution and taking the nearest cell commute: less to convolve, nothing to
             # concatenate.
             paths = self.own(own) + resized(self.other(other), own)
-            left, right = F.silu(paths).chunk(2, 1)
+            left, right = F.silu(paths).split(self.paths, 1)
         else:
             both = torch.cat([resized(other, own), own], 1)
             left, right = self.conv1(both), self.conv2(both)
@@ -234,6 +241,8 @@ class HybridEncoder(BaseModule):
         dropout: Drop probability in AIFI, in the attention and after either step.
         expansion: Width of the fusion blocks relative to `embed_dims`.
         num_blocks: RepVGG blocks in each fusion block.
+        block_channels: Channels before and between these, as pruning leaves them; None for the
+            fusion block's.
         legacy_position: Reproduce the official numbering of tokens on maps that are not square, see
             :func:`position_embedding`.
         init_cfg: See mmengine's BaseModule.
@@ -255,7 +264,7 @@ class HybridEncoder(BaseModule):
     def __init__(self, in_channels: Sequence[int], embed_dims: int = 256, ffn_dims: int = 1024,
                  num_heads: int = 8, dropout: float = 0., expansion: float = 1.,
                  num_blocks: int = 3, legacy_position: bool = False,
-                 init_cfg: dict | None = None):
+                 init_cfg: dict | None = None, block_channels: int | None = None):
         super().__init__(init_cfg)
         if embed_dims % 4 or embed_dims % num_heads:
             raise ValueError(f'HybridEncoder: embed_dims={embed_dims} must be a multiple of 4 and '
@@ -263,19 +272,18 @@ class HybridEncoder(BaseModule):
         self.in_channels = tuple(in_channels)
         self.embed_dims = embed_dims
         steps = range(len(in_channels) - 1)
-        hidden = int(embed_dims * expansion)
+        make_block = partial(CSPRepLayer, embed_dims, int(embed_dims * expansion), num_blocks,
+                             block_channels)
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
         self.aifi = AIFI(embed_dims, num_heads, ffn_dims, dropout, legacy_position)
         # Down from the coarsest map (index 0 = the coarsest step) ...
         self.lateral_convs = nn.ModuleList(
             ConvNorm(embed_dims, embed_dims, act=True) for _ in steps)
-        self.top_down_blocks = nn.ModuleList(
-            CSPRepLayer(embed_dims, hidden, num_blocks) for _ in steps)
+        self.top_down_blocks = nn.ModuleList(make_block() for _ in steps)
         # ... and up again (index 0 = the finest step).
         self.downsample_convs = nn.ModuleList(
             ConvNorm(embed_dims, embed_dims, 3, stride=2, act=True) for _ in steps)
-        self.bottom_up_blocks = nn.ModuleList(
-            CSPRepLayer(embed_dims, hidden, num_blocks) for _ in steps)
+        self.bottom_up_blocks = nn.ModuleList(make_block() for _ in steps)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the maps.

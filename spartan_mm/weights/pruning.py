@@ -5,10 +5,10 @@ fusion blocks, and whole blocks. Widths are the same in all blocks of a stage, a
 a decoder; which channels stay is each one's own. The stage widths stay: a channel less would change
 which one is the strongest, and the statistics of the norms.
 """
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ PRUNABLE = {
     'waves': 'CMixer with waves that no argmax can pick',
     'inner': 'SMixer',
     'ffn': 'feed-forward network in neck or decoder',
-    'csp': 'fusion block in the neck that is narrower than the neck'}
+    'csp': 'fusion block with RepVGG blocks in the neck'}
 
 
 class Group(NamedTuple):
@@ -113,7 +113,7 @@ def inner_groups(name: str, mixer: SMixer) -> list[Group]:
         mixer.low_freq, nn.Sequential) and len(mixer.low_freq) == 2 else ['low_freq']
     return [Group(name, inner, inner, {'proj_in': 1}, {'gamma': 1, 'high_freq': 1, stack[0]: 1}),
             *(Group(name, inner, inner, {before: 1}, {after: 1})
-              for before, after in zip(stack, stack[1:], strict=False)),
+              for before, after in pairwise(stack)),
             Group(name, inner, inner, {'high_freq': 1, stack[-1]: 1} | gates, used)]
 
 
@@ -124,13 +124,10 @@ def ffn_groups(name: str, layer: nn.Module) -> list[Group]:
 
 
 def csp_groups(name: str, layer: nn.Module) -> list[Group]:
-    """The hidden channels of a fusion block, before and behind each of its RepVGG blocks."""
-    hidden = layer.conv1.conv.out_channels
-    blocks = [f'blocks.{i}' for i in range(len(layer.blocks))]
-    chain = ['conv1', *blocks]
-    return [*(Group(name, hidden, hidden, {before: 1}, {after: 1})
-              for before, after in zip(chain, blocks, strict=False)),
-            Group(name, hidden, hidden, {chain[-1]: 1, 'conv2': 1}, {'conv3': 1})]
+    """The channels before and between the RepVGG blocks of a fusion block."""
+    width = layer.conv1.conv.out_channels
+    chain = ['conv1', *(f'blocks.{i}' for i in range(len(layer.blocks)))]
+    return [Group(name, width, width, {before: 1}, {after: 1}) for before, after in pairwise(chain)]
 
 
 class Pruning:
@@ -234,8 +231,8 @@ class Pruning:
             owner = name.partition('.')[0]
             if kind == 'ffn' and owner in ('neck', 'decoder') and hasattr(part, 'linear1'):
                 found[owner, 'ffn_dims', ''] += ffn_groups(name, part)
-            elif kind == 'csp' and owner == 'neck' and hasattr(getattr(part, 'conv3', ''), 'conv'):
-                found[owner, 'expansion', ''] += csp_groups(name, part)
+            elif kind == 'csp' and owner == 'neck' and hasattr(part, 'conv3'):
+                found[owner, 'block_channels', ''] += csp_groups(name, part)
         return found
 
     def _block_size(self, name: str) -> float:
@@ -254,17 +251,8 @@ class Pruning:
             key = f'arch.{key}'
         else:
             (before, ), (after, ) = before, after
-            if key == 'expansion':
-                before, after = (find_expansion(width, self.modules[part].embed_dims)
-                                 for width in (before, after))
             settings[key] = after
         self.changes[f'{part}.{key}'] = before, after
-
-
-def find_expansion(width: int, dims: int) -> float:
-    """The factor that a HybridEncoder makes a width of its own `dims` with, rounding down."""
-    expansion = width / dims
-    return expansion if int(dims * expansion) == width else math.nextafter(expansion, math.inf)
 
 
 class Pruned(NamedTuple):
