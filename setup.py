@@ -29,6 +29,9 @@ EXTRAS = {
     # Pictures, tables and reports of models, data and runs.
     'analysis': ['matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60', 'jinja2>=3.0',
                  'scikit-learn>=1.2', 'grad-cam>=1.5', 'adjustText>=1.3'],
+    # Files for other runtimes; OpenVINO's own, and 8 bits for it.
+    'export': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'scipy>=1.9'],
+    'openvino': ['openvino>=2024.4', 'nncf>=2.13'],
     'demo': ['scikit-learn>=1.2'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
               'ruff>=0.6', 'codespell[toml]>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',

@@ -13,8 +13,9 @@ FILES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('._
          for path in sorted(PACKAGE.rglob('*.py'))}
 
 # A room may import those named here. Any may import what belongs to none: errors, files, text,
-# requirements, compat, version.
-FOUNDATIONS = {'errors', 'files', 'text', 'requirements', 'compat', 'version', 'model_index'}
+# requirements, compat, version, runtime.
+FOUNDATIONS = {'errors', 'files', 'text', 'requirements', 'compat', 'version', 'model_index',
+               'runtime'}
 BELOW = {
     'backbones': set(),
     'weights': {'backbones'},
@@ -139,6 +140,10 @@ class TestDirections:
 
 
 class TestWhatIsLoaded:
+
+    def test_runtime_can_be_copied(self):
+        roots = {name.partition('.')[0] for name in find_imports('spartan_mm.runtime')}
+        assert roots - sys.stdlib_module_names == {'numpy', 'PIL', 'cv2', 'supervision'}
 
     def test_package_registers_backbone_and_initializers_and_loads_no_toolbox(self):
         statement = ('import spartan_mm\n'

@@ -17,7 +17,7 @@ class TestInstallation:
     def test_every_requirement_is_pinned(self):
         text = (ROOT / 'requirements' / 'constraints.txt').read_text(encoding='utf-8')
         pins = {canonicalize_name(name): version
-                for name, version in re.findall(r'^([\w.-]+)===?(\S+)$', text, re.MULTILINE)}
+                for name, version in re.findall(r'^([\w.-]+)===?([^\s;]+)', text, re.MULTILINE)}
         for line in requires('spartan_mm'):
             requirement = Requirement(line)
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])

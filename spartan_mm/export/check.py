@@ -40,6 +40,8 @@ SCORE, BEST = 0.3, 10
 # (N, 2), width and height.
 Run = Callable[[np.ndarray, np.ndarray | None], Mapping[str, np.ndarray]]
 
+INFINITE = 'the file gives numbers that are not finite'
+
 
 class CheckError(ExplainedError):
     """An exported file that does not compute what its model computes."""
@@ -222,7 +224,7 @@ def compare_rows(right: Rows, found: Rows, swaps: int, raw: bool) -> Difference:
         raw: Whether rows are queries.
     """
     if not all(np.isfinite(part).all() for part in found):
-        return Difference(np.inf, np.inf, fault='there are numbers that are not finite')
+        return Difference(np.inf, np.inf, fault=INFINITE)
     scores = right.scores[:, None]
     bounds = LOGITS if raw else LOGITS * scores * (1 - scores) + 1e-6
     values = cdist(right.values, found.values, 'chebyshev')
@@ -271,7 +273,7 @@ def compare_logits(right: np.ndarray, found: np.ndarray, largest: float) -> Diff
         largest: The largest logit, as a number without its sign.
     """
     if not np.isfinite(found).all():
-        return Difference(np.inf, fault='there are numbers that are not finite')
+        return Difference(np.inf, fault=INFINITE)
     bound, difference = CLASS_LOGITS * largest, np.abs(right - found)
     # In the order of the file; where it is another, equals may have changed places.
     best = right[np.argsort(-found, kind='stable')[:5]]
@@ -347,13 +349,18 @@ def measure(reference: Reference, run: Run, pictures: Pictures, batches: Sequenc
         `relative_rms` of the logits, of rows that were matched; for a detector, how many
         `detections` there are and the share `kept` that has a partner of the same class at an IoU
         of 0.9; for a classifier, the share of pictures with the same `top1`.
+
+    Raises:
+        CheckError: There are numbers that are not finite.
     """
     errors, squares, kept, total = [], [], [], 0
     for batch in batches:
         images, sizes = _batch(pictures, batch, size)
-        for right, found in zip(reference(images, sizes),
-                                _read(reference, run(images, sizes), sizes), strict=True):
-            one, other = right.rows, found
+        found = _read(reference, run(images, sizes), sizes)
+        for place, right, other in zip(batch, reference(images, sizes), found, strict=True):
+            one = right.rows
+            if not np.isfinite(other.values if reference.detects else other).all():
+                raise CheckError(f'{pictures.names[place]}: {INFINITE}; keep to float32')
             if reference.detects:
                 kept += _find_partners(one, other, reference.raw).tolist()
                 one, other = _match_logits(one, other, reference.raw)

@@ -39,17 +39,18 @@ def write(job: 'Job') -> 'Run':
     return Runtime(job.path).run
 
 
-def make_inputs(graph: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8
-                ) -> tuple[Tensor, ...]:
-    """Inputs to trace a graph with: two images, since a batch of one would be taken for a law.
+def make_inputs(graph: nn.Module, size: tuple[int, int], batch: int = 1,
+                dtype: torch.dtype = torch.uint8) -> tuple[Tensor, ...]:
+    """Inputs to trace a graph with.
 
     Args:
         graph: What :func:`~.graph.make_graph` gave.
         size: Height and width.
+        batch: Images; where their number is to be free, 2, since 1 would be taken for a law.
         dtype: Of the images.
     """
-    images = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(0))
-    sizes = torch.tensor([[size[1], size[0]]] * 2)
+    images = torch.randint(0, 256, (batch, 3, *size), generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[size[1], size[0]]] * batch)
     return (images.to(dtype), sizes)[:len(graph.input_names)]
 
 
@@ -76,9 +77,10 @@ def write_onnx(graph: nn.Module, path: str | Path, size: tuple[int, int],
     """
     require('onnx', '1.17', 'export')
     require('onnxscript', '0.5', 'export')
+    inputs = make_inputs(graph, size, 2 if 'batch' in dynamic else 1)
     with export_form(graph), torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            graph, make_inputs(graph, size), dynamo=True, opset_version=OPSET, verbose=False,
+            graph, inputs, dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=dynamic_shapes(graph, dynamic), input_names=graph.input_names,
             output_names=graph.output_names)
     for node in program.model.graph.all_nodes():

@@ -1,4 +1,5 @@
 """Exported files beside their models: matched rows, bounds, ties, sizes, lower precision."""
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import spartan_mm.detection  # noqa: F401 - registers what the configs name
+from spartan_mm.export import check
 from spartan_mm.export.check import (
     BOXES,
     LOGITS,
@@ -21,7 +23,8 @@ from spartan_mm.export.check import (
     print_check,
     queries,
 )
-from spartan_mm.export.pictures import find_pictures
+from spartan_mm.export.pictures import Pictures, find_pictures
+from spartan_mm.weights.forms import switch_to_deploy
 from spartan_mm.zoo import quiet
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -185,10 +188,34 @@ class TestFiles:
             check_file(Reference(model, metadata), as_file(model, metadata, change)[0], pictures,
                        metadata)
 
-    def test_a_file_of_the_deploy_form(self, built):
-        import copy
+    def test_another_choice_of_queries(self, built, monkeypatch):
+        """Where two tokens tie, all queries differ, for they attend to each other."""
+        task, model, pictures = built
+        if task == 'classification':
+            pytest.skip('a classifier has no queries')
+        metadata, scores, model = describe(task, raw=True), [], copy.deepcopy(model)
+        model.bbox_head.cls_branches[-2].weight.data *= 10
+        pictures = Pictures('', pictures.names[:1], pictures.images[:1], pictures.sizes[:1])
+        branch = model.bbox_head.cls_branches[-1]
+        hook = branch.register_forward_hook(lambda _, args, logits: scores.append(
+            logits.amax(-1).sigmoid()[0].sort(descending=True).values))
+        reference = Reference(model, metadata)
+        given = np.stack(pictures.images), np.array(pictures.sizes)
+        reference(*given)
+        hook.remove()
+        last = model.num_queries - 1
 
-        from spartan_mm.weights.forms import switch_to_deploy
+        def run(images, sizes):
+            found, = reference(images, sizes, (last, last + 2))
+            return dict(logits=found.rows.values[None], boxes=found.rows.boxes[None])
+        metadata['input']['dynamic'] = []
+        with pytest.raises(CheckError, match='query'):
+            check_file(reference, run, pictures, metadata)
+        monkeypatch.setattr(check, 'EDGE', float(scores[0][last] - scores[0][last + 2]) * 1.001)
+        result = check_file(reference, run, pictures, metadata)
+        assert [(row['logits'], row['ties']) for row in result['rows']] == [(0, 1)]
+
+    def test_a_file_of_the_deploy_form(self, built):
         task, model, pictures = built
         metadata = describe(task)
         deployed = switch_to_deploy(copy.deepcopy(model))
@@ -208,3 +235,8 @@ class TestFiles:
                             pictures, metadata)
         assert 0 < result['relative_rms'] < 0.1
         assert result['kept' if task == 'detection' else 'top1'] == 1
+        assert result['precision'] in print_check(result)
+        with pytest.raises(CheckError, match='not finite'):
+            check_file(Reference(model, metadata), as_file(
+                model, metadata, lambda outputs, _: outputs | dict(
+                    scores=outputs['scores'] * np.float32(np.nan)))[0], pictures, metadata)

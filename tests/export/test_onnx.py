@@ -85,7 +85,7 @@ def test_a_fixed_size_has_a_fixed_number_of_tokens(exported, tmp_path):
     tops = [node for node in model.graph.node if node.op_type == 'TopK']
     assert len(tops) == 2 and all(node.input[1] in constants for node in tops)
     assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [
-        2, 3, 64, 96]
+        1, 3, 64, 96]
 
 
 @pytest.mark.parametrize('task', ['detector', 'classifier'])

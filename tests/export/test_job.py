@@ -1,0 +1,92 @@
+"""The steps of an export: what is refused before work, and what is left when something is wrong."""
+import shutil
+
+import pytest
+
+from spartan_mm import cli, runtime
+from spartan_mm.errors import ExplainedError
+from spartan_mm.export import job
+from spartan_mm.export.formats import FORMATS, find_format
+
+
+@pytest.mark.parametrize('to, precision, dynamic, message', [
+    ('ncnn', 'fp32', None, '--to ncnn: no such format; there are onnx, openvino'),
+    ('tensorrt', 'int8', None, 'it is written in fp32 or fp16'),
+    ('tensorrt', 'fp32', ('batch', 'size'), 'its size is fixed; give --dynamic batch'),
+    ('coreml', 'fp32', ('batch', ), 'its batch is fixed; give --dynamic none'),
+])
+def test_what_a_format_lacks_is_said(to, precision, dynamic, message):
+    with pytest.raises(ExplainedError, match=message):
+        find_format(to, precision, dynamic)
+
+
+def test_batch_is_free_where_it_can_be():
+    assert {name: find_format(name, 'fp32', None)[1] for name in FORMATS} == dict(
+        onnx=('batch', ), openvino=('batch', ), tensorrt=('batch', ), pt2=('batch', ), coreml=(),
+        litert=())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags, message', [
+    ([], 'is a config without weights'),
+    (['{checkpoint}', '--size', '64', '80', '--dynamic', 'batch,size'],
+     'sides are multiples of 32 from 64 on, and 64x80 is not'),
+    (['missing.pth'], 'missing.pth does not exist'),
+    (['{checkpoint}', '--out-dir', '{checkpoint}'], 'cannot be written'),
+])
+def test_wrong_arguments_are_said_in_a_line(exported, capsys, flags, message, tmp_path):
+    given = exported('detector')
+    flags = [flag.format(checkpoint=given.checkpoint) for flag in flags]
+    try:
+        status = cli.main(['export', str(given.config), *flags, *(
+            [] if '--out-dir' in flags else ['--out-dir', str(tmp_path)])])
+    except SystemExit as error:
+        status = error.code
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert status in (1, 2) and message in line
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_a_size_that_would_be_padded_is_refused(exported, capsys):
+    model = exported('detector').model
+    model.data_preprocessor.pad_size_divisor = 48
+    with pytest.raises(ExplainedError, match=r'--size 64 96: .* pads to multiples of 48'):
+        job._check_size(model, (64, 96), ('batch', ))
+
+
+@pytest.mark.slow
+def test_a_file_that_is_wrong_is_not_left(exported, tmp_path, monkeypatch):
+    given = exported('classifier')
+    older = tmp_path / given.path.name
+    older.write_text('what was there before')
+
+    def write_nonsense(graph, path, size, dynamic):
+        shutil.copy(exported('detector').path, path)
+
+    monkeypatch.setattr(job, 'write_onnx', write_nonsense)
+    with pytest.raises(ExplainedError):
+        job.export_model(given.config, given.checkpoint, out_dir=tmp_path)
+    assert [*tmp_path.iterdir()] == [older]
+    assert older.read_text() == 'what was there before'
+
+
+@pytest.mark.slow
+def test_runtime_lies_beside_the_file(exported):
+    beside = exported('classifier').path.with_name('runtime.py')
+    with open(runtime.__file__, 'rb') as file:
+        assert beside.read_bytes() == file.read()
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_the_check_found(exported, tmp_path, monkeypatch, capsys):
+    given = exported('classifier')
+    monkeypatch.chdir(given.config.parent)
+    monkeypatch.setattr(job, 'write_onnx', lambda graph, path, *_: shutil.copy(given.path, path))
+    assert cli.main(['export', str(given.config), str(given.checkpoint), '--out-dir',
+                     str(tmp_path), '--check', '3']) == 0
+    printed = capsys.readouterr().out
+    assert 'Compared with torch' in printed and '3 ' in printed
+    assert printed.strip().endswith(f'wrote {tmp_path / given.path.name}')
+
+
