@@ -1,0 +1,36 @@
+"""LiteRT (TensorFlow Lite), for phones and small devices."""
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .programs import by_name, convert, set_metadata
+
+if TYPE_CHECKING:
+    from .check import Run
+    from .job import Job
+
+__all__ = ['load', 'set_metadata', 'write']
+
+
+def write(job: 'Job') -> 'Run | None':
+    """Write the file of a job, see :class:`~.formats.Format`, or a program to convert elsewhere.
+
+    NOTE: litert-torch needs a version of transformers that mmpretrain cannot be imported with.
+    """
+    if convert(job, 'litert_torch', ['litert-torch']) and find_spec('ai_edge_litert'):
+        return load(job.path, job.graph.output_names)
+    return None
+
+
+def load(path: str | Path, names: tuple[str, ...], threads: int = 1) -> 'Run':
+    """Load a file for comparisons, see :func:`~.pt2.load`."""
+    from ai_edge_litert.interpreter import Interpreter
+    runner = Interpreter(str(path), num_threads=threads).get_signature_runner()
+
+    def run(images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        inputs = [x for x in (images, sizes) if x is not None]
+        outputs = runner(**{f'args_{place}': x for place, x in enumerate(inputs)})
+        return by_name(names, [outputs[f'output_{place}'] for place in range(len(names))])
+    return run
