@@ -215,34 +215,37 @@ def resize(pixels: np.ndarray, rows: int, columns: int, interpolation: str) -> n
         interpolation: 'nearest', 'bilinear' or 'bicubic'.
 
     Returns:
-        Shape (rows, columns, C), uint8; no value differs from OpenCV's by more than one.
+        Shape (rows, columns, C), uint8: OpenCV's own values, but for a few of bicubic ones, which
+        are one off.
     """
-    down, across = (_find_taps(*lengths, interpolation)
-                    for lengths in zip(pixels.shape, (rows, columns)))  # noqa: B905 - C is left
-    pixels = sum(pixels[places] * shares[:, None, None] for places, shares in down)
-    pixels = sum(pixels[:, places] * shares[:, None] for places, shares in across)
-    return (pixels + 0.5).clip(0, 255).astype(np.uint8)
-
-
-def _find_taps(length: int, new_length: int, interpolation: str
-               ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Find which pixels along an axis make up the new ones, and their shares."""
-    scale = length / new_length
     if interpolation == 'nearest':
-        places = (np.arange(new_length) * scale).astype(int)
-        return [(places.clip(0, length - 1), np.ones(new_length, np.float32))]
-    centres = (np.arange(new_length) + 0.5) * scale - 0.5
-    first = np.floor(centres).astype(int)
-    taps = []
-    for offset in (0, 1) if interpolation == 'bilinear' else (-1, 0, 1, 2):
+        down, across = (np.minimum(np.arange(new) * (1 / (new / old)), old - 1).astype(int)
+                        for old, new in ((pixels.shape[0], rows), (pixels.shape[1], columns)))
+        return pixels[down[:, None], across]
+    total, bilinear = 0, interpolation == 'bilinear'
+    across = _find_taps(pixels.shape[1], columns, bilinear)
+    for down, height in _find_taps(pixels.shape[0], rows, bilinear):
+        line = sum(pixels[down[:, None], place] * width[:, None] for place, width in across)
+        height = height[:, None, None]
+        # Bilinear shares are whole numbers of 2048ths, and OpenCV cuts off last bits.
+        total += (line >> 4) * height >> 16 if bilinear else line * height
+    return (total + 2 >> 2 if bilinear else (total + 0.5).clip(0, 255)).astype(np.uint8)
+
+
+def _find_taps(old: int, new: int, bilinear: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Find which pixels along an axis make up the new ones, and their shares."""
+    centres = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
+    first, taps = np.floor(centres).astype(int), []
+    for offset in (0, 1) if bilinear else (-1, 0, 1, 2):
         distance = np.abs(centres - first - offset)
-        shares = 1 - distance
-        if interpolation == 'bicubic':  # Keys' kernel, with OpenCV's a
+        if bilinear:
+            shares = np.rint(2048 * (1 - distance))
+        else:  # Keys' kernel, with OpenCV's a
             a = -0.75
             shares = np.where(distance <= 1,
                               ((a + 2) * distance - a - 3) * distance**2 + 1,
                               a * (((distance - 5) * distance + 8) * distance - 4))
-        taps.append(((first + offset).clip(0, length - 1), shares.astype(np.float32)))
+        taps.append(((first + offset).clip(0, old - 1), shares.astype(int if bilinear else 'f4')))
     return taps
 
 
@@ -646,29 +649,27 @@ class Runtime:
         if self.metadata['raw']:
             raise RuntimeFileError(f'{self.path} was exported with --raw: call run(), which gives '
                                    f'{", ".join(self._engine.outputs)}')
-        full = [*images, *[images[-1]] * ((self._batch or 0) - len(images))]
-        ready = [self.preprocess(image) for image in full]
+        ready = [self.preprocess(image) for image in images]
         if len({image.shape for image in ready}) > 1:
             raise RuntimeFileError('the shorter sides of images become equal, the longer ones need '
                                    'not: set the batch size to 1')
-        outputs = self.run(np.stack(ready), [image.size for image in full])
+        outputs = self.run(np.stack(ready), [image.size for image in images])
         if self.task == 'detection':
-            found = zip(*(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)
-        else:
-            orders = np.argsort(-outputs['scores'], axis=1, kind='stable')
-            found = ((order, scores[order])
-                     for order, scores in zip(orders, outputs['scores'], strict=True))
-        kind = Detections if self.task == 'detection' else Classification
-        return [kind(*each, self.classes) for each, _ in zip(found, images)]  # noqa: B905
+            return [Detections(*each, self.classes) for each in zip(
+                *(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)]
+        orders = np.argsort(-outputs['scores'], axis=1, kind='stable')
+        return [Classification(order, scores[order], self.classes)
+                for order, scores in zip(orders, outputs['scores'], strict=True)]
 
     def _check_size(self, size: Sequence[int]) -> None:
         images, text = self.metadata['input'], 'x'.join(map(str, size))
         least, multiple = images.get('min_size', 1), images.get('multiple_of', 1)
-        if 'size' not in self.dynamic and [*size] != self.size:
-            raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
-                                   f'(height x width), not {text}: export it with --dynamic size, '
-                                   'or with that --size')
-        if min(size) < least or any(side % multiple for side in size):
+        if 'size' not in self.dynamic:
+            if [*size] != self.size:
+                raise RuntimeFileError(f'{self.path} takes {"x".join(map(str, self.size))} pixels '
+                                       f'(height x width), not {text}: export it with --dynamic '
+                                       'size, or with that --size')
+        elif min(size) < least or any(side % multiple for side in size):
             raise RuntimeFileError(f'{self.path} takes sides that are multiples of {multiple} from '
                                    f'{least} pixels on, not {text}')
 

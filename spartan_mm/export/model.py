@@ -35,7 +35,7 @@ def use_exported(cfg: Config, path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f'exported file {path} does not exist')
     cfg.model = dict(type='ExportedModel', path=path, task=TASKS.get(cfg.get('default_scope')))
-    cfg.load_from, cfg.resume = None, False
+    cfg.load_from, cfg.resume, cfg.compile = None, False, False
 
 
 @MODELS.register_module()

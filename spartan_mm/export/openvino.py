@@ -19,10 +19,11 @@ def write(job: 'Job') -> 'Run':
     ask the runtime to compute in, and it does on processors that can.
     """
     openvino = require('openvino', '2024.4', 'openvino')
-    model = openvino.convert_model(job.onnx())
     if job.precision == 'int8':
         from .quantize import batches, quantize_openvino
-        model = quantize_openvino(model, job.onnx(), batches(job.pictures().images))
+        model = quantize_openvino(job.onnx(), batches(job.pictures().images))
+    else:
+        model = openvino.convert_model(job.onnx())
     openvino.save_model(model, job.path, compress_to_fp16=job.precision == 'fp16')
     set_metadata(job.path, as_properties(job.metadata))
     return Runtime(job.path).run

@@ -119,8 +119,9 @@ def _of_dataset(config: Config, number: int, rng: np.random.Generator) -> Pictur
         pictures = Pictures(f'{len(chosen)} of {len(dataset)} test images of the config')
         for index in chosen:
             item = dataset[int(index)]
-            sample = item['data_samples']
-            pictures.add(str(sample.img_path), to_rgb(item['inputs']), sample.ori_shape[1::-1])
+            image, meta = to_rgb(item['inputs']), item['data_samples'].metainfo
+            pictures.add(str(meta.get('img_path', index)), image,
+                         meta.get('ori_shape', image.shape[1:])[1::-1])
     return pictures
 
 

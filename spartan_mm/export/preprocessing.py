@@ -67,7 +67,7 @@ def describe_resize(cfg: Config, size: Sequence[int] | None = None) -> dict[str,
             raise _UnknownError('bicubic interpolation of floats (to_float32) leaves 0 to 255')
     except _UnknownError as error:
         raise UsageError(f'{name} of test_dataloader is beyond what runtime.py does: {error}. '
-                         '--raw exports without a rule for images') from None
+                         '--raw with --size exports without a rule for images') from None
     rule['upright'] = flag == 'color'
     return rule if size is None else with_size(rule, size)
 
@@ -93,10 +93,9 @@ def _describe_step(name: str, step: Mapping[str, Any]) -> dict[str, Any]:
         shape = [size] if isinstance(size, int) else [*size]
         rule = (dict(rule='shorter side', size=shape[0]) if len(shape) == 1
                 else dict(rule='stretch', size=shape))
-        antialias = antialias and interpolation != 'nearest'
-        if interpolation == 'bicubic' and not antialias:
-            raise _UnknownError("its bicubic kernel without antialias is neither Pillow's nor "
-                                "OpenCV's")
+        if interpolation == 'nearest' or interpolation == 'bicubic' and not antialias:
+            raise _UnknownError(f"torchvision's {interpolation} kernel without antialias is "
+                                "neither Pillow's nor OpenCV's")
     elif name == 'ResizeEdge' or name in _STRETCHES:
         backend = step.get('backend', _STRETCHES.get(name, 'cv2'))
         if backend not in _ANTIALIAS:

@@ -1,11 +1,9 @@
 """Lower precision: float16 in an ONNX graph, and 8 bits by ONNX Runtime and by NNCF.
 
-Some parts stay in float32. NOTE: What for 8 bits, was measured; what for float16 is what other
-exports of such models have failed in.
-
-- The decoder, the choice of queries and the head: in 8 bits their boxes are lost.
-- What SpaRTAN's argmax sees: the residual stream that block norms look at, these norms, and the
-  argmax itself. Rounded, two channels become equal, or change places, and another wave is added.
+- A detector's decoder, choice of queries and head stay float in 8 bits, in which boxes are lost.
+- A SpaRTAN's argmax picks another channel as soon as what it sees is rounded, wherever that was.
+  float16 keeps the residual stream, the norms before the argmax and itself in float32; of 8 bits
+  only the weights are, since rounding maps, too, doubles the other picks and saves no time.
 """
 import logging
 import re
@@ -28,8 +26,14 @@ DECODER = re.compile(r'(^|\.)(decoder(?!\.input_projs)|bbox_head|memory_trans_\w
 
 #: Modules whose own operations stay in float32 in float16, of their children only those named:
 #: what places boxes and samples, and what sums over a whole map.
-PLACES = re.compile(r'(^|\.)(decoder|decoder\.query_pos_head(\.\w+)?|decoder\.layers\.\d+\.cross_attn'
-                    r'|bbox_head(\..+)?|normalize|model)?$')
+PLACES = re.compile(r'(^|\.)(model|normalize|bbox_head(\..+)?|decoder|'
+                    r'decoder\.query_pos_head(\..+)?|decoder\.layers\.\d+\.cross_attn)?$')
+
+#: What only a SpaRTAN has, after its own name.
+CMIXER = re.compile(r'(.*?)stages\.\d+\.blocks\.\d+\.cmixer$')
+
+#: Weights of fewer numbers are not worth a scale.
+SMALL = 1024
 
 #: Before the argmax of a SpaRTAN: a block itself, which adds to the stream, and its second norm.
 STREAM = re.compile(r'(^|\.)blocks\.\d+(\.norm2)?$')
@@ -121,9 +125,50 @@ def needs_float32(node: Any, module: str) -> bool:
     return node.op_type in FLOAT32 or bool(PLACES.search(module) or STREAM.search(module))
 
 
+def round_weights(source: str | Path, path: str | Path) -> set[str]:
+    """Write an ONNX file in which the weights of a SpaRTAN's convolutions are stored in 8 bits.
+
+    Each output channel has a scale of its own. They are float32 again before they are used, and all
+    else is float32 anyway.
+
+    Args:
+        source: An ONNX file in float32.
+        path: The file to write.
+
+    Returns:
+        The names of all nodes of a SpaRTAN.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+    model = onnx.load(source)
+    scopes = find_scopes(source)
+    spartans = {found[1] for module in scopes.values() if (found := CMIXER.match(module))}
+    parts = tuple(f'{name}{part}.' for name in spartans for part in ('stem', 'stages'))
+    names = {name for name, module in scopes.items() if module.startswith(parts)}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [*model.graph.node]:
+        if node.op_type != 'Conv' or node.name not in names:
+            continue
+        name = node.input[1]
+        weight = numpy_helper.to_array(constants[name])
+        if weight.size < SMALL:
+            continue
+        scale = np.abs(weight).max((1, 2, 3)).clip(1e-12) / 127
+        rounded = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
+        parts = f'{name}_int8', f'{name}_scale', f'{name}_float32'
+        for part, values in zip(parts, (rounded, scale.astype(np.float32)), strict=False):
+            model.graph.initializer.append(numpy_helper.from_array(values, part))
+        model.graph.node.insert(0, helper.make_node(
+            'DequantizeLinear', parts[:2], parts[2:], f'{parts[2]}_restored', axis=0))
+        model.graph.initializer.remove(constants[name])
+        node.input[1] = parts[2]
+    write_proto(model, path)
+    return names
+
+
 def quantize_onnx(source: str | Path, path: str | Path,
                   batches: Iterable[tuple[np.ndarray, ...]]) -> None:
-    """Write an ONNX file whose convolutions compute in 8 bits, by ONNX Runtime.
+    """Write an ONNX file in 8 bits: a SpaRTAN's weights, and all of other convolutions.
 
     Args:
         source: An ONNX file in float32.
@@ -134,27 +179,28 @@ def quantize_onnx(source: str | Path, path: str | Path,
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    scopes = find_scopes(source)
-    inputs = [value.name for value in onnx.load(source, load_external_data=False).graph.input]
+    kept = round_weights(source, path) | find_decoder(source)
+    graph = onnx.load(path).graph
+    inputs = [value.name for value in graph.input]
+    chosen = [node.name for node in graph.node if node.op_type == 'Conv' and node.name not in kept]
+    if not chosen:
+        return
 
     class Reader(CalibrationDataReader):
         """Gives one batch after the other."""
 
-        def __init__(self):
-            self.batches = iter(batches)
+        given = iter(batches)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
+            batch = next(self.given, None)
             return None if batch is None else dict(zip(inputs, batch, strict=False))
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         quantized = Path(folder, 'quantized.onnx')
-        quantize_static(
-            source, quantized, Reader(), op_types_to_quantize=['Conv', 'Gemm'], per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            nodes_to_exclude=[name for name, module in scopes.items() if DECODER.search(module)])
+        quantize_static(path, quantized, Reader(), nodes_to_quantize=chosen, per_channel=True,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         model = onnx.load(quantized)
-    _undo_rounding(model.graph, {name for name, module in scopes.items() if STREAM.search(module)})
+    _undo_rounding(model.graph, kept)
     write_proto(model, path)
 
 
@@ -165,32 +211,42 @@ def _undo_rounding(graph: Any, names: set[str]) -> None:
     """
     made = {node.output[0]: node for node in graph.node}
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            restored, rounded = made.get(name), None
-            if restored is not None and restored.op_type == 'DequantizeLinear':
-                rounded = made.get(restored.input[0])
-            if rounded is not None and (node.op_type == 'ArgMax' or node.name in names):
-                node.input[place] = rounded.input[0]
+        for place, name in enumerate(node.input if node.name in names else ()):
+            restored = made.get(name)
+            if restored is not None and restored.op_type == 'DequantizeLinear' and (
+                    restored.input[0] in made):
+                node.input[place] = made[restored.input[0]].input[0]
 
 
-def quantize_openvino(model: Any, source: str | Path, batches: Iterable[tuple[np.ndarray, ...]]
-                      ) -> Any:
-    """Give an OpenVINO model 8 bits by NNCF, its decoder apart.
+def quantize_openvino(source: str | Path, batches: Iterable[tuple[np.ndarray, ...]]) -> Any:
+    """Make an OpenVINO model in 8 bits: a SpaRTAN's weights, and by NNCF all but the decoder.
 
     Args:
-        model: What OpenVINO made of `source`.
         source: An ONNX file in float32.
         batches: Inputs of the graph, in order, to measure ranges with; of these as many as it has.
     """
     require('nncf', '2.13', 'openvino')
     import nncf
+    import openvino
+    with tempfile.TemporaryDirectory() as folder:
+        rounded = Path(folder, 'rounded.onnx')
+        spartan = round_weights(source, rounded)
+        model = openvino.convert_model(rounded)
+    kept = spartan | find_decoder(source)
+    if not any('Convolution' in node.get_type_name() and node.get_friendly_name() not in kept
+               for node in model.get_ops()):
+        return model
     given = [batch[:len(model.inputs)] for batch in batches]
-    ignored = [name for name, module in find_scopes(source).items() if DECODER.search(module)]
     with _quiet():
         return nncf.quantize(
             model, nncf.Dataset(given), preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER, subset_size=len(given),
-            ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None)
+            ignored_scope=nncf.IgnoredScope(names=sorted(kept), validate=False))
+
+
+def find_decoder(path: str | Path) -> set[str]:
+    """The names of the nodes of an ONNX file that stay float in 8 bits, of whatever backbone."""
+    return {name for name, module in find_scopes(path).items() if DECODER.search(module)}
 
 
 @contextmanager

@@ -42,8 +42,6 @@ RESIZES = {
         type='CenterCrop', crop_size=(64, 50)), scope='mmpretrain'),
     'torchvision': config_of(torchvision(dict(type='Resize', size=75), dict(
         type='CenterCrop', size=64)), scope='mmpretrain'),
-    'torchvision nearest': config_of(torchvision(dict(
-        type='Resize', size=[60, 90], interpolation='nearest')), scope='mmpretrain'),
     'torchvision coarse': config_of(torchvision(dict(
         type='Resize', size=[60, 90], antialias=False)), scope='mmpretrain'),
     'torchvision bicubic': config_of(torchvision(dict(
@@ -117,8 +115,8 @@ class TestPixels:
                 differences.append(difference.ravel())
         share = (np.concatenate(differences) > 0).mean()
         print(f'{name}: {100 * share:.2f} % of {sum(map(len, differences)):,} values differ')
-        # Pillow is the same on both sides. OpenCV has shares of neighbours in whole 2048ths.
-        assert share < (0.01 if describe_resize(cfg)['antialias'] else 0.15)
+        # Pillow is the same on both sides, and OpenCV's arithmetic of bytes is known.
+        assert share < (0.2 if name in ('torchvision coarse', 'floats') else 0.01)
 
 
 class TestRules:
@@ -154,6 +152,8 @@ class TestRules:
                                                            max_size=9))]),
         (r'Resize of Torchvision.*bicubic', [torchvision(dict(
             type='Resize', size=9, interpolation='bicubic', antialias=False))]),
+        (r'Resize of Torchvision.*nearest', [torchvision(dict(
+            type='Resize', size=9, interpolation='nearest'))]),
         (r'Grayscale of TorchvisionTransforms', [torchvision(dict(type='Grayscale'))]),
         (r'pipeline .*nothing in it resizes', []),
     ])

@@ -1,36 +1,32 @@
 """An exported file and the model that it was made of, from photographs to results."""
-import shutil
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sklearn
-from mmengine.config import Config
 
-from spartan_mm.export.metadata import as_properties
-from spartan_mm.export.onnx import set_metadata
-from spartan_mm.export.preprocessing import describe_resize
-from spartan_mm.inference import load_model
-from spartan_mm.runtime import Runtime
+from spartan_mm import runtime
+from spartan_mm.inference import find_source, infer, load_model
 
-PHOTOS = sorted((Path(sklearn.__file__).parent / 'datasets' / 'images').glob('*.jpg'))
+PHOTOS = Path(sklearn.__file__).parent / 'datasets' / 'images'
 
 
 @pytest.mark.parametrize('task', ['detector', 'classifier'])
-def test_results_are_those_of_torch(exported, task, tmp_path):
-    """Where Pillow resizes, every pixel is the same."""
+def test_results_are_those_of_infer(exported, task, tmp_path):
+    """Every pixel of the images is the same, so that results are, too."""
     given = exported(task)
-    cfg = Config.fromfile(given.config)
-    for step in cfg.test_dataloader.dataset.pipeline:
-        if step['type'] == 'Resize':
-            step['backend'] = 'pillow'
-    path = shutil.copy(given.path, tmp_path)
-    set_metadata(path, as_properties(dict(resize=describe_resize(cfg))))
-    runtime, model = Runtime(path), load_model(cfg, str(given.checkpoint), 'cpu')
+    infer(load_model(str(given.config), str(given.checkpoint), 'cpu'),
+          find_source(PHOTOS, tmp_path / 'torch'), tmp_path / 'torch')
+    assert runtime.main([str(given.path), str(PHOTOS), '--out-dir', str(tmp_path / 'bare')]) == 0
+    expected, found = (json.loads((tmp_path / name / 'results.json').read_text())
+                       for name in ('torch', 'bare'))
 
-    assert len(PHOTOS) == 2 and list(runtime.classes) == list(model.classes)
-    found = runtime(PHOTOS, batch_size=2)
-    expected = model.detect(PHOTOS) if task == 'detector' else model.classify(PHOTOS)
-    for ours, theirs in zip(found, expected, strict=True):
-        for field in vars(theirs):
-            np.testing.assert_allclose(getattr(ours, field), getattr(theirs, field), atol=1e-3)
+    assert [*found] == [*expected] and found['classes'] == expected['classes']
+    assert len(found['results']) == 2 and not found['failures']
+    for ours, theirs in zip(found['results'], expected['results'], strict=True):
+        records = ours.pop('detections' if task == 'detector' else 'predictions')
+        others = theirs.pop('detections' if task == 'detector' else 'predictions')
+        assert ours == theirs and records
+        for one, other in zip(records, others, strict=True):
+            assert one.pop('bbox', []) == pytest.approx(other.pop('bbox', []), abs=0.011)
+            assert one == other | dict(score=pytest.approx(other['score'], abs=1e-3))

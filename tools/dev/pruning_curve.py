@@ -28,11 +28,12 @@ from spartan_mm.weights.pruning import prune_checkpoint
 #: What is left out, in lines of the picture; a detector has the last two, too.
 LINES = {
     'waves': [dict(waves=share) for share in (0.25, 0.5, 0.75, 1)],
-    'inner channels': [dict(inner=share) for share in (0.25, 0.5)],
-    'blocks': [dict(blocks=number) for number in (2, 4, 8)],
-    'together': [dict(waves=0.5, inner=0.25), dict(waves=1, inner=0.5, blocks=4)],
+    'inner channels': [dict(inner=share) for share in (0.25, 0.5, 0.75)],
+    'blocks': [dict(blocks=number) for number in (4, 8, 12)],
+    'together': [dict(waves=0.5, inner=0.25), dict(waves=1, inner=0.5, blocks=4),
+                 dict(waves=1, inner=0.75, blocks=10)],
     'FFN': [dict(ffn=share) for share in (0.5, 0.75)],
-    'fusion blocks': [dict(csp=share) for share in (0.25, 0.5)],
+    'fusion blocks': [dict(csp=share) for share in (0.25, 0.5, 0.75)],
 }
 METRICS = {'accuracy/top1': 'top-1 in %', 'coco/bbox_mAP': 'AP'}
 FULL = 'nothing'
