@@ -19,9 +19,9 @@ def program_of(path) -> Path:
 
 def metadata_of(path) -> Path:
     """Where it stands what a file, or the file to be made of a program, says of itself."""
-    for suffix in ('.tflite', '.mlpackage'):
-        path = str(path).removesuffix(f'{suffix}.pt2') + (
-            suffix if str(path).endswith(f'{suffix}.pt2') else '')
+    path = Path(path)
+    if path.suffix == '.pt2' and path.with_suffix('').suffix in CONVERTERS:
+        path = path.with_suffix('')
     return Path(f'{path}.json')
 
 

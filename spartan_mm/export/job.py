@@ -37,7 +37,7 @@ class Job:
         model: As it was trained.
         graph: What to export, of the model in deploy form.
         cfg: The model's config.
-        path: The file to write, beside which others may lie.
+        path: The file to write, beside which others may lie; the writer may give it another name.
         size: Height and width of the images.
         dynamic: Free axes, of 'batch' and 'size'.
         precision: One of the format's.
@@ -116,11 +116,13 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
                         precision)
     suffix = '' if precision == 'fp32' else f'_{precision}'
     final = Path(out_dir) / f'{name}{suffix}{target.suffix}'
-    check_writable(final)
+    if not (final / 'Manifest.json').is_file():  # a .mlpackage of before is a folder
+        check_writable(final)
     with _workplace(out_dir) as folder:
         job = Job(model, graph, cfg, folder / final.name, size, dynamic, precision, metadata,
                   calibration)
         run = target.load('write')(job)
+        final = final.with_name(job.path.name)
         if check is not None:
             metadata['check'] = _check(job, run, check)
         target.load('set_metadata')(job.path, as_properties(metadata))

@@ -33,13 +33,11 @@ def make_program(job: 'Job', form: str, dtype: torch.dtype = torch.uint8
     """Trace the graph of a job.
 
     Args:
-        job: With a batch of one where the batch is not free.
+        job: With the graph.
         form: How deformable attention samples, see :func:`~.form.export_form`.
         dtype: Of the images.
     """
-    inputs = make_inputs(job.graph, job.size, dtype)
-    if 'batch' not in job.dynamic:
-        inputs = tuple(x[:1] for x in inputs)
+    inputs = make_inputs(job.graph, job.size, 2 if 'batch' in job.dynamic else 1, dtype)
     with export_form(job.graph, form), torch.no_grad():
         return torch.export.export(
             job.graph, inputs, dynamic_shapes=dynamic_shapes(job.graph, job.dynamic), strict=False)

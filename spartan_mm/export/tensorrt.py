@@ -9,6 +9,7 @@ NOTE: TensorRT takes an InstanceNormalization of three axes, a TopK with a const
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from packaging.version import Version
 
 from ..errors import ExplainedError, UsageError
 from ..files import write_whole
-from ..requirements import require
+from ..requirements import RequirementError
 from ..runtime import Runtime
 from ..text import join
 from .metadata import as_properties
@@ -216,6 +217,20 @@ fi
 """
 
 
+def load_tensorrt() -> Any:
+    """Import TensorRT, or say that it is missing or too old."""
+    try:
+        trt = import_module('tensorrt')
+    except ModuleNotFoundError as error:
+        raise RequirementError('engines need tensorrt, which is not installed; install the one for '
+                               'the CUDA of this machine, such as `pip install tensorrt-cu12`'
+                               ) from error
+    if Version(trt.__version__) < Version(OLDEST):
+        raise RequirementError(f'TensorRT {trt.__version__} is too old for these graphs: use '
+                               f'{OLDEST} or newer')
+    return trt
+
+
 def build_engine(source: Path, path: Path, engine: Path, shapes: Shapes) -> None:
     """Build an engine for the GPU of this machine; it takes minutes.
 
@@ -229,7 +244,7 @@ def build_engine(source: Path, path: Path, engine: Path, shapes: Shapes) -> None
         RequirementError: TensorRT is missing or too old.
         EngineError: It cannot read the graph or build the engine.
     """
-    trt = require('tensorrt', OLDEST, 'tensorrt')
+    trt = load_tensorrt()
     typed = Version(trt.__version__).major >= TYPED
     logger = trt.Logger(trt.Logger.ERROR)
     trt.init_libnvinfer_plugins(logger, '')
@@ -281,7 +296,7 @@ class Engine:
     """
 
     def __init__(self, path: str | Path):
-        trt = require('tensorrt', OLDEST, 'tensorrt')
+        trt = load_tensorrt()
         logger = trt.Logger(trt.Logger.ERROR)
         trt.init_libnvinfer_plugins(logger, '')
         engine = trt.Runtime(logger).deserialize_cuda_engine(Path(path).read_bytes())

@@ -18,26 +18,13 @@ from spartan_mm.runtime import Runtime
 
 
 @pytest.fixture
-def fixed(exported, tmp_path):
-    """Gives an exported file with images of 64x96 pixels, where they are free in the fixture's."""
-    def give(task):
-        model = onnx.load(exported(task).path)
-        for axis, side in ((2, 64), (3, 96)):
-            model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = side
-        path = tmp_path / 'model.onnx'
-        onnx.save(model, path)
-        return path
-    return give
-
-
-@pytest.fixture
-def run_script(fixed, tmp_path):
+def run_script(exported, tmp_path):
     """Writes the script of a detector in float16, and runs it with a trtexec of some version."""
     def run(version):
-        source = fixed('detector')
+        source = exported('detector').path
         shapes = tensorrt.find_shapes(source)
-        script = tmp_path / 'build.sh'
-        script.write_text(tensorrt.write_script(source, tmp_path / 'model_fp16.onnx', shapes))
+        script, path = tmp_path / 'build.sh', tmp_path / 'small_detector_fp16.onnx'
+        script.write_text(tensorrt.write_script(source, path, shapes))
         commands = tmp_path / 'bin'
         commands.mkdir()
         if version:
@@ -53,14 +40,15 @@ def run_script(fixed, tmp_path):
 
 
 @pytest.mark.parametrize('version', ['8601', '100600', '110100'])
-def test_commands_follow_the_version(run_script, version):
+def test_commands_follow_the_version(run_script, version, exported):
     done = run_script(version)
     assert done.status == 0
     flags, typed = done.flags, version == '110100'
-    assert flags['--onnx'] == ('model_fp16.onnx' if typed else 'model.onnx')
-    assert flags['--saveEngine'] == 'model_fp16.engine'
-    assert flags['--minShapes'] == 'images:1x3x64x96,orig_target_sizes:1x2'
-    assert flags['--maxShapes'] == 'images:8x3x64x96,orig_target_sizes:8x2'
+    size = 'x'.join(map(str, Runtime(exported('detector').path).size))
+    assert flags['--onnx'] == (f'small_detector{"_fp16" if typed else ""}.onnx')
+    assert flags['--saveEngine'] == 'small_detector_fp16.engine'
+    assert flags['--minShapes'] == f'images:1x3x{size},orig_target_sizes:1x2'
+    assert flags['--maxShapes'] == f'images:8x3x{size},orig_target_sizes:8x2'
     assert '--verbose' in flags
     constraints = {'--fp16', '--precisionConstraints', '--layerPrecisions', '--layerOutputTypes'}
     assert constraints & {*flags} == (set() if typed else constraints)
@@ -91,7 +79,7 @@ def test_layers_that_stay_in_float32(exported):
     # Boxes, and where queries look.
     kept = {scopes[name] for name in computing if nodes[name].op_type in ('MatMul', 'Gemm')}
     assert {'model.decoder.query_pos_head.0', 'model.bbox_head.reg_branches.0.4',
-            'model.bbox_head.cls_branches.1'} <= kept
+            'model.bbox_head.cls_branches.0'} <= kept
     # What costs time is in float16.
     free = {scopes[name] for name, node in nodes.items()
             if node.op_type in ('Conv', 'MatMul', 'Gemm', 'Split') and name not in computing}
@@ -100,23 +88,20 @@ def test_layers_that_stay_in_float32(exported):
     assert not any(nodes[name].op_type in ('Conv', 'Split') for name in computing)
 
 
-def test_a_float16_file_and_its_script(fixed, tmp_path, monkeypatch):
+def test_a_float16_file_and_its_script(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, 'find_spec', lambda name: None)
-    source = fixed('classifier')
-    metadata = dict(Runtime(source).metadata)
-    metadata['input'] |= dict(size=[64, 96], dynamic=['batch'])
-    metadata |= dict(precision='fp16', resize=None)
-    (tmp_path / 'out').mkdir()
-    path = tmp_path / 'out' / 'user_classifier_fp16.onnx'
+    source, path = exported('detector').path, tmp_path / 'small_detector_fp16.onnx'
+    metadata = dict(Runtime(source).metadata, precision='fp16')
     run = tensorrt.write(SimpleNamespace(path=path, precision='fp16', onnx=lambda: source,
                                          metadata=metadata))
-    assert {each.name for each in path.parent.iterdir()} == {
-        'user_classifier.onnx', 'user_classifier_fp16.onnx', 'user_classifier_fp16.trtexec.sh'}
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96)).astype(np.uint8)
-    right = Runtime(path.with_name('user_classifier.onnx')).run(images)
-    found = run(images, None)
-    assert tensorrt_bench.compare(right, found)['difference'] < 0.02
-    assert not np.array_equal(right['scores'], found['scores'])
+    assert {each.name for each in tmp_path.iterdir()} == {
+        'small_detector.onnx', 'small_detector_fp16.onnx', 'small_detector_fp16.trtexec.sh'}
+    right = Runtime(tmp_path / 'small_detector.onnx')
+    assert right.metadata['precision'] == 'fp32'
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, *right.size)).astype(np.uint8)
+    expected, found = right.run(images), run(images, None)
+    assert tensorrt_bench.compare(expected, found)['same'] > 0.5
+    assert not np.array_equal(expected['scores'], found['scores'])
 
 
 def _graph(*nodes, k=None, sides=(64, 64)):
@@ -141,7 +126,7 @@ def test_an_old_tensorrt_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorrt', ModuleType('tensorrt'))
     sys.modules['tensorrt'].__version__ = '8.5.1'
     path = tmp_path / 'model.onnx'
-    with pytest.raises(RequirementError, match='tensorrt >= 8.6, but 8.5.1 is installed'):
+    with pytest.raises(RequirementError, match='TensorRT 8.5.1 is too old for these graphs: use 8.6 or newer'):
         tensorrt.build_engine(path, path, tmp_path / 'model.engine', {})
 
 
@@ -169,7 +154,7 @@ def test_an_engine_gives_what_the_file_gives(precision, exported, tmp_path):
     config, checkpoint = exported('detector').config, exported('detector').checkpoint
     path = export_model(config, checkpoint, 'tensorrt', tmp_path, precision=precision, check=None)
     engine = tensorrt.Engine(tensorrt.engine_of(path, precision))
-    runtime = Runtime(tmp_path / 'user_detector.onnx')
+    runtime = Runtime(tmp_path / 'small_detector.onnx')
     for batch in (1, 3):
         images = np.random.default_rng(0).integers(0, 256, (batch, 3, *runtime.size))
         images = images.astype(np.uint8)

@@ -8,7 +8,6 @@ Needs tensorrt and PyTorch for CUDA. Every engine, in float32 and float16 and fo
 computes, and with copies to and fro.
 """
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
