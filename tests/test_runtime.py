@@ -177,6 +177,10 @@ class TestResults:
             assert model.run(np.zeros((1, 3, 64, 32), np.uint8))['boxes'][0, 2].tolist() == [
                 0, 0, 32, 64]
 
+    def test_fixed_size_may_be_any(self, tmp_path):
+        path = write_graph(tmp_path / 'tiny.onnx', metadata_of(size=(8, 9)))
+        assert Runtime(path)(np.full((9, 9), 255, np.uint8)).scores[0] == pytest.approx(1)
+
     def test_float_images(self, tmp_path):
         """A graph may want numbers of another type, from 0 to 255 all the same."""
         path = write_graph(tmp_path / 'tiny.onnx', metadata_of())

@@ -12,7 +12,7 @@ from PIL import Image
 from ..datasets.images import decoding_of, take_image
 from ..errors import ExplainedError, UsageError
 from ..inference import find_images
-from ..text import count, first_line
+from ..text import count, first_line, printable
 from ..weights.stored_config import find_test_dataset
 from ..zoo import quiet
 
@@ -77,7 +77,9 @@ def find_pictures(config: Config, wanted: int | str | Path = 8, seed: int = 0) -
         # Nothing is written; what could be replaced is none of the images.
         found = find_images(wanted, Path(wanted, '.none'))
         chosen = sorted(rng.permutation(len(found.images))[:MOST])
-        pictures = Pictures(f'{len(chosen)} of {count(len(found.images), "image")} in {wanted}')
+        # Metadata tell nobody where things lie on this machine.
+        pictures = Pictures(f'{len(chosen)} of {count(len(found.images), "image")} in '
+                            f'{Path(wanted).name}')
         for path in (found.images[index] for index in chosen):
             image = take_image(path, **decoding_of(loader))
             pictures.add(path.relative_to(found.root).as_posix(), prepare(image),
@@ -86,8 +88,8 @@ def find_pictures(config: Config, wanted: int | str | Path = 8, seed: int = 0) -
     try:
         return _of_dataset(config, wanted, rng)
     except (ExplainedError, OSError) as error:
-        missing = first_line(error)
-    return _of_photographs(prepare, wanted, rng, seed, missing)
+        print(f'The test data of the config cannot be used: {printable(first_line(error))}')
+    return _of_photographs(prepare, wanted, rng, seed)
 
 
 def to_rgb(image) -> np.ndarray:
@@ -125,14 +127,14 @@ def _of_dataset(config: Config, number: int, rng: np.random.Generator) -> Pictur
     return pictures
 
 
-def _of_photographs(prepare: Callable, number: int, rng: np.random.Generator, seed: int,
-                    missing: str) -> Pictures:
+def _of_photographs(prepare: Callable, number: int, rng: np.random.Generator, seed: int
+                    ) -> Pictures:
     try:
         from sklearn.datasets import load_sample_images
         photographs, kind = load_sample_images().images, "parts of scikit-learn's photographs"
     except ImportError:
         photographs, kind = None, 'smooth random pictures, for there is no scikit-learn'
-    pictures = Pictures(f'{number} {kind} (seed {seed}); no test data: {missing}')
+    pictures = Pictures(f'{number} {kind} (seed {seed})')
     for index, image in zip(range(number), _cut(photographs, rng), strict=False):
         pictures.add(f'picture {index}', prepare(image), image.shape[1::-1])
     return pictures

@@ -4,6 +4,9 @@ Left out are waves that no argmax can pick, inner channels of SMixers, feed-forw
 fusion blocks, and whole blocks. Widths are the same in all blocks of a stage, and in all layers of
 a decoder; which channels stay is each one's own. The stage widths stay: a channel less would change
 which one is the strongest, and the statistics of the norms.
+
+NOTE: Libraries that find by a trace what goes together, such as torch-pruning, do not see that the
+first C waves of a CMixer may be picked, and that a modulation holds them in pairs.
 """
 import re
 from collections import defaultdict
@@ -231,7 +234,8 @@ class Pruning:
             owner = name.partition('.')[0]
             if kind == 'ffn' and owner in ('neck', 'decoder') and hasattr(part, 'linear1'):
                 found[owner, 'ffn_dims', ''] += ffn_groups(name, part)
-            elif kind == 'csp' and owner == 'neck' and hasattr(part, 'conv3'):
+            elif (kind == 'csp' and owner == 'neck' and len(getattr(part, 'blocks', ()))
+                    and hasattr(part, 'conv3')):
                 found[owner, 'block_channels', ''] += csp_groups(name, part)
         return found
 

@@ -36,8 +36,8 @@ RESIZES = {
     **{f'{backend} {method}': config_of(dict(
         type='Resize', scale=(96, 80), backend=backend, interpolation=method))
         for backend in ('cv2', 'pillow') for method in ('nearest', 'bilinear', 'bicubic')},
-    'enlarging': config_of(dict(type='FixScaleResize', scale=(900, 700))),
-    'enlarging bicubic': config_of(dict(type='Resize', scale=(900, 700), interpolation='bicubic')),
+    'enlarging': config_of(dict(type='FixScaleResize', scale=(300, 280))),
+    'enlarging bicubic': config_of(dict(type='Resize', scale=(300, 280), interpolation='bicubic')),
     'edge and crop': config_of(dict(type='ResizeEdge', scale=75), dict(
         type='CenterCrop', crop_size=(64, 50)), scope='mmpretrain'),
     'torchvision': config_of(torchvision(dict(type='Resize', size=75), dict(

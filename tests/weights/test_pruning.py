@@ -161,18 +161,18 @@ def test_what_cannot_be_left_out(prune, message):
 @pytest.mark.slow
 def test_feed_forward_networks_and_fusion_blocks_of_a_detector():
     config = Config.fromfile(DATA / 'user_detector.py')
-    config.model.neck.num_blocks = 2
+    config.model.neck.update(num_blocks=2, expansion=1.)
     model = randomize(spartan_mm.get_model(config))
     for layer in (model.neck.aifi, *model.decoder.layers):
         cut_off(16, layer.linear2.weight)
     for layer in (*model.neck.top_down_blocks, *model.neck.bottom_up_blocks):
         for block in layer.blocks:
-            cut_off(4, block.dense.conv.weight, block.pointwise.conv.weight)
+            cut_off(8, block.dense.conv.weight, block.pointwise.conv.weight)
     pruning = Pruning(model, config)
     pruning.narrow('ffn', 0.5)
     pruning.narrow('csp', 0.25)
     assert pruning.changes == {'neck.ffn_dims': (32, 16), 'decoder.ffn_dims': (32, 16),
-                               'neck.block_channels': (16, 12)}
+                               'neck.block_channels': (32, 24)}
     smaller, images = spartan_mm.get_model(config).double(), torch.rand(1, 3, 64, 64).double()
     smaller.load_state_dict(pruning.state_dict)
     with torch.no_grad():
