@@ -126,7 +126,7 @@ def test_an_old_tensorrt_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorrt', ModuleType('tensorrt'))
     sys.modules['tensorrt'].__version__ = '8.5.1'
     path = tmp_path / 'model.onnx'
-    with pytest.raises(RequirementError, match='TensorRT 8.5.1 is too old for these graphs: use 8.6 or newer'):
+    with pytest.raises(RequirementError, match='TensorRT 8.5.1 is too old .* use 8.6 or newer'):
         tensorrt.build_engine(path, path, tmp_path / 'model.engine', {})
 
 
