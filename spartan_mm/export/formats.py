@@ -31,7 +31,7 @@ class Format:
 
 
 FORMATS = {
-    'onnx': Format('.onnx', 'onnx', ('fp32', 'fp16', 'int8')),
+    'onnx': Format('.onnx', 'onnx_runtime', ('fp32', 'fp16', 'int8')),
     'openvino': Format('.xml', 'openvino', ('fp32', 'fp16', 'bf16', 'int8')),
     'tensorrt': Format('.onnx', 'tensorrt', ('fp32', 'fp16'), ('batch', )),
     'pt2': Format('.pt2', 'pt2'),

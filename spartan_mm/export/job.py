@@ -22,9 +22,10 @@ from ..weights.safe_load import local_file
 from ..weights.stored_config import config_from, find_test_dataset
 from ..zoo import get_model
 from .check import Run, check_export, print_check
-from .formats import FORMATS, find_format
+from .formats import find_format
 from .graph import Classify, Detect, make_graph
 from .metadata import MIN_SIDE, MULTIPLE, as_properties, describe, find_size
+from .onnx import write_onnx
 from .pictures import Pictures, find_pictures
 from .preprocessing import describe_resize
 
@@ -63,8 +64,7 @@ class Job:
     def onnx(self) -> Path:
         """An ONNX file of the graph in float32, without metadata; it is made once."""
         if not self.graph_file.exists():
-            FORMATS['onnx'].load('write_onnx')(self.graph, self.graph_file, self.size,
-                                               self.dynamic)
+            write_onnx(self.graph, self.graph_file, self.size, self.dynamic)
         return self.graph_file
 
     def pictures(self) -> Pictures:

@@ -1,11 +1,10 @@
 """ONNX files: written by torch.export's exporter, for opset 18, which every runtime reads."""
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +12,14 @@ from torch.export import Dim
 
 from ..files import write_whole
 from ..requirements import require
-from ..runtime import Runtime
 from .form import export_form
-from .metadata import MULTIPLE, as_properties
-
-if TYPE_CHECKING:
-    from .check import Run
-    from .job import Job
+from .metadata import MULTIPLE
 
 #: NOTE: The exporter cannot write an older one; TensorRT reads GridSample of 20 and later wrong.
 OPSET = 18
 
 #: What a node says of the modules that it comes from.
 _SCOPES = 'pkg.torch.onnx.name_scopes'
-
-
-def write(job: 'Job') -> 'Run':
-    """Write the ONNX file of a job, see :class:`~.formats.Format`."""
-    if job.precision == 'fp32':
-        shutil.copy(job.onnx(), job.path)
-    else:
-        from . import quantize
-        quantize.write_onnx(job)
-    set_metadata(job.path, as_properties(job.metadata))
-    return Runtime(job.path).run
 
 
 def make_inputs(graph: nn.Module, size: tuple[int, int], batch: int = 1,

@@ -11,15 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..requirements import require
 from .onnx import find_scopes, write_proto
-
-if TYPE_CHECKING:
-    from .job import Job
 
 #: Modules of a detector that stay float in 8 bits, those of the decoder's input apart.
 DECODER = re.compile(r'(^|\.)(decoder(?!\.input_projs)|bbox_head|memory_trans_\w+)(\.|$)')
@@ -42,14 +39,6 @@ STREAM = re.compile(r'(^|\.)blocks\.\d+(\.norm2)?$')
 #: take nothing else.
 FLOAT32 = {'ArgMax', 'Cast', 'Constant', 'ConstantOfShape', 'CumSum', 'GridSample', 'If',
            'InstanceNormalization', 'Loop', 'Range', 'Resize', 'Softmax', 'TopK'}
-
-
-def write_onnx(job: 'Job') -> None:
-    """Write the ONNX file of a job in float16 or 8 bits."""
-    if job.precision == 'fp16':
-        to_float16(job.onnx(), job.path)
-    else:
-        quantize_onnx(job.onnx(), job.path, batches(job.pictures().images))
 
 
 def batches(images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
