@@ -3,7 +3,7 @@
 - A detector's decoder, choice of queries and head stay float in 8 bits, in which boxes are lost.
 - A SpaRTAN's argmax picks another channel as soon as what it sees is rounded, wherever that was.
   float16 keeps the residual stream, the norms before the argmax and itself in float32; of 8 bits
-  only the weights are, since rounding maps, too, doubles the other picks and saves no time.
+  only the weights are: rounding maps, too, adds half to all of the other picks and saves no time.
 """
 import logging
 import re
