@@ -79,7 +79,7 @@ def find_pictures(config: Config, wanted: int | str | Path = 8, seed: int = 0) -
         chosen = sorted(rng.permutation(len(found.images))[:MOST])
         # Metadata tell nobody where things lie on this machine.
         pictures = Pictures(f'{len(chosen)} of {count(len(found.images), "image")} in '
-                            f'{Path(wanted).name}')
+                            f'{Path(wanted).resolve().name}')
         for path in (found.images[index] for index in chosen):
             image = take_image(path, **decoding_of(loader))
             pictures.add(path.relative_to(found.root).as_posix(), prepare(image),

@@ -31,18 +31,19 @@ def test_of_a_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'some')
     pictures = find_pictures(config, '.')
     assert pictures.names == [f'{index}.png' for index in range(4)]
+    assert pictures.source == '4 of 4 images in some'
     assert find_pictures(config, tmp_path / 'some' / '2.png').sizes == [(96, 80)]
 
 
 @pytest.mark.parametrize('installed, kind', [
     (True, "scikit-learn's photographs"), (False, 'smooth random pictures')])
-def test_without_test_data(config, tmp_path, monkeypatch, installed, kind):
+def test_without_test_data(config, tmp_path, monkeypatch, capsys, installed, kind):
     monkeypatch.chdir(tmp_path)
     if not installed:
         monkeypatch.setitem(__import__('sys').modules, 'sklearn.datasets', None)
     pictures = find_pictures(config, 5)
     assert len(pictures.images) == 5 and kind in pictures.source
-    assert 'annotations.json' in pictures.source
+    assert 'annotations.json' in capsys.readouterr().out
     again = find_pictures(config, 3)
     assert all(map(np.array_equal, pictures.images, again.images))
 

@@ -5,7 +5,7 @@
     python tools/dev/pruning_curve.py --out-dir DIR                       the table and the picture
 
 DIR/pruning.json keeps what was measured, a title each, and what is in there is not done again.
-Latencies are not measured: `spartan-mm benchmark DIR/.../X_pruned.py --deploy` does it.
+Latencies are not measured: `spartan-mm compare CONFIG DIR/.../pruned.py --deploy` does it.
 """
 import argparse
 import json
@@ -157,8 +157,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for key, style in (('pruned', '--'), ('tuned', '-')):
                 points = [(entry['multiply_adds'] / full['multiply_adds'], entry[key])
                           for entry in shown if key in entry]
-                axes.plot(*zip(*points, strict=True), style, color=colour, marker='o', markersize=4,
-                          label=line if key == 'tuned' else None)
+                if len(points) > 1:
+                    axes.plot(*zip(*points, strict=True), style, color=colour, marker='o',
+                              markersize=4, label=line if key == 'pruned' else None)
         finish(axes, title)
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter('{x:.0%}')
