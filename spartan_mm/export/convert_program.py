@@ -28,7 +28,9 @@ def metadata_of(path) -> Path:
 def to_litert(program, path: Path, metadata: dict) -> None:
     """Convert to LiteRT, inputs args_0, args_1, outputs output_0, ... in the program's order."""
     import litert_torch
-    litert_torch.convert(program.module(), program.example_inputs[0]).export(str(path))
+    # It traces the program again, which goes wrong on operations in place: these are gone by then.
+    module = program.run_decompositions({}).module()
+    litert_torch.convert(module, program.example_inputs[0]).export(str(path))
 
 
 def to_coreml(program, path: Path, metadata: dict) -> None:

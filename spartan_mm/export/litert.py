@@ -28,9 +28,12 @@ def load(path: str | Path, names: tuple[str, ...], threads: int = 1) -> 'Run':
     """Load a file for comparisons, see :func:`~.pt2.load`."""
     from ai_edge_litert.interpreter import Interpreter
     runner = Interpreter(str(path), num_threads=threads).get_signature_runner()
+    types = runner.get_input_details()
 
     def run(images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
         inputs = [x for x in (images, sizes) if x is not None]
-        outputs = runner(**{f'args_{place}': x for place, x in enumerate(inputs)})
+        # Whole numbers of 64 bits became such of 32.
+        outputs = runner(**{name: x.astype(types[name]['dtype']) for name, x in zip(
+            sorted(types), inputs, strict=True)})
         return by_name(names, [outputs[f'output_{place}'] for place in range(len(names))])
     return run
