@@ -54,7 +54,7 @@ class ExportedModel(nn.Module):
     def __init__(self, path: str, task: str) -> None:
         super().__init__()
         self.path = path
-        with _explained():
+        with explained():
             self.runtime = Runtime(path)
         metadata = self.runtime.metadata
         if metadata['task'] != task:
@@ -96,7 +96,7 @@ class ExportedModel(nn.Module):
         step = len(images) if together else 1
         for start in range(0, len(images), step):
             part = slice(start, start + step)
-            with _explained():
+            with explained():
                 found = self.runtime.run(np.stack(images[part]), np.array(sizes[part], np.int64))
             for place, sample in enumerate(samples[part]):
                 self._fill(sample, {name: torch.from_numpy(np.asarray(values[place]))
@@ -149,7 +149,7 @@ class ExportedClassesHook(Hook):
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Let what the runtime refuses end a command in a line."""
     try:
         yield

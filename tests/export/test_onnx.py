@@ -34,7 +34,7 @@ def test_nothing_tells_of_this_machine(exported):
 
 def test_nodes_know_their_modules(exported):
     scopes = {*find_scopes(exported('detector').path).values()}
-    assert {'', 'model.decoder.query_pos_head.0', 'model.neck.input_projs.0.conv',
+    assert {'', 'model.decoder.query_pos_head.0', 'model.neck.input_projs.2.conv',
             'model.decoder.layers.0.cross_attn'} <= scopes
 
 
@@ -77,27 +77,22 @@ def test_invalid_anchors_go_through_the_decoder(exported, tmp_path):
     assert_close(found, [*expected], rtol=1e-4, atol=1e-4)
 
 
-def test_a_fixed_size_has_a_fixed_number_of_tokens(exported, tmp_path):
-    write_onnx(make_graph(exported('detector').model), tmp_path / 'graph.onnx', (64, 96), ())
-    model = onnx.load(tmp_path / 'graph.onnx')
+def test_a_fixed_size_has_a_fixed_number_of_tokens(exported):
+    model = onnx.load(exported('detector').path)
     constants = {each.name for each in model.graph.initializer} | {
         node.output[0] for node in model.graph.node if node.op_type == 'Constant'}
     tops = [node for node in model.graph.node if node.op_type == 'TopK']
     assert len(tops) == 2 and all(node.input[1] in constants for node in tops)
-    assert [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == [
-        1, 3, 64, 96]
 
 
-@pytest.mark.parametrize('task', ['detector', 'classifier'])
-def test_size_is_free_on_request(exported, tmp_path, task):
-    graph = make_graph(exported(task).model, raw=task == 'detector')
+def test_size_is_free_on_request(exported, tmp_path):
+    graph = make_graph(exported('detector').model, raw=True)
     write_onnx(graph, tmp_path / 'graph.onnx', (64, 96), ('batch', 'size'))
     session = onnxruntime.InferenceSession(tmp_path / 'graph.onnx')
     for shape in ((1, 3, 64, 64), (5, 3, 96, 160)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         with torch.no_grad():
-            expected = graph(images)
+            expected, _ = graph(images)
         found = torch.from_numpy(session.run(None, dict(images=images.numpy()))[0])
-        if task == 'detector':  # queries have no stable order
-            found, expected = found.sort(1).values, expected[0].sort(1).values
-        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # Queries have no stable order.
+        assert_close(found.sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-4)
