@@ -18,8 +18,9 @@ import numpy as np
 from ..requirements import require
 from .onnx import find_scopes, write_proto
 
-#: Modules of a detector that stay float in 8 bits, those of the decoder's input apart.
-DECODER = re.compile(r'(^|\.)(decoder(?!\.input_projs)|bbox_head|memory_trans_\w+)(\.|$)')
+#: Modules of a detector that stay float in 8 bits, those of the decoder's input apart; what belongs
+#: to no module selects the queries.
+DECODER = re.compile(r'^$|(^|\.)(decoder(?!\.input_projs)|bbox_head|memory_trans_\w+)(\.|$)')
 
 #: Modules whose own operations stay in float32 in float16, of their children only those named:
 #: what places boxes and samples, and what sums over a whole map.
