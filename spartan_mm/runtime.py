@@ -47,6 +47,9 @@ VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.web
 #: How many pixels an image may have, unless this variable of the environment says otherwise.
 MAX_PIXELS, MAX_PIXELS_VARIABLE = 200_000_000, 'SPARTAN_MM_MAX_PIXELS'
 
+#: Of how many sizes of batches OpenVINO keeps what it compiled.
+MAX_BATCHES = 4
+
 #: What a file may be exported in; and what OpenVINO is to compute in, where it may choose.
 PRECISIONS = {'fp32': 'f32', 'fp16': 'f16', 'bf16': 'bf16', 'int8': 'f32'}
 
