@@ -191,7 +191,7 @@ class TestResults:
 
     def test_openvino_is_kept_from_less_precision(self, tmp_path, monkeypatch, capsys):
         path = write_openvino(write_graph(tmp_path / 'tiny.onnx', metadata_of()))
-        assert runtime._type_name(Runtime(path)._engine._model) == 'f32'
+        assert runtime._type_name(Runtime(path)._engine._compile_for(1)) == 'f32'
         runtime.note.cache_clear()
         monkeypatch.setattr(runtime, '_type_name',
                             lambda place, *device: 'bf16' if device else 'f32')
