@@ -41,6 +41,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 #: The newest format of the metadata that is read here.
 FORMAT = 1
 
+#: Of the files that it runs.
+SUFFIXES = ('.onnx', '.xml')
+
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
@@ -430,7 +433,7 @@ class _OpenVino:
         return [*self._compile_for(len(feed['images']))(feed).values()]
 
 
-_ENGINES = {'.onnx': _OnnxRuntime, '.xml': _OpenVino}
+_ENGINES = dict(zip(SUFFIXES, (_OnnxRuntime, _OpenVino), strict=True))
 
 
 def _import(library: str, path: Path) -> Any:

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from ..errors import UsageError
 from ..files import check_writable
+from ..runtime import SUFFIXES
 from .arguments import add, add_config, add_run
 
 
@@ -41,7 +42,7 @@ def run(args: Namespace) -> None:
     from ..engine.class_order import OrderedCheckpointHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'test')
     check_evaluator(cfg, 'test')
-    exported = args.checkpoint.lower().endswith(('.onnx', '.xml'))
+    exported = args.checkpoint.lower().endswith(SUFFIXES)
     if exported:
         check_exported(args)
         from ..export.model import ExportedClassesHook, use_exported

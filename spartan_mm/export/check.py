@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..backbones.spartan import CMixer
 from ..errors import ExplainedError
+from ..runtime import SUFFIXES
 from ..text import count, join, markdown
 from .pictures import Pictures, resized
 from .race import BareRun, computed_in, open_bare, race
@@ -426,7 +427,7 @@ def check_export(model: nn.Module, run: Run, metadata: Mapping[str, Any], pictur
     precision, size = metadata['precision'], tuple(metadata['input']['size'])
     reference, suffix = Reference(model, metadata), Path(path).suffix
     result = check_file(reference, run, pictures, metadata)
-    if precision == 'fp32' or suffix not in ('.onnx', '.xml'):
+    if precision == 'fp32' or suffix not in SUFFIXES:
         return result
     library = 'openvino' if suffix == '.xml' else 'onnxruntime'
     if library == 'openvino':

@@ -84,7 +84,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         config: A config file or the name of a model; or a checkpoint that holds its config.
         checkpoint: The weights, path or URL; None if `config` is a checkpoint.
         to: The format, see :mod:`.formats`.
-        out_dir: Where to write; ``runtime.py`` is copied there, too.
+        out_dir: Where to write; ``runtime.py``, for what it can run, is copied there, too.
         size: Height and width of the images; None for those of the config's test pipeline.
         dynamic: Axes that stay free, of 'batch' and 'size'; None for the batch, where the format
             has it.
@@ -129,7 +129,8 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
                 metadata['check'] = _check(job, run, check)
         final = final.with_name(job.path.name)
         target.load('set_metadata')(job.path, as_properties(metadata))
-        shutil.copy(runtime.__file__, folder / 'runtime.py')
+        if job.path.suffix in runtime.SUFFIXES:
+            shutil.copy(runtime.__file__, folder / 'runtime.py')
         job.graph_file.unlink(missing_ok=True)
         for path in folder.iterdir():
             _replace(path, final.with_name(path.name))
@@ -197,7 +198,7 @@ def _check(job: Job, run: Run | None, wanted: int | str) -> dict[str, Any]:
         print(f'{job.path.name} was not compared: it cannot run on this machine')
         return dict(compared=False)
     pictures = find_pictures(job.cfg, wanted)
-    compared = job.precision != 'fp32' and job.path.suffix in ('.onnx', '.xml')
+    compared = job.precision != 'fp32' and job.path.suffix in runtime.SUFFIXES
     result = check_export(job.model, run, job.metadata, pictures, job.path,
                           job.onnx() if compared else None)
     print(print_check(result))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from .programs import by_name, convert, set_metadata
 
@@ -20,20 +21,21 @@ def write(job: 'Job') -> 'Run | None':
     NOTE: litert-torch needs a version of transformers that mmpretrain cannot be imported with.
     """
     if convert(job, 'litert_torch', ['litert-torch']) and find_spec('ai_edge_litert'):
-        return load(job.path, job.graph.output_names)
+        return load(job.path, job.graph)
     return None
 
 
-def load(path: str | Path, names: tuple[str, ...], threads: int = 1) -> 'Run':
+def load(path: str | Path, graph: nn.Module, threads: int = 1) -> 'Run':
     """Load a file for comparisons, see :func:`~.pt2.load`."""
     from ai_edge_litert.interpreter import Interpreter
     runner = Interpreter(str(path), num_threads=threads).get_signature_runner()
     types = runner.get_input_details()
 
     def run(images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        inputs = [x for x in (images, sizes) if x is not None]
+        inputs = (images, sizes)[:len(graph.input_names)]
         # Whole numbers of 64 bits became such of 32.
         outputs = runner(**{name: x.astype(types[name]['dtype']) for name, x in zip(
             sorted(types), inputs, strict=True)})
-        return by_name(names, [outputs[f'output_{place}'] for place in range(len(names))])
+        return by_name(graph.output_names, [
+            outputs[f'output_{place}'] for place in range(len(graph.output_names))])
     return run

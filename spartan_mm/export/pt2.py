@@ -25,19 +25,20 @@ def write(job: 'Job') -> 'Run':
         torch._inductor.aoti_compile_and_package(program, package_path=str(job.path))
     except RuntimeError as error:  # the compiler's errors, and those of not having one
         raise explain('AOTInductor', job, error) from error
-    return load(job.path, job.graph.output_names)
+    return load(job.path, job.graph)
 
 
-def load(path: str | Path, names: tuple[str, ...]) -> 'Run':
+def load(path: str | Path, graph: torch.nn.Module) -> 'Run':
     """Load a file for comparisons.
 
     Args:
         path: The file.
-        names: Of its outputs.
+        graph: What it was made of, which names inputs and outputs.
     """
     model = torch._inductor.aoti_load_package(str(path))
 
     def run(images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        return by_name(names, model(*(torch.from_numpy(np.ascontiguousarray(x))
-                                      for x in (images, sizes) if x is not None)))
+        given = (images, sizes)[:len(graph.input_names)]
+        return by_name(graph.output_names, model(*(
+            torch.from_numpy(np.ascontiguousarray(x)) for x in given)))
     return run
