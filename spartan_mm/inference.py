@@ -148,11 +148,7 @@ class Model:
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
                  device: str | None = None, match_classes: Match = None) -> None:
-        cfg, name = _read_config(config)
-        if checkpoint is None:
-            if not is_checkpoint(name):
-                raise InputError(f'{name} is a config without weights; name a checkpoint, too')
-            match_classes = 'number'  # A checkpoint's own config is no second opinion.
+        cfg, name, checkpoint, match_classes = find_weights(config, checkpoint, match_classes)
         if cfg.get('default_scope') != self.scope:
             raise InputError(f'{name} describes no {self.kind} (its default_scope is '
                              f'{cfg.get("default_scope")!r}, not {self.scope!r})')
@@ -165,8 +161,8 @@ class Model:
             # A pretrained backbone that the config names is not loaded: nothing calls
             # init_weights().
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
-            classes = find_classes(load_in_order(model, cfg, checkpoint or name, match_classes))
-            self.classes = find_names(model, classes, dataset, checkpoint or name)
+            classes = find_classes(load_in_order(model, cfg, checkpoint, match_classes))
+            self.classes = find_names(model, classes, dataset, checkpoint)
         self.model = model.to(device or get_device()).eval()
 
     def read(self, image: Any) -> np.ndarray:
@@ -431,9 +427,28 @@ def _write_image(path: Path, image: np.ndarray) -> None:
         file.write(content)
 
 
+def find_weights(config: str | Config, checkpoint: str | None, match_classes: Match
+                 ) -> tuple[Config, str, str, Match]:
+    """Find what a model is made of, by the arguments of :class:`Model`.
+
+    Returns:
+        The config and what it is called, the checkpoint, and what to do about other classes.
+
+    Raises:
+        InputError: There are no weights.
+    """
+    cfg, name = _read_config(config)
+    if checkpoint is None:
+        if not is_checkpoint(name):
+            raise InputError(f'{name} is a config without weights; name a checkpoint, too')
+        # A checkpoint's own config is no second opinion.
+        return cfg, name, name, 'number'
+    return cfg, name, str(checkpoint), match_classes
+
+
 def _read_config(config: str | Config) -> tuple[Config, str]:
     """Read a config, and say what it is called."""
     if isinstance(config, Config):
-        return config, str(config.filename)
+        return config, str(config.filename or 'config')
     return (config_from(config) if is_checkpoint(config)
             else Config.fromfile(find_config(config))), str(config)

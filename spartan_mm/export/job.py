@@ -16,10 +16,10 @@ from .. import runtime
 from ..datasets.classes import find_names
 from ..errors import UsageError
 from ..files import UnwritableError, check_writable
-from ..model_index import find_config, is_checkpoint
+from ..inference import find_weights
 from ..weights.forms import switch_to_deploy
 from ..weights.safe_load import local_file
-from ..weights.stored_config import config_from, find_test_dataset
+from ..weights.stored_config import find_test_dataset
 from ..zoo import get_model
 from .check import Run, check_export, print_check
 from .formats import find_format
@@ -107,13 +107,14 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         InputError: What runs the file is missing or doesn't take it.
     """
     target, dynamic = find_format(to, precision, dynamic)
-    cfg, name, weights, match_classes = _find(config, checkpoint, match_classes)
+    cfg, name, weights, match_classes = find_weights(config, checkpoint, match_classes)
+    name = Path(name).stem
     model = get_model(cfg, pretrained=weights, match_classes=match_classes)
     graph = make_graph(switch_to_deploy(copy.deepcopy(model)), raw)
     resize = None if raw and size else describe_resize(cfg, size)
     size = find_size(resize, size)
     _check_size(model, size, dynamic)
-    classes = find_names(model, _names_of(model), find_test_dataset(cfg), str(weights))
+    classes = find_names(model, _names_of(model), find_test_dataset(cfg), weights)
     metadata = describe(graph, cfg, name, classes, local_file(weights), resize, size, dynamic,
                         precision)
     suffix = '' if precision == 'fp32' else f'_{precision}'
@@ -135,23 +136,6 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         for path in folder.iterdir():
             _replace(path, final.with_name(path.name))
     return final
-
-
-def _find(config: str | Config, checkpoint: str | None, match_classes: str | None
-          ) -> tuple[Config, str, str, str | None]:
-    """The config, a name for the model, its weights, and what to do about other classes."""
-    if isinstance(config, Config):
-        cfg, name = config, config.filename or 'model'
-    elif is_checkpoint(config):
-        cfg, name = config_from(config), config
-    else:
-        cfg, name = Config.fromfile(find_config(config)), config
-    if checkpoint is None:
-        if isinstance(config, Config) or not is_checkpoint(config):
-            raise UsageError(f'{name} is a config without weights: name a checkpoint, too')
-        # A checkpoint's own config is no second opinion.
-        checkpoint, match_classes = config, 'number'
-    return cfg, Path(name).stem, str(checkpoint), match_classes
 
 
 def _names_of(model: nn.Module) -> Sequence[str]:
