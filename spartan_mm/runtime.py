@@ -77,7 +77,10 @@ def printable(text: Any) -> str:
 def gist(error: BaseException) -> str:
     """Say what an error says first, or its kind if it says nothing."""
     reason = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
-    return printable(reason.splitlines()[0])
+    lines = reason.splitlines()
+    # OpenVINO begins with where in its own code.
+    return printable(next((line for line in lines if not line.startswith('Exception from')),
+                          lines[0]))
 
 
 @cache
