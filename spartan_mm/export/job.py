@@ -182,8 +182,7 @@ def _check(job: Job, run: Run | None, wanted: int | str) -> dict[str, Any]:
         print(f'{job.path.name} was not compared: it cannot run on this machine')
         return dict(compared=False)
     pictures = find_pictures(job.cfg, wanted)
-    compared = job.precision != 'fp32' and job.path.suffix in runtime.SUFFIXES
     result = check_export(job.model, run, job.metadata, pictures, job.path,
-                          job.onnx() if compared else None)
+                          job.graph_file if job.graph_file.exists() else None)
     print(print_check(result))
     return result
