@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from . import zoo
 from .analysis.mistakes.predictions import spread
 from .datasets.check import SPLITS
 from .errors import ExplainedError
+from .files import clean_up_on_sigterm
 from .text import Console, count
 
 FAILED, BELOW_BAR, INTERRUPTED = 1, 3, 130
@@ -362,8 +362,7 @@ def main(kind: type[Demo], argv: Sequence[str] | None = None) -> int:
     demo = parse_args(kind, argv)
     for name, value in demo.environment.items():
         os.environ.setdefault(name, value)
-    # So that a step in progress is ended, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    clean_up_on_sigterm()
     os.chdir(demo.commands.home)
     try:
         values = demo.run()

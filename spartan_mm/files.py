@@ -8,7 +8,9 @@ import errno
 import json
 import os
 import secrets
+import signal
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,11 @@ class UnwritableError(ExplainedError, OSError):
     def __str__(self) -> str:
         remedy = 'make room' if self.errno in (errno.ENOSPC, errno.EDQUOT) else 'name another place'
         return printable(f'{self.filename} cannot be written: {self.strerror}; {remedy}')
+
+
+def clean_up_on_sigterm() -> None:
+    """Let SIGTERM end this process in order: what is unfinished is removed, processes are ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def check_writable(path: str | Path, *sources: str | Path) -> Path:

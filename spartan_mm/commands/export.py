@@ -9,6 +9,7 @@ size, how images are resized) stands in the file.
 """
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
+from ..files import clean_up_on_sigterm
 from ..text import printable
 from .arguments import add, positive
 
@@ -47,6 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Export, and say where to."""
     from ..export import export_model
+    clean_up_on_sigterm()
     path = export_model(args.config, args.checkpoint, args.to, args.out_dir, args.size,
                         args.dynamic, args.raw, args.precision, args.calibration, args.check,
                         args.match_classes)

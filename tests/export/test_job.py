@@ -1,5 +1,7 @@
 """The steps of an export: what is refused before work, and what is left when something is wrong."""
+import os
 import shutil
+import signal
 
 import onnx
 import pytest
@@ -74,6 +76,23 @@ def test_a_file_that_is_wrong_is_not_left(exported, tmp_path, monkeypatch):
         job.export_model(given.config, given.checkpoint, out_dir=tmp_path)
     assert [*tmp_path.iterdir()] == [older]
     assert older.read_text() == 'what was there before'
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path, monkeypatch):
+    def export(*_):
+        with job._workplace(tmp_path) as folder:
+            (folder / 'half.onnx').touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr('spartan_mm.export.export_model', export)
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main(['export', 'model', 'weights.pth'])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
