@@ -42,6 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                              "the config's test data (default: %(default)s)")
     checks.add_argument('--no-check', dest='check', action='store_const', const=None,
                         help='do not compare what was written with the model')
+    parser.add_argument('--accuracy', action='store_true',
+                        help="test checkpoint and file on the config's test data, too")
     add(parser, '--match-classes')
 
 
@@ -51,7 +53,7 @@ def run(args: Namespace) -> None:
     clean_up_on_sigterm()
     path = export_model(args.config, args.checkpoint, args.to, args.out_dir, args.size,
                         args.dynamic, args.raw, args.precision, args.calibration, args.check,
-                        args.match_classes)
+                        args.match_classes, args.accuracy)
     print(printable(f'wrote {path}'))
 
 

@@ -37,18 +37,13 @@ def run(args: Namespace) -> None:
     """Change the config as the flags say, and test."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     from ..datasets.evaluators import check_evaluator
-    from ..datasets.preflight import PreflightHook
     from ..engine import launch
-    from ..engine.class_order import OrderedCheckpointHook
+    from ..export.accuracy import build_tester
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'test')
     check_evaluator(cfg, 'test')
-    exported = args.checkpoint.lower().endswith(SUFFIXES)
-    if exported:
+    if args.checkpoint.lower().endswith(SUFFIXES):
         check_exported(args)
-        from ..export.model import ExportedClassesHook, use_exported
-        use_exported(cfg, args.checkpoint)
     else:
-        launch.load_weights(cfg, args.checkpoint)
         launch.use_compile(cfg, args.compile)
     if args.tta:
         launch.use_tta(cfg)
@@ -57,12 +52,7 @@ def run(args: Namespace) -> None:
     if args.out:
         check_writable(args.out, args.config, args.checkpoint)
         launch.keep_predictions(cfg, args.out)
-    runner = launch.build_runner(cfg)
-    # Ahead of hooks that load the checkpoint themselves.
-    runner.register_hook((ExportedClassesHook if exported else OrderedCheckpointHook)(
-        args.match_classes), priority='HIGHEST')
-    runner.register_hook(PreflightHook(), priority='HIGHEST')
-    runner.test()
+    build_tester(cfg, args.checkpoint, args.match_classes).test()
 
 
 def check_exported(args: Namespace) -> None:

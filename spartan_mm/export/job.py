@@ -21,6 +21,7 @@ from ..weights.forms import switch_to_deploy
 from ..weights.safe_load import local_file
 from ..weights.stored_config import find_test_dataset
 from ..zoo import get_model
+from .accuracy import check_accuracy, measure_accuracy, print_accuracy
 from .check import Run, check_export, print_check
 from .formats import find_format
 from .graph import Classify, Detect, make_graph
@@ -77,7 +78,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
                  out_dir: str | Path = 'exported', size: Sequence[int] | None = None,
                  dynamic: Iterable[str] | None = None, raw: bool = False, precision: str = 'fp32',
                  calibration: int | str = 64, check: int | str | None = 8,
-                 match_classes: str | None = None) -> Path:
+                 match_classes: str | None = None, accuracy: bool = False) -> Path:
     """Export a classifier or a RT-DETR, and compare what was written with the model.
 
     Args:
@@ -95,6 +96,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         check: Images to compare with: how many of the config's test data, or a file or folder; None
             not to compare.
         match_classes: See :func:`spartan_mm.get_model`.
+        accuracy: Whether to test checkpoint and file on the config's test data, too.
 
     Returns:
         The file.
@@ -107,6 +109,8 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         InputError: What runs the file is missing or doesn't take it.
     """
     target, dynamic = find_format(to, precision, dynamic)
+    if accuracy:
+        check_accuracy(config, checkpoint, raw, to)
     cfg, name, weights, match_classes = find_weights(config, checkpoint, match_classes)
     name = Path(name).stem
     model = get_model(cfg, pretrained=weights, match_classes=match_classes)
@@ -129,7 +133,13 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
             if check is not None:
                 metadata['check'] = _check(job, run, check)
         final = final.with_name(job.path.name)
-        target.load('set_metadata')(job.path, as_properties(metadata))
+        set_metadata = target.load('set_metadata')
+        set_metadata(job.path, as_properties(metadata))
+        if accuracy:
+            measured = measure_accuracy(str(config), weights, job.path, match_classes)
+            print(print_accuracy(measured))
+            metadata['accuracy'] = measured
+            set_metadata(job.path, as_properties(metadata))
         if job.path.suffix in runtime.SUFFIXES:
             shutil.copy(runtime.__file__, folder / 'runtime.py')
         job.graph_file.unlink(missing_ok=True)

@@ -36,6 +36,9 @@ def test_batch_is_free_where_it_can_be():
      'sides are multiples of 32 from 64 on, and 64x80 is not'),
     (['missing.pth'], 'missing.pth does not exist'),
     (['{checkpoint}', '--out-dir', '{checkpoint}'], 'cannot be written'),
+    (['--accuracy'], 'name a config file, or a model, and its checkpoint'),
+    (['{checkpoint}', '--accuracy', '--raw'], 'drop --raw'),
+    (['{checkpoint}', '--accuracy', '--to', 'pt2'], 'files for pt2 are not tested'),
 ])
 def test_wrong_arguments_are_said_in_a_line(exported, capsys, flags, message, tmp_path):
     given = exported('detector')
@@ -108,9 +111,12 @@ def test_the_command_shows_what_the_check_found(exported, tmp_path, monkeypatch,
     monkeypatch.chdir(given.config.parent)
     monkeypatch.setattr(job, 'write_onnx', lambda graph, path, *_: shutil.copy(given.path, path))
     assert cli.main(['export', str(given.config), str(given.checkpoint), '--out-dir',
-                     str(tmp_path), '--check', '3']) == 0
+                     str(tmp_path), '--check', '3', '--accuracy']) == 0
     printed = capsys.readouterr().out
     assert 'Compared with torch' in printed and '3 ' in printed
     assert printed.strip().endswith(f'wrote {tmp_path / given.path.name}')
+    accuracy = runtime.Runtime(tmp_path / given.path.name).metadata['accuracy']
+    assert accuracy['accuracy/top1'][0] == accuracy['accuracy/top1'][1] > 0
+    assert '| accuracy/top1 ' in printed
 
 
