@@ -6,9 +6,11 @@ Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2
 import copy
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -68,6 +70,19 @@ class RTDETRDecoderLayer(nn.Module):
         return self.norm3(query.clamp(-65504, 65504))
 
 
+class Decoded(NamedTuple):
+    """What a decoder gives its head, of each layer that ran.
+
+    Attributes:
+        hidden_states: (N, Q, C), queries.
+        boxes: (N, Q, 4) (cx, cy, w, h; float32, 0 to 1).
+    """
+
+    hidden_states: list[Tensor]
+    boxes: list[Tensor]
+
+
+@MODELS.register_module()
 class RTDETRDecoder(BaseModule):
     """Decoder with its own projection of the maps.
 
@@ -130,7 +145,7 @@ class RTDETRDecoder(BaseModule):
 
     def forward(self, query: Tensor, memory: Tensor, reference: Tensor,
                 spatial_shapes: Sequence[tuple[int, int]], reg_branches: nn.ModuleList,
-                attn_mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+                attn_mask: Tensor | None = None) -> Decoded:
         """Run the layers, each starting from the box that the one before it found.
 
         Args:
@@ -142,9 +157,9 @@ class RTDETRDecoder(BaseModule):
             attn_mask: (Q, Q), True where a row's query must not see a column's.
 
         Returns:
-            Queries (N, Q, C) and boxes (N, Q, 4) (cx, cy, w, h; float32, 0 to 1) of each layer; in
-            eval mode of the layers up to `eval_idx`. In training each layer's boxes also carry the
-            gradient to the layer before it ("look forward twice").
+            Queries and boxes of each layer; in eval mode of the layers up to `eval_idx`. In
+            training each layer's boxes also carry the gradient to the layer before it ("look
+            forward twice").
         """
         num_layers = self.num_layers if self.training else self.eval_idx + 1
         if attn_mask is not None:
@@ -161,4 +176,4 @@ class RTDETRDecoder(BaseModule):
             box = (reg_branch(query).float() + inverse_sigmoid(box)).sigmoid()
             states.append(query)
             boxes.append(box)
-        return states, boxes
+        return Decoded(states, boxes)
