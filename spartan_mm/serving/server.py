@@ -61,6 +61,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, batcher: Batcher, ready: str) -> None:
         super().__init__(config)
         self._batcher, self._ready = batcher, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -71,7 +72,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
-        self._loop.call_soon_threadsafe(self._batcher.stopping.set)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._batcher.stopping.set)
 
 
 def bind(host: str, port: int) -> socket.socket:
