@@ -135,7 +135,7 @@ def make_config(kind: str, root: Path, recipe: str, epochs: int, classifier: Pat
                    if key in ('train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks',
                               'default_hooks', 'auto_scale_lr', 'sync_bn')})
     config.train_cfg.max_epochs = epochs
-    # The demo's, in place of 1e-4: at that, so small a model learns next to nothing in so few steps.
+    # The demo's, in place of 1e-4, at which so small a model learns next to nothing in few steps.
     config.optim_wrapper.optimizer.lr = 1e-3
     config.default_hooks.checkpoint.max_keep_ckpts = 1
     config.default_hooks.logger.interval = 10
