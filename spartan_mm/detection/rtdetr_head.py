@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .denoising import DenoisingQueries
 from .forms import trim_head
 from .losses import paired_overlaps
+from .rtdetr_decoder import ACTIVATIONS
 from .targets import Targets, input_shape, to_device
 
 Matches = tuple[Tensor, Tensor, Tensor]
@@ -46,6 +47,7 @@ class RTDETRHead(BaseModule):
         train_cfg: `assigner` has the costs of the matching; the detector sets it.
         test_cfg: `max_per_img` is the number of detections that an image keeps.
         init_cfg: See mmengine's BaseModule.
+        act: 'relu' or 'silu', between linear layers.
     """
 
     deploy = False
@@ -54,7 +56,7 @@ class RTDETRHead(BaseModule):
     def __init__(self, num_classes: int, embed_dims: int = 256, num_pred_layer: int = 7,
                  loss_cls: dict | None = None, loss_bbox: dict | None = None,
                  loss_iou: dict | None = None, train_cfg: dict | None = None,
-                 test_cfg: dict | None = None, init_cfg: dict | None = None):
+                 test_cfg: dict | None = None, init_cfg: dict | None = None, act: str = 'relu'):
         super().__init__(init_cfg)
         self.num_classes = num_classes
         self.embed_dims = embed_dims
@@ -68,10 +70,15 @@ class RTDETRHead(BaseModule):
         self.cls_branches = nn.ModuleList(
             nn.Linear(embed_dims, num_classes) for _ in range(num_pred_layer))
         self.reg_branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(embed_dims, embed_dims), nn.ReLU(),
-                          nn.Linear(embed_dims, embed_dims), nn.ReLU(),
-                          nn.Linear(embed_dims, 4))
-            for _ in range(num_pred_layer))
+            self.box_branch(embed_dims, act) for _ in range(num_pred_layer))
+
+    @staticmethod
+    def box_branch(embed_dims: int, act: str, outputs: int = 4) -> nn.Sequential:
+        """Three layers from (..., C) to (..., outputs)."""
+        act = ACTIVATIONS[act]
+        return nn.Sequential(nn.Linear(embed_dims, embed_dims), act(),
+                             nn.Linear(embed_dims, embed_dims), act(),
+                             nn.Linear(embed_dims, outputs))
 
     def init_weights(self) -> None:
         """Start at a probability of 0.01 for every class, and at the reference for every box."""

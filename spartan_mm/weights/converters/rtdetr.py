@@ -37,8 +37,8 @@ def convert_resnet_vd(state_dict: Mapping[str, Tensor]) -> StateDict:
 def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     """Convert an official RT-DETR's weights for RTDETR, backbone ResNet-vd or SpaRTAN.
 
-    Version 2 is the same model if its layers sample as many points on each map and its queries are
-    selected by class.
+    Version 2 is the same model if its queries are selected by class. One whose query positions take
+    three linear layers is DEIM's, which has SiLU for ReLU, too.
 
     NOTE: A file doesn't say at which decoder layer a model is evaluated (the third of six for
     R50-m), that it has other than 8 attention heads or 300 queries, or that a v2 model samples
@@ -48,7 +48,7 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
         The same tensors under this package's names, and the settings of the `model` in a config
         that they fit.
     """
-    state_dict = _without_v2(state_dict)
+    state_dict, points = _without_v2(state_dict)
     layout = table.read_layout(state_dict, table.OFFICIAL)
     rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_SPARTAN)}
     spartan = {}
@@ -64,7 +64,7 @@ def convert_rtdetr(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, dict]:
     converted = table.to_ours(rest, table.tensor_names(layout, table.OFFICIAL))
     converted |= {BACKBONE + name: tensor for name, tensor in spartan.items()}
 
-    settings = dict(backbone=backbone, **table.read_settings(converted, layout))
+    settings = dict(backbone=backbone, **table.read_settings(converted, layout, points=points))
     table.check_detector(converted, settings)
     return converted, settings
 
@@ -108,6 +108,9 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
         raise CheckpointError('the model is fused for inference; convert the checkpoint that it '
                               'was made from')
     layout = table.read_layout(state_dict, table.OURS)
+    if layout.deep_position:
+        raise CheckpointError("query positions of three linear layers are DEIM's, which neither "
+                              'RT-DETR nor transformers has')
     names = table.tensor_names(layout, table.OFFICIAL)
     backbone = strip_prefix(state_dict, BACKBONE)
     if any(layout.depths):
@@ -127,6 +130,10 @@ def read_own_settings(state_dict: Mapping[str, Tensor],
 
     heads = [known.get(part, {}).get('num_heads', 8) for part in ('neck', 'decoder')]
     settings = dict(backbone=found, **table.read_settings(state_dict, layout, *heads))
+    points = known.get('decoder', {}).get('num_points')
+    if isinstance(points, list | tuple) and len({*points}) > 1:
+        raise CheckpointError(f'the maps get different numbers of sampling points ({join(points)}),'
+                              ' which neither version 1 nor transformers has')
     for part, name in (('neck', 'legacy_position'), ('decoder', 'eval_idx')):
         if name in known.get(part, {}):
             settings[part][name] = known[part][name]
@@ -140,17 +147,28 @@ def is_frozen(settings: Mapping) -> bool:
     return not settings['backbone'].get('norm_cfg', {}).get('requires_grad', True)
 
 
-def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """The state dict with what version 2 calls otherwise renamed, and its constants taken out."""
+def _without_v2(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, list[int] | None]:
+    """The state dict without what version 2 has or calls otherwise, and its points on each map.
+
+    These are None where the maps have equally many.
+    """
     scales = {name: tensor for name, tensor in state_dict.items()
               if name.endswith('.cross_attn.num_points_scale')}
-    for name, scale in scales.items():
-        # One over the number of points of its map, for each point.
-        counts = [round(1 / value) for value, _ in itertools.groupby(scale.flatten().tolist())
-                  if value]
-        if len(counts) != 1:
-            raise CheckpointError(f'{name} says that the maps get different numbers of sampling '
-                                  f'points ({join(counts)}), which RTDETR does not have')
+    # One over the number of points of its map, for each point.
+    found = {name: [round(1 / value) if value > 0 else 0 for value in scale.flatten().tolist()]
+             for name, scale in scales.items()}
+    points = None
+    for name, counts in found.items():
+        # Neighbouring maps may have as many.
+        per_map = [count for count, group in itertools.groupby(counts)
+                   for _ in range(sum(1 for _ in group) // max(count, 1))]
+        if [count for count in per_map for _ in range(count)] != counts or points not in (
+                None, per_map):
+            raise CheckpointError(f'{name} gives no number of sampling points for each map that '
+                                  'all layers share')
+        points = per_map
+    if points and len({*points}) == 1:
+        points = None
     # The anchors are those of a fixed image size; here they follow the image.
     constants = ({*scales, 'decoder.anchors', 'decoder.valid_mask'}
                  if scales or any('enc_output.proj' in name for name in state_dict) else ())
@@ -165,4 +183,4 @@ def _without_v2(state_dict: Mapping[str, Tensor]) -> StateDict:
     if score is not None and others is not None and len(score) == 1 < len(others):
         raise CheckpointError('the queries are selected without regard to classes (decoder.'
                               'enc_score_head has one output), which RTDETR does not do')
-    return renamed
+    return renamed, points

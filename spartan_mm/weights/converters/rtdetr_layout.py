@@ -4,7 +4,7 @@ One table for all directions: which modules a model has follows from a few count
 each row of the table gives a module's name in the three code bases.
 """
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -93,6 +93,9 @@ _PARTS = dict(
         linear  decoder.query_pos_head.0  query_pos_head.layers.0  decoder.query_pos_head.layers.0
         linear  decoder.query_pos_head.2  query_pos_head.layers.1  decoder.query_pos_head.layers.1
         '''),
+    deep_position=(('', 'decoder.', 'model.'), '''
+        linear  decoder.query_pos_head.4  query_pos_head.layers.2  decoder.query_pos_head.layers.2
+        '''),
     layer=(('decoder.layers.{layer}.', 'decoder.decoder.layers.{layer}.',
             'model.decoder.layers.{layer}.'), '''
         attention  self_attn
@@ -126,6 +129,7 @@ class Layout(NamedTuple):
         blocks: RepVGG blocks in a fusion block.
         projected: Whether fusion blocks end in a convolution.
         layers: Decoder layers.
+        deep_position: Whether query positions take three linear layers.
     """
 
     depths: tuple[int, ...]
@@ -134,6 +138,7 @@ class Layout(NamedTuple):
     blocks: int
     projected: bool
     layers: int
+    deep_position: bool
 
 
 @cache
@@ -170,7 +175,8 @@ def read_layout(names: Iterable[str], source: int) -> Layout:
         levels=count('neck_input', level=number),
         blocks=count('fusion_block', block=number, **any_step),
         projected=any(find('projection', **any_step)),
-        layers=count('layer', layer=number))
+        layers=count('layer', layer=number),
+        deep_position=any(find('deep_position')))
 
 
 def _modules(layout: Layout) -> Iterator[list[str]]:
@@ -205,6 +211,8 @@ def _modules(layout: Layout) -> Iterator[list[str]]:
                 yield from fill('fusion_block', step=step, path=path, block=block)
 
     yield from fill('queries')
+    if layout.deep_position:
+        yield from fill('deep_position')
     for layer in range(layout.layers):
         yield from fill('layer', layer=layer)
         yield from fill('cross_attention', layer=layer)
@@ -258,10 +266,11 @@ def from_ours(state_dict: Mapping[str, Tensor], names: Names, frozen: bool) -> S
 
 
 def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: int = 8,
-                  decoder_heads: int = 8) -> dict:
+                  decoder_heads: int = 8, points: Sequence[int] | None = None) -> dict:
     """What a config says of neck, decoder and head.
 
-    Attention heads do not show in shapes; all published models have 8 in both places.
+    Attention heads do not show in shapes; all published models have 8 in both places. Nor do the
+    numbers of sampling points on each map, unless they are the same (None).
 
     Raises:
         CheckpointError: The shapes are not those of an RT-DETR.
@@ -278,16 +287,19 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
         raise CheckpointError(f'the shapes are not those of an RT-DETR: {error}') from error
     heads = decoder_heads * layout.levels
     num_points, remainder = divmod(samples, heads) if heads > 0 else (0, samples)
-    if remainder:
+    if remainder and points is None:
         raise CheckpointError(f'the {samples} attention weights of a decoder layer are not equally '
                               f'many for each of {decoder_heads} heads and {layout.levels} maps')
+    # Nothing else has deep positions than DEIM, whose linear layers have SiLU between them.
+    act = dict(act='silu') if layout.deep_position else {}
+    deep = dict(act, query_pos_layers=3) if act else {}
     return dict(
         neck=dict(in_channels=in_channels, embed_dims=embed_dims, num_heads=neck_heads,
                   ffn_dims=ffn_dims, expansion=hidden / embed_dims, num_blocks=layout.blocks),
         decoder=dict(in_channels=[embed_dims] * layout.levels, embed_dims=decoder_dims,
-                     num_layers=layout.layers, num_heads=decoder_heads, num_points=num_points,
-                     ffn_dims=decoder_ffn),
-        bbox_head=dict(num_classes=num_classes, embed_dims=decoder_dims))
+                     num_layers=layout.layers, num_heads=decoder_heads,
+                     num_points=points or num_points, ffn_dims=decoder_ffn, **deep),
+        bbox_head=dict(num_classes=num_classes, embed_dims=decoder_dims, **act))
 
 
 def resnet_settings(layout: Layout, frozen: bool) -> dict:

@@ -176,11 +176,20 @@ def test_version_2_is_the_same_model(official, version_2):
     assert settings == expected_settings
 
 
+def test_points_of_each_map(version_2):
+    scale = torch.tensor([1 / count for count in (3, 3, 6) for _ in range(count)])
+    version_2 |= {name: scale for name in version_2 if name.endswith('num_points_scale')}
+    converted, settings = convert_rtdetr(version_2)
+    assert settings['decoder']['num_points'] == [3, 3, 6]
+    with pytest.raises(CheckpointError, match=r'different numbers .* \(3, 3, 6\)'):
+        export_rtdetr(converted, settings)
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda weights: weights.update({
         'decoder.decoder.layers.1.cross_attn.num_points_scale':
             torch.tensor([1 / count for count in (2, 4, 6) for _ in range(count)])}),
-     r'layers\.1\.cross_attn\.num_points_scale says .* numbers of sampling points \(2, 4, 6\)'),
+     r'layers\.1\.cross_attn\.num_points_scale gives no number .* that all layers share'),
     (lambda weights: weights.update({'decoder.tgt_embed.weight': torch.zeros(50, 256)}),
      'learnt contents'),
     (lambda weights: weights.update({'decoder.enc_score_head.weight': torch.zeros(1, 256),
