@@ -15,6 +15,9 @@ from .coco_dataset import CheckedCocoDataset, LoadCheckedImage
 from .coco_metric import CheckedCocoMetric
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
+from .dfine_decoder import DFINEDecoder
+from .dfine_head import DFINEHead
+from .elan_encoder import ELANEncoder
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hooks import CheckedPipelineSwitchHook
 from .hybrid_encoder import HybridEncoder
@@ -30,8 +33,8 @@ from .rtdetr_head import RTDETRHead
 __all__ = [
     'AntialiasedResize', 'BatchMixUp', 'BatchRandomResize', 'CheckedCocoDataset',
     'CheckedCocoMetric', 'CheckedPipelineSwitchHook', 'DenoisingGenerator', 'DenseMosaic',
-    'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
-    'LoadCheckedImage', 'MatchabilityAwareLoss', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
-    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder',
-    'RTDETRHead'
+    'DetInferencer', 'DFINEDecoder', 'DFINEHead', 'ELANEncoder', 'FilterSmallBoxes',
+    'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MatchabilityAwareLoss',
+    'MultiScaleDeformableAttention', 'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut',
+    'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
 ]

@@ -198,8 +198,8 @@ class RTDETRDecoder(BaseModule):
             reference = box.detach()
             query_pos = self.query_pos_head(reference.to(query.dtype))
             query = layer(query, query_pos, memory, reference, spatial_shapes, attn_mask)
-            # The layer itself sees a detached box. Its correction is added to the attached one of the
-            # layer before it, which has no gradient to those before that one.
+            # The layer itself sees a detached box. Its correction is added to the attached one of
+            # the layer before it, which has no gradient to those before that one.
             correction, attached = reg_branch(query).float(), box
             box = (correction + inverse_sigmoid(reference)).sigmoid()
             states.append(query)

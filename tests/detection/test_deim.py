@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from spartan_mm.detection import RTDETRDecoder
 from spartan_mm.weights.converters import rtdetr_layout as table
 from spartan_mm.weights.converters.names import rename
-from spartan_mm.weights.converters.rtdetr import _without_v2
+from spartan_mm.weights.converters.rtdetr import _without_constants
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 CASE = json.loads((GOLDEN / 'deim_rtdetrv2_decoder.json').read_text())
@@ -42,7 +42,7 @@ def model(build):
         bbox_head=dict(num_classes=META['num_classes'],
                        loss_cls=dict(type='MatchabilityAwareLoss'), **form),
         dn_cfg=dict(num_queries=0))
-    weights, _ = _without_v2({name: torch.from_numpy(value) for name, value in
+    weights, *_ = _without_constants({name: torch.from_numpy(value) for name, value in
                               STAND_IN['fill_state_dict'](CASE['shapes']).items()})
     layout = table.read_layout(weights, table.OFFICIAL)._replace(levels=META['num_levels'])
     assert layout.deep_position and layout.layers == META['num_layers']

@@ -98,8 +98,8 @@ def main() -> None:
     settings = dict(epochs=args.epochs, pictures=args.pictures, val_pictures=args.val_pictures)
     content = json.loads(file.read_text()) if file.exists() else dict(settings=settings, rows={})
     if content['settings'] != settings and args.seeds:
-        parser.error(f'{file} has results of {content["settings"]}, not of {settings}; name another '
-                     '--work-dir')
+        parser.error(f'{file} has results of {content["settings"]}, not of {settings}; name '
+                     'another --work-dir')
     if args.seeds:
         data = make_digits(work_dir / 'digits', args.pictures, args.val_pictures)
     # Seed by seed, so that there is a whole table early.
