@@ -29,6 +29,7 @@ BELOW['drawing'] = {'datasets'}
 BELOW['inference'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
+BELOW['page'] = {*BELOW}
 BELOW['demo'] = BELOW['commands'] = {*BELOW}
 BELOW['cli'] = {*BELOW}
 
