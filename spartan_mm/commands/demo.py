@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import demo, zoo
 from ..engine.launch import choose_device
 from ..errors import UsageError
-from ..inference import find_source, load_model
+from ..inference import IMAGE_SUFFIXES, Classifier, Detector, load_model
 from ..page import Viewer, serve, wait
 from ..runtime import SUFFIXES, Runtime, RuntimeFileError
 from ..text import printable
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
     if args.model is None:
         args.model, args.checkpoint, samples = _find_demo()
         args.examples = args.examples or samples
-    examples = find_source(args.examples, '.').images[:_MAX_EXAMPLES] if args.examples else []
+    examples = _find_examples(args.examples) if args.examples else []
     viewer = Viewer(_load(args), Path(args.checkpoint or args.model).name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with serve(viewer, args.host, args.port, args.score_thr, examples) as address:
@@ -60,7 +60,14 @@ def run(args: Namespace) -> None:
         wait()
 
 
-def _load(args: Namespace):
+def _find_examples(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.glob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UsageError(f'--examples {folder} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    return found[:_MAX_EXAMPLES]
+
+
+def _load(args: Namespace) -> Detector | Classifier | Runtime:
     if Path(args.model).suffix not in SUFFIXES:
         return load_model(args.model, args.checkpoint, choose_device(args.device),
                           args.match_classes)
