@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from .datasets.images import find_max_pixels
 from .drawing import class_colour, class_name
 from .errors import ExplainedError, UsageError
 from .inference import (
@@ -30,6 +31,7 @@ from .inference import (
 )
 from .requirements import require
 from .runtime import Runtime, RuntimeFileError
+from .serving.models import check_picture
 from .text import count, printable, shorten
 
 #: What an upload may weigh. How many pixels it may have, datasets/images.py says.
@@ -101,9 +103,11 @@ class Viewer:
         """Read a picture and run the model, once.
 
         Raises:
-            InputError: It cannot be read or is no picture, or has too many pixels.
+            InputError: It cannot be read.
+            Refusal: It is no picture, or decoding it would take too much.
         """
         start = time.perf_counter()
+        check_picture(Path(path).read_bytes(), find_max_pixels())
         image = (np.asarray(self.model.read(path))[..., ::-1] if self.exported
                  else self.model.read(path))
         ready = time.perf_counter()

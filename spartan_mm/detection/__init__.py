@@ -17,7 +17,7 @@ from .denoising import DenoisingGenerator
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
-from .losses import IoUAwareVarifocalLoss
+from .losses import IoUAwareVarifocalLoss, MatchabilityAwareLoss
 from .photometric import RandomPhotometricDistort
 from .resnet_vd import ResNetVd
 from .rtdetr import RTDETR
@@ -27,7 +27,7 @@ from .rtdetr_head import RTDETRHead
 __all__ = [
     'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',
     'DenoisingGenerator', 'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder',
-    'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
-    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder',
-    'RTDETRHead'
+    'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MatchabilityAwareLoss',
+    'MultiScaleDeformableAttention', 'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut',
+    'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
 ]

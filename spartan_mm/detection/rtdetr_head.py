@@ -82,6 +82,10 @@ class RTDETRHead(BaseModule):
             nn.init.zeros_(branch[-1].bias)
         super().init_weights()
 
+    def box_branches(self) -> dict:
+        """What the decoder makes boxes with, as it takes it."""
+        return dict(reg_branches=self.reg_branches)
+
     def forward(self, hidden_states: list[Tensor], boxes: list[Tensor],
                 **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Rate the queries.

@@ -11,10 +11,11 @@ from .hooks import (
 from .nan_guard import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .resume import ResumableTrainLoop
+from .schedules import FlatCosineLR
 from .signals import LeaveOnSignalHook
 
 __all__ = [
     'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook', 'FiniteNumbersHook',
-    'LeaveOnSignalHook', 'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
-    'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
+    'FlatCosineLR', 'LeaveOnSignalHook', 'OneWriterLoggerHook', 'ResumableCheckpointHook',
+    'ResumableTrainLoop', 'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
 ]
