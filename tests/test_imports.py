@@ -31,7 +31,8 @@ BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
 BELOW['page'] = {*BELOW}
-BELOW['demo'] = BELOW['commands'] = {*BELOW}
+BELOW['demo'] = {*BELOW}
+BELOW['commands'] = {*BELOW}
 BELOW['cli'] = {*BELOW}
 
 
