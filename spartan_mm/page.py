@@ -18,7 +18,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .datasets.images import find_max_pixels
 from .drawing import class_colour, class_name
 from .errors import ExplainedError, UsageError
 from .inference import (
@@ -31,10 +30,11 @@ from .inference import (
 )
 from .requirements import require
 from .runtime import Runtime, RuntimeFileError
+from .serving.limits import Limits
 from .serving.models import check_picture
 from .text import count, printable, shorten
 
-#: What an upload may weigh. How many pixels it may have, datasets/images.py says.
+#: What an upload may weigh. How many pixels it may have, the server's limits say.
 MAX_FILE_SIZE = '32mb'
 
 # The longer side of pictures on the page, in pixels; the model gets them as they came.
@@ -107,7 +107,7 @@ class Viewer:
             Refusal: It is no picture, or decoding it would take too much.
         """
         start = time.perf_counter()
-        check_picture(Path(path).read_bytes(), find_max_pixels())
+        check_picture(Path(path).read_bytes(), Limits.max_pixels)
         image = (np.asarray(self.model.read(path))[..., ::-1] if self.exported
                  else self.model.read(path))
         ready = time.perf_counter()
