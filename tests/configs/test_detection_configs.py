@@ -60,7 +60,7 @@ def build(name):
 
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
-        *COCO, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
+        *COCO, *RECIPES, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
         'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
