@@ -153,11 +153,11 @@ class TestClassifier:
         assert len(found.scores) == 7 and (np.diff(found.scores) <= 0).all()
 
     def test_fewer_classes(self, classifier, pictures, tmp_path):
-        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
-        assert len(report.results[0]['predictions']) == 2
-        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=50)
-        assert sum(entry['score'] for entry in report.results[0]['predictions']) == pytest.approx(
-            1, abs=1e-3)
+        infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
+        assert len(read_results(tmp_path)['results'][0]['predictions']) == 2
+        infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=50)
+        predictions = read_results(tmp_path)['results'][0]['predictions']
+        assert sum(entry['score'] for entry in predictions) == pytest.approx(1, abs=1e-3)
 
     def test_other_architecture(self, user_project, classifier):
         with pytest.raises(CheckpointError, match=r"does not fit the config's ImageClassifier: .*"
@@ -172,8 +172,8 @@ class TestBars:
     @pytest.mark.parametrize('count', [1, 5, 20])
     def test_image_keeps_its_pixels(self, shape, count):
         image = np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)
-        found = Classification(np.arange(count), np.linspace(1, 0, count))
-        picture = draw_classification(image, found, ('a' * 90, ) * count)
+        found = Classification(np.arange(count), np.linspace(1, 0, count), ('a' * 90, ) * count)
+        picture = draw_classification(image, found)
         factor = max(1, 240 // max(shape))
         shown = picture[:shape[0] * factor:factor, :shape[1] * factor:factor]
         assert (shown == image).all()
@@ -183,7 +183,7 @@ class TestBars:
 
     def test_bars_are_as_long_as_scores_are_high(self):
         found = Classification(np.array([3, 0]), np.array([0.75, 0.25]))
-        picture = draw_classification(np.zeros((240, 240, 3), np.uint8), found, ())
+        picture = draw_classification(np.zeros((240, 240, 3), np.uint8), found)
         coloured = np.ptp(picture[:, 240:].astype(int), axis=2) > 50
         first, second = coloured[:110].sum(1).max(), coloured[110:].sum(1).max()
         assert second > 50 and first == pytest.approx(3 * second, rel=0.05)
@@ -226,8 +226,8 @@ class TestImages:
     def test_results_are_those_of_the_detector(self, detector, pictures, tmp_path):
         found, = detector.detect([detector.read(pictures / '1.png')])
         threshold = float(found.scores[4])
-        report = infer(detector, find_source(pictures / '1.png', tmp_path), tmp_path, threshold)
-        detections = report.results[0]['detections']
+        infer(detector, find_source(pictures / '1.png', tmp_path), tmp_path, threshold)
+        detections = read_results(tmp_path)['results'][0]['detections']
         assert len(detections) == 5
         best = detections[0]
         assert best['bbox'] == pytest.approx(found.boxes[0].tolist(), abs=0.01)
@@ -242,7 +242,7 @@ class TestImages:
 
         monkeypatch.setattr(command, 'load_model', lambda *args: detector)
         if moment == 'detecting':
-            monkeypatch.setattr(detector, 'detect', interrupt)
+            monkeypatch.setattr(detector, '_find', interrupt)
         elif moment == 'writing a picture':
             monkeypatch.setattr(os, 'replace', interrupt)
         else:
@@ -273,15 +273,15 @@ class TestImages:
             (out / '0.png').symlink_to(pictures / '1.png')
         else:
             out.symlink_to(pictures)
-        with pytest.raises(InputError, match='the results would overwrite the input in'):
+        with pytest.raises(InputError, match='the results would overwrite .*, which is read'):
             find_source(pictures, out)
 
     @pytest.mark.parametrize('path, out, message', [
         ('none.jpg', 'out', r'none\.jpg does not exist'),
         ('empty', 'out', r'folder .*empty holds no images \(\.bmp'),
         ('fifo.png', 'out', r'fifo\.png is no file'),
-        ('pictures', 'pictures', 'would overwrite the input'),
-        ('pictures/0.png', 'pictures', 'would overwrite the input'),
+        ('pictures', 'pictures', 'would overwrite .*, which is read'),
+        ('pictures/0.png', 'pictures', 'would overwrite .*, which is read'),
     ])
     def test_mistakes(self, pictures, tmp_path, path, out, message):
         (tmp_path / 'empty').mkdir()
@@ -422,8 +422,8 @@ class TestInputs:
         for images in (many, tuple(many), iter(many), np.stack([BGR, BGR]), path, FILE, BGR):
             for found in detector.detect(images):
                 np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
-        assert len(classifier.classify(iter(many))) == len(classifier.process(many)) == 5
-        assert detector.detect([]) == classifier.process([]) == []
+        assert len(classifier.classify(iter(many))) == len(classifier(many, 2)) == 5
+        assert detector.detect([]) == classifier([], 2) == []
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -539,9 +539,9 @@ class TestStrangeInputs:
         (folder / 'wide.webp').write_bytes(content)
         (folder / 'wide.png').write_bytes(content)
         report = infer(detector, find_source(folder, tmp_path / 'out'), tmp_path / 'out')
-        assert len(report.results) == 2
+        assert report.images == 2
         assert report.failures.keys() == {'wide.webp'}
-        assert '.webp holds no picture of 20000x2 pixels' in report.failures['wide.webp']
+        assert 'wide.webp cannot be written: ' in report.failures['wide.webp']
 
 
 class TestVideo:
@@ -577,7 +577,7 @@ class TestVideo:
         path.write_bytes(content[:len(content) // 2])
         out = tmp_path / 'out'
         report = infer(detector, find_source(path, out), out)
-        frames = len(report.results)
+        frames = report.images
         assert 5 < frames < 15
         assert f'long.avi breaks off after {frames} of 20 frames' in report.failures['long.avi']
         assert read_results(out)['failures'] == report.failures
@@ -593,8 +593,9 @@ class TestDrawing:
 
     def test_draws_on_a_copy_and_only_near_the_box(self):
         image = np.full((100, 100, 3), 128, np.uint8)
-        found = Detections(np.array([[20., 40., 60., 80.]]), np.array([1]), np.array([0.9]))
-        drawn = draw_detections(image, found, ('a', 'b'))
+        found = Detections(np.array([[20., 40., 60., 80.]]), np.array([1]), np.array([0.9]),
+                           ('a', 'b'))
+        drawn = draw_detections(image, found)
         assert (image == 128).all()
         assert (drawn[40, 20:61] != 128).any(axis=1).all()
         assert (drawn[45:75, 25:55] == 128).all()
@@ -605,10 +606,10 @@ class TestDrawing:
     ], ids=str)
     def test_any_box(self, box):
         image = np.zeros((100, 100, 3), np.uint8)
-        found = Detections(np.array([box]), np.array([7]), np.array([1.]))
-        assert draw_detections(image, found, ('a', )).any()
+        found = Detections(np.array([box]), np.array([7]), np.array([1.]), ('a', ))
+        assert draw_detections(image, found).any()
 
     def test_nothing_found(self):
         image = np.zeros((10, 10, 3), np.uint8)
         found = Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-        assert (draw_detections(image, found, ()) == image).all()
+        assert (draw_detections(image, found) == image).all()

@@ -121,6 +121,28 @@ def video(tmp_path):
     return path
 
 
+def use_camera(monkeypatch, *plays):
+    """Let everything but a file be a camera, which each time that it is opened plays frames."""
+    plays, capture = iter(plays), cv2.VideoCapture
+
+    class Camera:
+
+        def __init__(self):
+            self.frames = next(plays, iter(()))
+
+        isOpened = release = lambda self: True  # noqa: E731, N815
+
+        def get(self, _):
+            return 0.
+
+        def read(self):
+            frame = next(self.frames, None)
+            return frame is not None, frame
+
+    monkeypatch.setattr(cv2, 'VideoCapture', lambda name: capture(name) if os.path.exists(
+        str(name)) else Camera())
+
+
 def run(*words):
     return runtime.main([*map(str, words)])
 
@@ -152,14 +174,6 @@ class TestResults:
         assert isinstance(found, Classification) and found.labels.tolist() == [2, 0, 1]
         np.testing.assert_allclose(found.scores, [1, .4, .2], rtol=1e-5)
         assert found.top(1).as_records() == [dict(label=2, class_name='class 2', score=1.)]
-
-    def test_records_are_those_of_infer(self):
-        boxes, labels, scores = BOXES * 77, np.array([1, 0, 7]), np.float32([.98765, .5, .1])
-        found = Detections(boxes, labels, scores, CLASSES)
-        assert found.above(.5).as_records() == inference.Detections(
-            boxes, labels, scores).above(.5).as_records(CLASSES)
-        assert Classification(labels, scores, CLASSES).as_records() == inference.Classification(
-            labels, scores).as_records(CLASSES)
 
     def test_supervision(self, monkeypatch):
         monkeypatch.setitem(sys.modules, 'supervision', SimpleNamespace(Detections=dict))
@@ -444,24 +458,11 @@ class TestCommand:
 
     def test_camera_ends_with_ctrl_c(self, model, tmp_path, monkeypatch):
         """What was seen until then is written."""
-        class Camera:
-            frames = 0
+        def go_on():
+            yield from [np.full((60, 80, 3), 255, np.uint8)] * 3
+            raise KeyboardInterrupt
 
-            def __init__(self, number):
-                assert number == 7
-
-            isOpened = release = lambda self: True  # noqa: E731, N815
-
-            def get(self, _):
-                return 0.
-
-            def read(self):
-                self.frames += 1
-                if self.frames > 3:
-                    raise KeyboardInterrupt
-                return True, np.full((60, 80, 3), 255, np.uint8)
-
-        monkeypatch.setattr(cv2, 'VideoCapture', Camera)
+        use_camera(monkeypatch, go_on())
         assert run(model, 7, '--out-dir', tmp_path / 'out') == 0
         assert [each['frame'] for each in read_results(tmp_path / 'out')['results']] == [0, 1, 2]
         assert (tmp_path / 'out' / 'camera 7.mp4').stat().st_size
@@ -469,15 +470,15 @@ class TestCommand:
     def test_ctrl_c_leaves_what_was(self, model, photos, tmp_path, monkeypatch, capsys):
         out = tmp_path / 'out'
         run(model, photos, '--out-dir', out)
-        before, draw, calls = (out / 'results.json').read_bytes(), runtime.draw, []
+        before, write, calls = (out / 'results.json').read_bytes(), runtime._write_picture, []
 
         def interrupt(*args):
             calls.append(args)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return draw(*args)
+            return write(*args)
 
-        monkeypatch.setattr(runtime, 'draw', interrupt)
+        monkeypatch.setattr(runtime, '_write_picture', interrupt)
         assert run(model, photos, '--out-dir', out, '--top', 1) == 130
         assert capsys.readouterr().err == 'stopped by Ctrl-C\n'
         assert (out / 'results.json').read_bytes() == before
@@ -527,7 +528,7 @@ class TestPlaces:
             (os.symlink if place == 'link' else os.link)(photos / 'white.png', out / 'white.png')
         content = model.read_bytes()
         assert run(*words, '--out-dir', out) == 1
-        assert 'would be overwritten, and it is read' in capsys.readouterr().err
+        assert ', which is read: choose another' in capsys.readouterr().err
         assert (photos / 'white.png').read_bytes() == before and model.read_bytes() == content
 
     @pytest.mark.parametrize('kind, message', [
@@ -565,7 +566,7 @@ class TestPlaces:
         Image.new('RGB', (16400, 2)).save(photos / 'wide.png')
         (photos / 'wide.png').rename(photos / 'wide.webp')
         assert run(model, photos / 'wide.webp', '--out-dir', tmp_path / 'out') == 1
-        assert 'its results are in results.json' in capsys.readouterr().err
+        assert 'its results are in their file' in capsys.readouterr().err
         assert read_results(tmp_path / 'out')['results'][0]['width'] == 16400
 
     @pytest.mark.parametrize('words, status, message', [
