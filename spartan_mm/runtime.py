@@ -1080,7 +1080,7 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
     check_places([*files, *drawn.values()], [*source.images, source.video, *model.files, __file__])
     options = dict(score_threshold=score_threshold) if detects else dict(top=top)
     head = dict(source=str(source), classes=[*model.classes], **options)
-    report, start, seconds = Report(objects=0 if detects else None), time.perf_counter(), 0.
+    report, seconds = Report(objects=0 if detects else None), 0.
     failures = report.failures
     video = None if source.video is None else Video(source)
     track = follow(30. if video is None else video.rate) if follow else None
@@ -1102,6 +1102,7 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
         add_results = [stack.enter_context(write(path, head, failures))
                        for path, write in files.items()]
         stack.enter_context(closing(named))
+        start = time.perf_counter()
         try:
             for name, image, found in find():
                 width, height = (image.size if isinstance(image, Image.Image)
