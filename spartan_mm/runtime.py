@@ -886,6 +886,7 @@ class Video:
     Attributes:
         live: Whether it has no end of its own.
         rate: Frames a second.
+        length: How many there are, or 0 if nobody knows; often an estimate.
 
     Raises:
         RuntimeFileError: OpenCV is missing, or what it opens is no video.
@@ -908,8 +909,8 @@ class Video:
                                       'or holds no pictures'))
         rate = self._video.get(self._cv2.CAP_PROP_FPS)
         self.rate = rate if 1 <= rate <= 1000 else 25.
-        self._length = int(self._video.get(self._cv2.CAP_PROP_FRAME_COUNT))
-        self.live = not isinstance(source.video, Path) and self._length <= 0
+        self.length = max(0, int(self._video.get(self._cv2.CAP_PROP_FRAME_COUNT)))
+        self.live = not isinstance(source.video, Path) and not self.length
 
     def _open(self) -> None:
         # OpenCV and FFmpeg have much to say, in lines of their own.
@@ -959,8 +960,8 @@ class Video:
             failures[self.name] = (f'{self.name} broke off after {done} frames and did not come '
                                    'back; those are processed')
         # The length that a container tells is often an estimate, off by a frame or two.
-        elif done < self._length - max(2, self._length // 100):
-            failures[self.name] = (f'{self._source} breaks off after {done} of {self._length} '
+        elif done < self.length - max(2, self.length // 100):
+            failures[self.name] = (f'{self._source} breaks off after {done} of {self.length} '
                                    'frames; those are processed')
 
     def write(self, path: Path) -> AbstractContextManager[Callable[[Image.Image], None]]:
@@ -1123,7 +1124,8 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
                     _write_picture(drawn[name['file']], draw(image, found), name, failures)
                 report.images += 1
                 report.objects = report.objects + len(found.scores) if detects else None
-                report.speed = _show(start, report.images, len(source.images))
+                report.speed = _show(start, report.images, video.length if video else
+                                     len(source.images))
         except KeyboardInterrupt:
             if video is None or not video.live:
                 raise
