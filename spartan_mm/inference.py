@@ -106,16 +106,16 @@ class Model:
         """Detect or classify, so many images at a time; all at once by default."""
         images = list_images(images)
         step = batch_size or max(len(images), 1)
-        return [found for start in range(0, len(images), step)
-                for found in self._find(images[start:start + step])]
+        return [found for start in range(0, len(images), step) for found in self.run(
+            self.collate([*map(self.read, images[start:start + step])]))]
 
     @torch.inference_mode()
-    def _predict(self, images: Sequence[Any]) -> list[Any]:
-        """Run a batch of images through the pipeline and the model."""
-        return self.model.test_step(self.collate([*map(self.read, images)]))
+    def run(self, batch: dict[str, list[Any]]) -> list[Any]:
+        """Run a batch of :meth:`collate`, and say what was found in each image."""
+        return [*map(self._take, self.model.test_step(batch))]
 
-    def _find(self, images: Sequence[Any]) -> list[Any]:
-        """Detect or classify in one pass."""
+    def _take(self, sample: Any) -> Any:
+        """Take what was found in an image out of what the toolbox says of it."""
         raise NotImplementedError
 
 
@@ -128,10 +128,10 @@ class Detector(Model):
         """Find objects in images, whatever :meth:`read` takes; sizes may differ."""
         return self(images)
 
-    def _find(self, images: Sequence[Any]) -> list[Detections]:
-        objects = [sample.pred_instances.cpu().numpy() for sample in self._predict(images)]
-        return [Detections(each.bboxes, each.labels, each.scores, self.classes).best_first()
-                for each in objects]
+    def _take(self, sample: Any) -> Detections:
+        objects = sample.pred_instances.cpu().numpy()
+        return Detections(objects.bboxes, objects.labels, objects.scores, self.classes
+                          ).best_first()
 
 
 class Classifier(Model):
@@ -146,10 +146,9 @@ class Classifier(Model):
         """
         return self(images)
 
-    def _find(self, images: Sequence[Any]) -> list[Classification]:
-        scores = [sample.pred_score.float().cpu().numpy() for sample in self._predict(images)]
-        return [Classification(np.arange(len(each)), each, self.classes).best_first()
-                for each in scores]
+    def _take(self, sample: Any) -> Classification:
+        scores = sample.pred_score.float().cpu().numpy()
+        return Classification(np.arange(len(scores)), scores, self.classes).best_first()
 
 
 def load_model(config: str | Config, checkpoint: str | None = None,

@@ -29,6 +29,7 @@ BELOW['drawing'] = {'datasets'}
 BELOW['results'] = {'datasets'}
 BELOW['tiling'] = BELOW['tracking'] = set()
 BELOW['inference'] = {*BELOW}
+BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
 BELOW['demo'] = BELOW['commands'] = {*BELOW}

@@ -243,7 +243,7 @@ class TestImages:
 
         monkeypatch.setattr(command, 'load_model', lambda *args: detector)
         if moment == 'detecting':
-            monkeypatch.setattr(detector, '_find', interrupt)
+            monkeypatch.setattr(detector, 'run', interrupt)
         elif moment == 'writing a picture':
             monkeypatch.setattr(os, 'replace', interrupt)
         else:
