@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -92,8 +92,7 @@ class Viewer:
     def __init__(self, model: Detector | Classifier | Runtime, name: str) -> None:
         self.model, self.title = model, shorten(name, 60)
         self.exported = isinstance(model, Runtime)
-        self.detects = (model.task == 'detection' if self.exported
-                        else isinstance(model, Detector))
+        self.detects = model.task == 'detection'
         number = count(len(model.classes), 'class')
         self.kind = (f'{"detector" if self.detects else "classifier"}, {number}'
                      + (', exported' if self.exported else ''))
@@ -115,7 +114,7 @@ class Viewer:
         end = time.perf_counter()
         picture, scale = _shrink(image)
         if self.detects:
-            found = Detections(found.boxes * scale, found.labels, found.scores)
+            found = replace(found, boxes=found.boxes * scale)
         return Look(path, picture, found, image.shape[1::-1],
                     dict(reading=ready - start, model=end - ready))
 
@@ -128,7 +127,7 @@ class Viewer:
         found = look.found.above(threshold) if self.detects else look.found.select(
             slice(_MAX_BARS))
         draw = draw_detections if self.detects else draw_classification
-        picture = draw(look.picture, found, self.model.classes)[..., ::-1]
+        picture = draw(look.picture, found)[..., ::-1]
         return picture, self._list(look, found)
 
     def explain(self, look: Look, threshold: float, label: int | None) -> tuple[np.ndarray, str]:
@@ -154,12 +153,7 @@ class Viewer:
                 f'it, at {escape(self._layer)}.</p>')
 
     def _find(self, image: np.ndarray) -> Detections | Classification:
-        if not self.exported:
-            return (self.model.detect if self.detects else self.model.classify)([image])[0]
-        found = self.model(image)
-        if self.detects:
-            return Detections(found.boxes, found.labels, found.scores).best_first()
-        return Classification(found.labels, found.scores)
+        return self.model([image])[0].best_first()
 
     def _list(self, look: Look, found: Detections | Classification) -> str:
         """Write what was found and how long it took as HTML; names come from anywhere."""
@@ -279,31 +273,39 @@ def serve(viewer: Viewer, host: str = '127.0.0.1', port: int | None = None,
         ImportError: Gradio is not installed.
     """
     gradio = _import_gradio()
-    before = os.environ.get('GRADIO_TEMP_DIR')
-    with tempfile.TemporaryDirectory(prefix='spartan_mm_page_') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = folder
+    with _upload_folder():
+        page = make_page(viewer, threshold, examples)
+        page.queue(max_size=32)
+        theme = gradio.themes.Default(font=['system-ui', 'sans-serif'],
+                                      font_mono=['ui-monospace', 'monospace'])
         try:
-            page = make_page(viewer, threshold, examples)
-            page.queue(max_size=32)
             try:
                 page.launch(
                     server_name=host, server_port=port, share=False, quiet=True,
                     prevent_thread_lock=True, max_file_size=MAX_FILE_SIZE, ssr_mode=False,
                     show_error=False, footer_links=[], pwa=False, enable_monitoring=False,
-                    state_session_capacity=64, css=_STYLE, inbrowser=False,
-                    theme=gradio.themes.Default(font=['system-ui', 'sans-serif'],
-                                             font_mono=['ui-monospace', 'monospace']))
-            except OSError as error:
+                    state_session_capacity=64, css=_STYLE, inbrowser=False, theme=theme)
+            except (OSError, OverflowError) as error:
                 raise UsageError(f'the page cannot be served at {host}'
                                  f'{"" if port is None else f":{port}"}: it is taken or not of '
                                  'this machine; choose another with --host or --port') from error
             yield page.local_url
         finally:
             page.close(verbose=False)
-            if before is None:
-                del os.environ['GRADIO_TEMP_DIR']
-            else:
-                os.environ['GRADIO_TEMP_DIR'] = before
+
+
+@contextmanager
+def _upload_folder() -> Iterator[None]:
+    """Have gradio keep files in a folder of their own, which is removed at the end."""
+    before = os.environ.get('GRADIO_TEMP_DIR')
+    try:
+        with tempfile.TemporaryDirectory(prefix='spartan_mm_page_') as folder:
+            os.environ['GRADIO_TEMP_DIR'] = folder
+            yield
+    finally:
+        os.environ.pop('GRADIO_TEMP_DIR', None)
+        if before is not None:
+            os.environ['GRADIO_TEMP_DIR'] = before
 
 
 def wait() -> None:
