@@ -32,16 +32,15 @@ def golden():
 @pytest.fixture
 def model(build):
     """The golden file's model with its weights, whose backbone and neck nobody looks at."""
-    form = dict(act='silu')
     model = build(
-        num_queries=META['num_queries'],
-        decoder=dict(in_channels=META['feat_channels'], embed_dims=META['hidden_dim'],
-                     num_layers=META['num_layers'], num_heads=META['nhead'],
-                     num_points=META['num_points'], ffn_dims=META['dim_feedforward'],
-                     query_pos_layers=3, **form),
-        bbox_head=dict(num_classes=META['num_classes'],
-                       loss_cls=dict(type='MatchabilityAwareLoss'), **form),
+        num_queries=META['num_queries'], **{'decoder.num_layers': META['num_layers']},
+        bbox_head=dict(num_classes=META['num_classes'], act='silu',
+                       loss_cls=dict(type='MatchabilityAwareLoss')),
         dn_cfg=dict(num_queries=0))
+    model.decoder = RTDETRDecoder(
+        META['feat_channels'], META['hidden_dim'], META['num_layers'], num_heads=META['nhead'],
+        num_points=META['num_points'], ffn_dims=META['dim_feedforward'], act='silu',
+        query_pos_layers=3)
     weights, *_ = _without_constants({name: torch.from_numpy(value) for name, value in
                               STAND_IN['fill_state_dict'](CASE['shapes']).items()})
     layout = table.read_layout(weights, table.OFFICIAL)._replace(levels=META['num_levels'])
