@@ -67,13 +67,7 @@ class MatchabilityAwareLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
-        """The term of every query and class, (..., C), in float32.
-
-        Args:
-            logits: (..., C), class logits.
-            labels: (...,), matched class, C where there is none.
-            quality: (...,), IoU with the matched ground truth, no gradient.
-        """
+        """Likewise, see :meth:`IoUAwareVarifocalLoss.forward`."""
         logits = logits.float()
         matched = _one_hot(labels, logits.shape[-1])
         target = matched * quality[..., None] ** self.gamma
