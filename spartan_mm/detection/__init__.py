@@ -17,6 +17,7 @@ from .denoising import DenoisingGenerator
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
+from .label_datasets import CheckedVOCDataset, CheckedYOLODataset
 from .losses import IoUAwareVarifocalLoss, MatchabilityAwareLoss
 from .photometric import RandomPhotometricDistort
 from .resnet_vd import ResNetVd
@@ -26,6 +27,7 @@ from .rtdetr_head import RTDETRHead
 
 __all__ = [
     'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',
+    'CheckedVOCDataset', 'CheckedYOLODataset',
     'DenoisingGenerator', 'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder',
     'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MatchabilityAwareLoss',
     'MultiScaleDeformableAttention', 'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut',
