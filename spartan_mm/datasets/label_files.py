@@ -262,7 +262,7 @@ def _read(suffix: str, pictures: str, folder: str, names: Sequence[str] | None,
         names = present
     else:
         names, missing = _complete(names, present)
-        _add(findings, 'missing images', missing, f'of the list do not exist in {pictures}',
+        _add(findings, 'missing images', missing, f'of the list missing in {pictures}',
              'correct the list, or `data_prefix` of the dataset')
     if not names and not findings:
         found = f'{count(len(files), "file")} of labels, but ' if files else ''
@@ -272,7 +272,7 @@ def _read(suffix: str, pictures: str, folder: str, names: Sequence[str] | None,
     first: dict[Path, str] = {}
     twice = [f'{first[find(name)]} and {name}' for name in names
              if first.setdefault(find(name), name) != name]
-    _add(findings, 'labels of two pictures', twice, 'share a file of labels with another one',
+    _add(findings, 'labels of two pictures', twice, 'with the file of labels of another one',
          'give them different names, or remove one')
 
     images, annotations = [], []
@@ -303,7 +303,7 @@ def _read(suffix: str, pictures: str, folder: str, names: Sequence[str] | None,
                 name=f'{path.name} {box.where}', bbox=[left, top, *sides],
                 area=sides[0] * sides[1], iscrowd=int(box.difficult)))
 
-    _add(findings, 'undecodable image', unread, 'cannot be read', 'replace or remove them')
+    _add(findings, 'undecodable image', unread, 'unreadable', 'replace or remove them')
     if faulty:
         findings.append(Finding('error', 'labels', name_culprits(faulty, str), len(faulty)))
     if len(unlabelled) == len(images) and not unread and files:

@@ -35,7 +35,7 @@ _WIDTH = 100
 # The settings in the order in which they are read, each group behind a blank line, with what there
 # is to say of the first.
 _GROUPS = (
-    ('_base_', 'work_dir', 'load_from'),
+    ('_base_', 'custom_imports', 'work_dir', 'load_from'),
     ('data_root', 'classes', 'model'),
     ('train_pipeline', 'test_pipeline'),
     ('train_dataset', 'val_dataset', 'train_dataloader', 'val_dataloader', 'test_dataloader',
@@ -43,7 +43,6 @@ _GROUPS = (
     ('train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'auto_scale_lr',
      'randomness'))
 _COMMENTS = dict(work_dir='The folder of this file.',
-                 val_evaluator="The truth is the dataset's own, be it in COCO's format or not.",
                  auto_scale_lr='The learning rate follows the real number of images a step.')
 
 Settings = dict[str, Any]
@@ -149,6 +148,10 @@ def _make_settings(data: Data, base: Config, model: str, seed: int, deterministi
         data_root=str(data.root),
         classes=data.classes,
         model={})
+    imports = (base.get('custom_imports') or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else [*imports]
+    if f'spartan_mm.{data.task}' not in imports:
+        settings['custom_imports'] = dict(imports=[*imports, f'spartan_mm.{data.task}'])
     for head in find_heads(base.model):
         _set_option(settings, f'model.{head.path}.num_classes', len(data.classes))
     if 'num_classes' in (base.model.get('data_preprocessor') or {}):
@@ -157,8 +160,9 @@ def _make_settings(data: Data, base: Config, model: str, seed: int, deterministi
         steps = [_plain(step) for step in _dataset_of(base, split).get('pipeline', ())]
         settings[f'{name}_pipeline'] = steps
     for split, pipeline in (('train', 'train_pipeline'), ('val', 'test_pipeline')):
-        dataset = dict(data.splits[split], data_root=_Name('data_root'),
-                       metainfo=dict(classes=_Name('classes')), pipeline=_Name(pipeline))
+        found = data.splits[split]
+        dataset = dict(type=found['type'], data_root=_Name('data_root')) | found | dict(
+            metainfo=dict(classes=_Name('classes')), pipeline=_Name(pipeline))
         if data.task == 'detection':
             dataset |= dict(filter_cfg=dict(filter_empty_gt=False)) if split == 'train' else dict(
                 test_mode=True)
@@ -306,7 +310,7 @@ def _set_epochs(settings: Settings, base: Config, epochs: int) -> None:
             schedule['end'] = epochs
             changed = True
             if isinstance(schedule.get('warmup'), int):
-                schedule['warmup'] = round(schedule['warmup'] * epochs / before)
+                schedule['warmup'] = max(1, round(schedule['warmup'] * epochs / before))
     if changed:
         settings['param_scheduler'] = dict(schedules, _delete_=True) if alone else schedules
 
@@ -322,7 +326,7 @@ def _set_batches(settings: Settings, base: Config, pictures: Mapping[str, int],
             raise UsageError(f'--batch-size {batch_size} of {count(gpus, "process")} is more than '
                              f'the {count(pictures["train"], "picture")} to train on')
         loader['batch_size'] = batch_size
-    else:
+    elif 'batch_size' not in loader:
         loader['batch_size'] = min(of_model, most)
         if batch_size == 'auto':
             total = (base.get('auto_scale_lr') or {}).get('base_batch_size', of_model)
@@ -330,8 +334,8 @@ def _set_batches(settings: Settings, base: Config, pictures: Mapping[str, int],
             found, how = find_batch_size(cfg, min(most, max(1, total // gpus)))
             loader['batch_size'] = found or loader['batch_size']
             notes.append(f'a batch has {count(loader["batch_size"], "image")}: {how}')
-    settings['val_dataloader']['batch_size'] = min(
-        base.val_dataloader.get('batch_size', 1), pictures['val'])
+    settings['val_dataloader'].setdefault('batch_size', min(
+        base.val_dataloader.get('batch_size', 1), pictures['val']))
 
 
 def _check(cfg: Config) -> list[Report]:
