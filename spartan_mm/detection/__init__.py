@@ -14,6 +14,9 @@ from .coco_dataset import CheckedCocoDataset, LoadCheckedImage
 from .coco_metric import CheckedCocoMetric
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
+from .dfine_decoder import DFINEDecoder
+from .dfine_head import DFINEHead
+from .elan_encoder import ELANEncoder
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
@@ -28,8 +31,8 @@ from .rtdetr_head import RTDETRHead
 __all__ = [
     'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',
     'CheckedVOCDataset', 'CheckedYOLODataset',
-    'DenoisingGenerator', 'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder',
-    'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MatchabilityAwareLoss',
-    'MultiScaleDeformableAttention', 'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut',
-    'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
+    'DFINEDecoder', 'DFINEHead', 'DenoisingGenerator', 'DetInferencer', 'ELANEncoder',
+    'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage',
+    'MatchabilityAwareLoss', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
+    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
 ]

@@ -71,8 +71,9 @@ class FlatCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     @classmethod
     def build_iter_from_epoch(cls, *args: Any, flat: float, warmup: float = 3., tail: float = 0.,
-                              end: float = INF, max_warmup: int = 2000, epoch_length: int,
-                              by_epoch: bool = True, **kwargs: Any) -> 'FlatCosineLR':
+                              end: float = INF, max_warmup: int = 2000, shares: bool = False,
+                              epoch_length: int, by_epoch: bool = True,
+                              **kwargs: Any) -> 'FlatCosineLR':
         """Build it of lengths in epochs.
 
         Args:
@@ -82,11 +83,13 @@ class FlatCosineLR(LRSchedulerMixin, _ParamScheduler):
             tail: Epochs at the end with the last learning rate.
             end: Epochs of the whole schedule.
             max_warmup: Number of iterations that the warm-up takes at most.
+            shares: Whether `flat`, `warmup` and `tail` are shares of `end` rather than epochs.
             epoch_length: Number of iterations in an epoch.
             by_epoch: Stands in the config.
             kwargs: Further arguments.
         """
-        flat, warmup, tail = (round(epochs * epoch_length) for epochs in (flat, warmup, tail))
+        unit = epoch_length * (end if shares else 1)
+        flat, warmup, tail = (round(length * unit) for length in (flat, warmup, tail))
         return cls(*args, flat=flat, warmup=min(warmup, max_warmup), tail=tail,
                    end=end if end == INF else round(end * epoch_length), **kwargs)
 
