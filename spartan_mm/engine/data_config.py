@@ -25,9 +25,9 @@ from .batch_size import find_batch_size
 MODEL_OF = dict(detection='rtdetr_spartan_t', classification='spartan_t')
 #: The config that goes into the work dir.
 NAME = 'config.py'
-# The recipe for small data, and what of it belongs into the config.
+# The recipe for small data, and its batch size.
 _RECIPE = Path('configs', 'detection', '_base_', 'finetune.py')
-_RECIPE_KEYS = ('train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks')
+_RECIPE_BATCH = 8
 # An epoch has so many steps at least, if the batch size is free.
 _STEPS = 8
 _WIDTH = 100
@@ -43,6 +43,8 @@ _GROUPS = (
     ('train_cfg', 'optim_wrapper', 'param_scheduler', 'custom_hooks', 'auto_scale_lr',
      'randomness'))
 _COMMENTS = dict(work_dir='The folder of this file.',
+                 param_scheduler='In shares of the training: warm-up, constant, down to a tenth.',
+                 custom_hooks='Averaged weights, early stopping, plain images at the end.',
                  auto_scale_lr='The learning rate follows the real number of images a step.')
 
 Settings = dict[str, Any]
@@ -99,6 +101,9 @@ def prepare(data: str | Path, model: str | None = None, *, work_dir: str | Path 
         _set_epochs(settings, base, epochs)
     for key, value in (options or {}).items():
         _set_option(settings, key, value)
+    if 'train_dataloader.batch_size' in (options or {}):
+        raise UsageError('--batch-size says how many images a step takes beside data, not '
+                         'train_dataloader.batch_size')
 
     target = Path(work_dir or Path('work_dirs', f'{Path(model).stem}_{_name_of(found)}')) / NAME
     check_writable(target)
@@ -119,7 +124,8 @@ def write_text(settings: Settings) -> str:
     grouped = {key for group in _GROUPS for key in group}
     blocks = []
     for group in (*_GROUPS, [key for key in settings if key not in grouped]):
-        lines = [(f'# {_COMMENTS[key]}\n' if key in _COMMENTS else '')
+        lines = [(f'# {_COMMENTS[key]}\n' if key in _COMMENTS
+                  and (key != 'param_scheduler' or 'custom_hooks' in settings) else '')
                  + f'{key} = {_literal(settings[key], len(key) + 3)}\n'
                  for key in group if settings.get(key, {}) != {}]
         blocks += [''.join(lines)] if lines else []
@@ -179,18 +185,26 @@ def _make_settings(data: Data, base: Config, model: str, seed: int, deterministi
     else:
         settings['val_evaluator'] = dict(topk=(1, 5) if len(data.classes) > 5 else (1,))
     settings['test_evaluator'] = _Name('val_evaluator')
-    recipe = root() / _RECIPE
-    if named and data.task == 'detection' and recipe.is_file():
-        read = Config.fromfile(recipe)
-        for key in _RECIPE_KEYS:
-            settings[key] = _plain(read[key])
-        settings['train_cfg'] = dict(max_epochs=read.train_cfg.max_epochs)
-        settings['optim_wrapper'] = dict(_delete_=True, **settings['optim_wrapper'])
-    if 'base_batch_size' in (base.get('auto_scale_lr') or {}):
-        # To the real number of images a step.
+    if named and data.task == 'detection':
+        _take_recipe(settings, base)
+    elif 'base_batch_size' in (base.get('auto_scale_lr') or {}):
         settings['auto_scale_lr'] = dict(enable=True)
     settings['randomness'] = dict(seed=seed) | (dict(deterministic=True) if deterministic else {})
     return settings
+
+
+def _take_recipe(settings: Settings, base: Config) -> None:
+    """Train by the recipe for small data in place of the model's own."""
+    recipe = Config.fromfile(root() / _RECIPE)
+    settings['train_cfg'] = dict(max_epochs=recipe.train_cfg.max_epochs)
+    settings['optim_wrapper'] = dict(_delete_=True, **_plain(recipe.optim_wrapper))
+    for key in ('param_scheduler', 'custom_hooks'):
+        settings[key] = _plain(recipe[key])
+    if base.model.backbone.get('depth', 0) >= 50:
+        for rule in settings['optim_wrapper']['paramwise_cfg']['rules']:
+            if 'lr_mult' in rule:
+                rule['lr_mult'] = 0.1  # as the recipe says of large ones
+    settings['train_dataloader']['batch_size'] = _RECIPE_BATCH
 
 
 def _dataset_of(base: Config, split: str) -> Mapping[str, Any]:
@@ -318,15 +332,15 @@ def _set_epochs(settings: Settings, base: Config, epochs: int) -> None:
 def _set_batches(settings: Settings, base: Config, pictures: Mapping[str, int],
                  batch_size: int | str | None, gpus: int, notes: list[str]) -> None:
     """Set the batch sizes, so that an epoch has some steps."""
-    of_model = base.train_dataloader.get('batch_size', 1)
     loader = settings['train_dataloader']
+    of_model = loader.pop('batch_size', base.train_dataloader.get('batch_size', 1))
     most = max(1, pictures['train'] // gpus // _STEPS, min(2, pictures['train'] // gpus))
     if isinstance(batch_size, int):
         if batch_size * gpus > pictures['train']:
             raise UsageError(f'--batch-size {batch_size} of {count(gpus, "process")} is more than '
                              f'the {count(pictures["train"], "picture")} to train on')
         loader['batch_size'] = batch_size
-    elif 'batch_size' not in loader:
+    else:
         loader['batch_size'] = min(of_model, most)
         if batch_size == 'auto':
             total = (base.get('auto_scale_lr') or {}).get('base_batch_size', of_model)
