@@ -55,6 +55,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                              'default_hooks.checkpoint.every_iters of the config says)')
     add(parser, '--seed', default=None,
         help='seed of all random numbers (default: random; with DATA: 0)')
+    parser.add_argument('--logger', nargs='+', default=[], metavar='NAME', dest='loggers',
+                        help='show the training in tensorboard, mlflow, wandb, clearml, neptune, '
+                             'dvclive or aim, too')
     parser.add_argument('--deterministic', action='store_true',
                         help='let torch use deterministic algorithms wherever it has them')
 
@@ -85,9 +88,11 @@ def run(args: Namespace) -> None:
     from ..datasets.layouts import is_data
     from ..engine.data_config import prepare
     from ..engine.launch import load_config
+    from ..engine.loggers import require_loggers
     from ..engine.train import train_config
     from ..errors import UsageError
     from ..model_index import NoConfigError, list_models
+    require_loggers(args.loggers)
     config = args.config
     if config not in list_models() and is_data(config):
         args.config = str(prepare(
@@ -109,7 +114,8 @@ def run(args: Namespace) -> None:
     train_config(
         cfg, amp=args.amp, channels_last=args.channels_last, compile=args.compile,
         auto_scale_lr=args.auto_scale_lr, seed=args.seed, deterministic=args.deterministic,
-        save_every=args.save_every, resume=args.resume, fused=not args.no_fuse)
+        save_every=args.save_every, resume=args.resume, fused=not args.no_fuse,
+        loggers=args.loggers)
 
 
 def _start_processes(args: Namespace, given: str) -> None:

@@ -20,12 +20,14 @@ from .agreement import ResumeCheckHook
 from .data_config import prepare
 from .finetune import FineTuneHook
 from .hooks import BackboneCheckHook
+from .loggers import add_loggers
 
 
 def train_config(cfg: Config, *, amp: str | None = None, channels_last: bool = False,
                  compile: str | None = None, auto_scale_lr: bool = False, seed: int | None = None,
                  deterministic: bool = False, save_every: int | None = None,
-                 resume: str | None = None, fused: bool = True) -> Runner:
+                 resume: str | None = None, fused: bool = True,
+                 loggers: Sequence[str] = ()) -> Runner:
     """Train as a config describes.
 
     Args:
@@ -39,6 +41,7 @@ def train_config(cfg: Config, *, amp: str | None = None, channels_last: bool = F
         save_every: Number of iterations between checkpoints in the middle of epochs.
         resume: A checkpoint to go on from, or 'auto' for the latest of the work dir.
         fused: Whether blocks take the form that is fast to train on a CPU, there.
+        loggers: What else shows the training, see :func:`.add_loggers`.
 
     Returns:
         The runner, after its last epoch.
@@ -57,6 +60,7 @@ def train_config(cfg: Config, *, amp: str | None = None, channels_last: bool = F
     if resume or cfg.get('resume'):
         overruled = launch.resume_from(cfg, resume or cfg.get('load_from') or 'auto')
     runner = launch.build_runner(cfg, 'train')
+    add_loggers(runner, loggers)
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
     runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
