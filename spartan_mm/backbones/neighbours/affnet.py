@@ -3,6 +3,7 @@
 "Adaptive Frequency Filters As Efficient Global Token Mixers", arXiv 2307.14008.
 """
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -19,17 +20,11 @@ _GROUPS = 8  # of channels, within which a filter is predicted
 _SPARSITY = 0.01  # of what is predicted, so much goes to 0
 
 
-class StdLayerNorm(nn.Module):
+class StdLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each position.
 
     NOTE: it divides by the standard deviation plus eps, not by the root of the variance plus eps.
     """
-
-    def __init__(self, channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
@@ -79,7 +74,9 @@ class FrequencyFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with (torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device)
+              else nullcontext()):
             size, full = x.shape[-2:], x.float()
             spectrum = torch.fft.rfft2(full, norm='ortho')  # (N, C, H, W // 2 + 1)
             parts = [part.unflatten(1, (_GROUPS, -1)) for part in (spectrum.real, spectrum.imag)]
