@@ -16,8 +16,8 @@ whether a model of version 2 samples discretely, which is not supported. For tra
 names, image size and what else the weights do not show are taken from the checkpoint's own config;
 `from_pretrained` of RTDetrForObjectDetection and of RTDetrImageProcessor load the folder.
 
-`backbone NAME SRC DST` reads a classifier of other authors, as `--from NAME --to mm` does. UniRepLKNet
-is read and written in the form of a training and merged; the others in that of a training.
+`backbone NAME SRC DST` reads a classifier of other authors, as `--from NAME --to mm` does.
+UniRepLKNet is read and written in the form of a training and merged; the others in the former.
 """
 import importlib
 from argparse import ArgumentParser, Namespace

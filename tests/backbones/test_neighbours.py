@@ -1,4 +1,4 @@
-"""Light backbones of others: maps, options, forms and sizes; their numbers are the converters' test."""
+"""Light backbones of others: maps, options, forms and sizes; the converters' tests have numbers."""
 import copy
 
 import pytest
@@ -30,7 +30,7 @@ COUNTS = {
 
 
 def build(backbone, **options):
-    """A small one whose batch norms and scales are not those of the start, for either to be seen."""
+    """A small one, with other batch norms and scales than it starts from, for these to be seen."""
     model = backbone(TINY[backbone], **dict(out_indices=(0, 1, 2, 3)) | options)
     for module in model.modules():
         if isinstance(module, _BatchNorm):

@@ -59,7 +59,7 @@ def make_table(comparison: Comparison) -> str:
 
 def _neighbours(task: str) -> list[str]:
     return [name for name in zoo.list_models(task=task)
-            if '/neighbours/' in zoo.config_path(name)]
+            if Path(zoo.config_path(name)).parent.name == 'neighbours']
 
 
 def _link(row: Row) -> str:

@@ -205,8 +205,8 @@ def detection_summary(models: Mapping[str, Entry]) -> str:
                _metric(_result(model, 'measured here'), 'box AP')),
     ]
     return _table(columns, [model for model in _of_task(models, 'detection')
-                            if 'digits' not in model['Name'] and '/neighbours/' not in
-                            model['Config']], by_result=False)
+                            if 'digits' not in model['Name']
+                            and '/neighbours/' not in model['Config']], by_result=False)
 
 
 def classification_summary(models: Mapping[str, Entry]) -> str:

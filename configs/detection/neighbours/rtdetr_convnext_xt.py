@@ -1,4 +1,5 @@
-# RT-DETR with ConvNeXt-XT, ConvNeXt-T at half its width, and the R50 head, COCO, 70 epochs as SpaRTAN's. Not measured.
+# RT-DETR with ConvNeXt-XT (ConvNeXt-T at half its width) and the R50 head, COCO, 70 epochs as
+# SpaRTAN's. Not measured.
 _base_ = ['../_base_/rtdetr.py', '../_base_/coco.py', '../_base_/schedule_72e.py']
 
 model = dict(

@@ -5,7 +5,7 @@ are missing or left over, and shapes that do not fit together, raise a Checkpoin
 """
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
