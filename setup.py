@@ -38,7 +38,7 @@ EXTRAS = {
     # Tracks, tiles of large pictures, results for supervision.
     'video': ['supervision>=0.25', 'trackers>=2.0', 'sahi>=0.11.20'],
     # The page to try a model on, and the server.
-    'web': ['gradio>=5.0', 'fastapi>=0.110', 'uvicorn>=0.25', 'python-multipart>=0.0.9'],
+    'web': ['gradio>=5.0', 'fastapi>=0.110', 'uvicorn>=0.25', 'python-multipart>=0.0.13'],
     # Weights from and to the Hugging Face Hub.
     'hub': ['huggingface_hub>=0.23'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',

@@ -14,6 +14,7 @@ COMMANDS = {
     'train': 'train a model as its config describes',
     'test': 'evaluate a checkpoint as its config describes',
     'infer': 'detect or classify in pictures, folders and videos',
+    'serve': 'answer pictures over HTTP with boxes or classes',
     'check-data': 'check the datasets of a config before a long run',
     'report': 'write the report of a training, one HTML page',
     'compare': 'compare models: sizes, speed, accuracy',

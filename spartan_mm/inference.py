@@ -190,10 +190,14 @@ class Model:
         return {key: [item[key] for item in batch] for key in batch[0]}
 
     @torch.inference_mode()
+    def run(self, batch: dict[str, list[Any]]) -> list[Any]:
+        """Run a batch of :meth:`collate`, and say what was found in each image."""
+        return [*map(self._take, self.model.test_step(batch))]
+
     def _predict(self, images: Any) -> list[Any]:
         """Run a batch of images through the pipeline and the model."""
         images = [*map(self.read, list_images(images))]
-        return self.model.test_step(self.collate(images)) if images else []
+        return self.run(self.collate(images)) if images else []
 
 
 class Detector(Model):
@@ -203,8 +207,12 @@ class Detector(Model):
 
     def detect(self, images: Any) -> list[Detections]:
         """Find objects in images, whatever :meth:`read` takes; sizes may differ."""
-        objects = [sample.pred_instances.cpu().numpy() for sample in self._predict(images)]
-        return [Detections(each.bboxes, each.labels, each.scores).best_first() for each in objects]
+        return self._predict(images)
+
+    @staticmethod
+    def _take(sample: Any) -> Detections:
+        objects = sample.pred_instances.cpu().numpy()
+        return Detections(objects.bboxes, objects.labels, objects.scores).best_first()
 
     def process(self, images: Any, score_threshold: float = 0.3
                 ) -> list[Processed]:
@@ -226,8 +234,12 @@ class Classifier(Model):
 
         Sizes may differ as far as the config's pipeline makes them equal.
         """
-        scores = [sample.pred_score.float().cpu().numpy() for sample in self._predict(images)]
-        return [Classification(np.arange(len(each)), each).best_first() for each in scores]
+        return self._predict(images)
+
+    @staticmethod
+    def _take(sample: Any) -> Classification:
+        scores = sample.pred_score.float().cpu().numpy()
+        return Classification(np.arange(len(scores)), scores).best_first()
 
     def process(self, images: Any, top: int = 5) -> list[Processed]:
         """Draw and describe the classes with the highest scores."""

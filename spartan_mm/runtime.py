@@ -676,11 +676,25 @@ class Runtime:
         if self.metadata['raw']:
             raise RuntimeFileError(f'{self.path} was exported with --raw: call run(), which gives '
                                    f'{", ".join(self._engine.outputs)}')
-        ready = [self.preprocess(image) for image in images]
+        return self.find([*map(self.preprocess, images)], [image.size for image in images])
+
+    def find(self, ready: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Any]:
+        """Detect or classify in a batch.
+
+        Args:
+            ready: What :meth:`preprocess` makes of images.
+            sizes: Width and height of these.
+
+        Returns:
+            :class:`Detections` or :class:`Classification` of each.
+
+        Raises:
+            RuntimeFileError: The graph does not take these images together.
+        """
         if len({image.shape for image in ready}) > 1:
             raise RuntimeFileError('the shorter sides of images become equal, the longer ones need '
                                    'not: set the batch size to 1')
-        outputs = self.run(np.stack(ready), [image.size for image in images])
+        outputs = self.run(np.stack(ready), sizes)
         if self.task == 'detection':
             return [Detections(*each, self.classes) for each in zip(
                 *(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)]

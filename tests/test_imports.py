@@ -27,6 +27,7 @@ BELOW = {
 BELOW['zoo'] = {*BELOW}
 BELOW['drawing'] = {'datasets'}
 BELOW['inference'] = {*BELOW}
+BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
 BELOW['demo'] = BELOW['commands'] = {*BELOW}

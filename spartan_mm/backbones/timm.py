@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..requirements import require
 
@@ -28,11 +29,13 @@ class TIMMFeatures(BaseModule):
         normalize: Whether images come in RGB with values from 0 to 1 and are normalized here as the
             model was pretrained, which every model of timm knows about itself.
         init_cfg: See mmengine's BaseModule; must be None, see `pretrained`.
+        norm_eval: Whether BatchNorms keep their statistics and their weights in training.
+        frozen: Names of timm's parts whose weights aren't trained, such as 'stem'.
         kwargs: What else `timm.create_model` takes, such as `drop_path_rate`.
 
     Raises:
         ImportError: timm is missing or too old.
-        ValueError: There is no such model or map.
+        ValueError: There is no such model, map or part.
 
     Examples:
         >>> backbone = TIMMFeatures('resnet10t')
@@ -42,7 +45,7 @@ class TIMMFeatures(BaseModule):
 
     def __init__(self, model_name: str, out_indices: Sequence[int] = (-3, -2, -1),
                  pretrained: bool = False, normalize: bool = False, init_cfg: None = None,
-                 **kwargs):
+                 norm_eval: bool = False, frozen: Sequence[str] = (), **kwargs):
         if init_cfg is not None:
             raise ValueError('TIMMFeatures takes no init_cfg: pretrained=True loads weights, from '
                              'a local file by pretrained_cfg_overlay=dict(file=...)')
@@ -60,6 +63,13 @@ class TIMMFeatures(BaseModule):
             raise ValueError(f'{model_name} has no maps out_indices={tuple(out_indices)}: '
                              f'{error or "an index is out of range"}') from error
         self.pretrained = pretrained
+        self.norm_eval = norm_eval
+        parts = dict(self.model.named_children())
+        if unknown := [name for name in frozen if name not in parts]:
+            raise ValueError(f'{model_name} has no part to freeze called {unknown[0]!r}; it has '
+                             f'{", ".join(parts)}')
+        for part in (*(parts[name] for name in frozen), *self._frozen_norms()):
+            part.requires_grad_(False)
         self.out_channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
         # Swin and its like keep the channels last.
@@ -77,6 +87,17 @@ class TIMMFeatures(BaseModule):
             trained = timm.create_model(**self._settings, pretrained=True)
             self.model.load_state_dict(trained.state_dict())
         self._is_init = True
+
+    def _frozen_norms(self) -> list[nn.Module]:
+        return [part for part in self.model.modules()
+                if self.norm_eval and isinstance(part, _BatchNorm)]
+
+    def train(self, mode: bool = True) -> 'TIMMFeatures':
+        """Switch between training and evaluation, which norms may stay in."""
+        super().train(mode)
+        for norm in self._frozen_norms():
+            norm.eval()
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps.

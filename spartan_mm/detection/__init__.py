@@ -14,10 +14,13 @@ from .coco_dataset import CheckedCocoDataset, LoadCheckedImage
 from .coco_metric import CheckedCocoMetric
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
+from .dfine_decoder import DFINEDecoder
+from .dfine_head import DFINEHead
+from .elan_encoder import ELANEncoder
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
-from .losses import IoUAwareVarifocalLoss
+from .losses import IoUAwareVarifocalLoss, MatchabilityAwareLoss
 from .photometric import RandomPhotometricDistort
 from .resnet_vd import ResNetVd
 from .rtdetr import RTDETR
@@ -26,8 +29,8 @@ from .rtdetr_head import RTDETRHead
 
 __all__ = [
     'AntialiasedResize', 'BatchRandomResize', 'CheckedCocoDataset', 'CheckedCocoMetric',
-    'DenoisingGenerator', 'DetInferencer', 'FilterSmallBoxes', 'HybridEncoder',
-    'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
-    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder',
-    'RTDETRHead'
+    'DFINEDecoder', 'DFINEHead', 'DenoisingGenerator', 'DetInferencer', 'ELANEncoder',
+    'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage',
+    'MatchabilityAwareLoss', 'MultiScaleDeformableAttention', 'RandomIoUCrop',
+    'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
 ]

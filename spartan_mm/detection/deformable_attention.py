@@ -15,19 +15,20 @@ from .shape_cache import cached_by_shape
 
 
 @cached_by_shape
-def level_grid(batch: int, heads: int, points: int, spatial_shapes: tuple[tuple[int, int], ...],
-               device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def level_grid(batch: int, heads: int, points: tuple[int, ...],
+               spatial_shapes: tuple[tuple[int, int], ...], device: torch.device | None = None
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Where the cells of N images' levels stand in the rows of (N, L, M), for M heads.
 
     Returns:
-        For each of the K = levels * points samples of a head, what holds for its level, (K, 2):
+        For each of the K = sum(points) samples of a head, what holds for its level, (K, 2):
         width and height; column and row of the last cell, int32; rows from a cell to the ones right
         of it and below it, int32. (K,): row of the level's first cell, int32. And (N, 1, M, 1), row
         of each image's and head's first cell, int32.
     """
     areas = [height * width for height, width in spatial_shapes]
     levels = [(width, height, heads, width * heads, sum(areas[:level]) * heads)
-              for level, (height, width) in enumerate(spatial_shapes) for _ in range(points)]
+              for level, (height, width) in enumerate(spatial_shapes) for _ in range(points[level])]
     sizes, step, start = torch.tensor(levels, dtype=torch.int32, device=device).split((2, 2, 1), 1)
     image = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None, None]
     head = torch.arange(heads, dtype=torch.int32, device=device)[:, None]
@@ -35,7 +36,8 @@ def level_grid(batch: int, heads: int, points: int, spatial_shapes: tuple[tuple[
 
 
 def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
-                       locations: Tensor, weights: Tensor, form: str = 'bags') -> Tensor:
+                       locations: Tensor, weights: Tensor, form: str = 'bags',
+                       points: Sequence[int] | None = None) -> Tensor:
     """Sum the values that each query samples at its points, over all levels.
 
     Each level is read bilinearly with zeros outside and as by grid_sample's
@@ -43,24 +45,26 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     by up to a quarter of a cell on a map 640 cells wide.
 
     NOTE: Not one grid_sample a level, but one weighted sum of rows for all: a bilinear sample is
-    four cells with weights, so a query's head sums 4 * levels * points rows of the values as they
+    four cells with weights, so a query's head of K samples sums 4 * K rows of the values as they
     lie, which is what ``embedding_bag`` does.
 
     Args:
         value: (N, L, M, D) values of M heads, levels one after the other, L = sum of H * W.
         spatial_shapes: (H, W) of each level.
-        locations: (N, Q, M, levels * points, 2), (x, y) as fractions of the image, 0 to 1.
-        weights: (N, Q, M, levels * points), attention weights.
+        locations: (N, Q, M, K, 2), (x, y) as fractions of the image, 0 to 1; level by level.
+        weights: (N, Q, M, K), attention weights.
         form: 'bags' for ``embedding_bag``, or 'gather' to take the rows and multiply, in operations
             that every runtime has.
+        points: How many of the K samples lie on each level; None for equally many.
 
     Returns:
         (N, Q, M * D), in the type of `value`.
     """
     batch, queries, heads, samples = weights.shape
     dims = value.shape[-1]
+    points = points or [samples // len(spatial_shapes)] * len(spatial_shapes)
     size, last, step, start, first = level_grid(
-        batch, heads, samples // len(spatial_shapes), tuple(spatial_shapes), device=value.device)
+        batch, heads, tuple(points), tuple(spatial_shapes), device=value.device)
 
     # In cells from the first one's centre. One cell outside all is zero: no need to go further, and
     # integers hold what is left. A bag is a query's head: (N * Q * M, K, 2 axes).
@@ -91,6 +95,12 @@ def sample_multi_scale(value: Tensor, spatial_shapes: Sequence[tuple[int, int]],
     return mixed.view(batch, queries, heads * dims).to(value.dtype)
 
 
+@cached_by_shape
+def offset_scale(points: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """What makes a level's points cover half a box' side each way, (K, 1) for K = sum(points)."""
+    return torch.tensor([[0.5 / count] for count in points for _ in range(count)], device=device)
+
+
 class MultiScaleDeformableAttention(nn.Module):
     """Attention of each query to a few points around its reference, on several maps.
 
@@ -100,11 +110,14 @@ class MultiScaleDeformableAttention(nn.Module):
         embed_dims: Channels of queries and memory; a multiple of `num_heads`.
         num_heads: Attention heads.
         num_levels: Feature maps.
-        num_points: Sampling points per head and level.
+        num_points: Sampling points per head and level, or one number for each level, as RT-DETRv2
+            has it.
         dropout: Drop probability of the output, before the residual.
+        project: Whether values and output are projected, which D-FINE does without.
 
     Raises:
-        ValueError: `embed_dims` is no multiple of `num_heads`.
+        ValueError: `embed_dims` is no multiple of `num_heads`, or `num_points` has not a number for
+            each level.
     """
 
     deploy = False
@@ -113,19 +126,22 @@ class MultiScaleDeformableAttention(nn.Module):
     form = 'bags'
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
-                 num_points: int = 4, dropout: float = 0.):
+                 num_points: int | Sequence[int] = 4, dropout: float = 0., project: bool = True):
         super().__init__()
         if embed_dims % num_heads:
             raise ValueError(f'MultiScaleDeformableAttention: embed_dims={embed_dims} is no '
                              f'multiple of num_heads={num_heads}')
+        points = [num_points] * num_levels if isinstance(num_points, int) else num_points
+        if len(points) != num_levels:
+            raise ValueError(f'MultiScaleDeformableAttention: num_points={tuple(points)} must have '
+                             f'a number for each of the {num_levels} maps')
         self.num_heads = num_heads
-        self.num_levels = num_levels
-        self.num_points = num_points
-        samples = num_heads * num_levels * num_points
+        self.points = tuple(points)
+        samples = num_heads * sum(points)
         self.sampling_offsets = nn.Linear(embed_dims, samples * 2)
         self.attention_weights = nn.Linear(embed_dims, samples)
-        self.value_proj = nn.Linear(embed_dims, embed_dims)
-        self.output_proj = nn.Linear(embed_dims, embed_dims)
+        self.value_proj, self.output_proj = (
+            nn.Linear(embed_dims, embed_dims) if project else nn.Identity() for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         self._init_parameters()
 
@@ -136,18 +152,19 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
         for linear in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions /= directions.abs().amax(-1, keepdim=True)  # onto the unit square's border
-        steps = torch.arange(1, self.num_points + 1)
-        bias = directions[:, None, None] * steps[:, None]  # (M, 1, P, 2)
-        self.sampling_offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
+        steps = torch.cat([torch.arange(1, count + 1) for count in self.points])
+        bias = directions[:, None] * steps[:, None]  # (M, K, 2)
+        self.sampling_offsets.bias.copy_(bias.flatten())
 
     def forward(self, query: Tensor, query_pos: Tensor, memory: Tensor, reference: Tensor,
-                spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+                spatial_shapes: Sequence[tuple[int, int]], residual: bool = True) -> Tensor:
         """Attend and add the residual.
 
         Args:
@@ -156,6 +173,7 @@ class MultiScaleDeformableAttention(nn.Module):
             memory: (N, L, C), one map after the other.
             reference: (N, Q, 4), boxes (cx, cy, w, h) as fractions of the image.
             spatial_shapes: (H, W) of each map.
+            residual: Whether `query` is added.
 
         Returns:
             (N, Q, C).
@@ -165,12 +183,15 @@ class MultiScaleDeformableAttention(nn.Module):
             offsets, weights = self.sampling(placed).split(self.sampling_split, -1)
         else:
             offsets, weights = self.sampling_offsets(placed), self.attention_weights(placed)
-        # (N, Q, M, K) and (N, Q, M, K, 2), for K = levels * points samples of a head.
+        # (N, Q, M, K) and (N, Q, M, K, 2), for K samples of a head.
         weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1)
         offsets = offsets.float().view(*weights.shape, 2)
         reference = reference.float()[:, :, None, None]  # (N, Q, 1, 1, 4)
-        locations = reference[..., :2] + offsets * (0.5 / self.num_points) * reference[..., 2:]
+        scale = offset_scale(self.points, device=offsets.device)
+        locations = reference[..., :2] + offsets * scale * reference[..., 2:]
 
         value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))  # (N, L, M, D)
-        mixed = sample_multi_scale(value, spatial_shapes, locations, weights, self.form)
-        return self.dropout(self.output_proj(mixed)) + query
+        mixed = sample_multi_scale(
+            value, spatial_shapes, locations, weights, self.form, self.points)
+        mixed = self.dropout(self.output_proj(mixed))
+        return mixed + query if residual else mixed

@@ -70,14 +70,46 @@ def fuse_paths(layer: nn.Module, projection: nn.Conv2d | None = None) -> None:
     for block in layer.blocks:
         fuse_branches(block)
     fold_batch_norms(layer)
-    weight, bias = joined([layer.conv1.conv, layer.conv2.conv])
+    split_maps(layer, *joined([layer.conv1.conv, layer.conv2.conv]), projection)
+    del layer.conv1, layer.conv2
+
+
+@done_once
+def fuse_csp(path: nn.Module) -> None:
+    """Fuse the blocks of a CSPPath and join both its paths."""
+    for block in path.blocks:
+        fuse_branches(block)
+    fold_batch_norms(path)
+    path.both = pointwise_conv(*joined([path.conv1.conv, path.conv2.conv]))
+    del path.conv1, path.conv2
+
+
+@done_once
+def fuse_elan(block: nn.Module, projection: nn.Conv2d | None = None) -> None:
+    """Fuse what an ELANBlock is made of; see :func:`fuse_paths`."""
+    for path, _ in block.stages:
+        fuse_csp(path)
+    fold_batch_norms(block)
+    split_maps(block, block.conv1.conv.weight, block.conv1.conv.bias, projection)
+    del block.conv1
+
+
+def split_maps(layer: nn.Module, weight: Tensor, bias: Tensor,
+               projection: nn.Conv2d | None) -> None:
+    """Give a layer the convolutions `other` and `own` for a 1x1 one of two concatenated maps.
+
+    Args:
+        layer: Changed in place.
+        weight: (C', 2 C, 1, 1).
+        bias: (C',).
+        projection: A 1x1 convolution before the second map, to be folded in.
+    """
     other, own = weight.chunk(2, 1)
     if projection is not None:
         bias = bias + own.flatten(1) @ projection.bias
         own = (own.flatten(1) @ projection.weight.flatten(1))[..., None, None]
     layer.other = pointwise_conv(other)
     layer.own = pointwise_conv(own, bias)
-    del layer.conv1, layer.conv2
 
 
 @done_once
@@ -92,12 +124,12 @@ def fuse_encoder(neck: nn.Module) -> None:
         given, projected = projection.in_channels, projection.out_channels
         paths = sum(block.paths)
         if given * paths <= projected * (given + paths):
-            fuse_paths(block, projection)
+            block.switch_to_deploy(projection)
             neck.input_projs[level] = nn.Identity()
         else:
-            fuse_paths(block)
+            block.switch_to_deploy()
     for block in neck.bottom_up_blocks:
-        fuse_paths(block)
+        block.switch_to_deploy()
     fold_batch_norms(neck)
 
 
@@ -125,7 +157,7 @@ def trim_decoder(decoder: nn.Module) -> None:
 
 @done_once
 def trim_head(head: nn.Module, eval_idx: int) -> None:
-    """Drop the branches of an RTDETRHead that no prediction comes from; others keep their names.
+    """Drop the branches of a head that no prediction comes from; others keep their names.
 
     Args:
         head: Changed in place.
@@ -134,8 +166,13 @@ def trim_head(head: nn.Module, eval_idx: int) -> None:
     for branches in (head.cls_branches, head.reg_branches):
         del branches[eval_idx + 1:-1]
     # Boxes are refined in every layer, classes are read from the last alone.
-    for layer in range(eval_idx):
-        head.cls_branches[layer] = nn.Identity()
+    rating = [head.cls_branches]
+    if hasattr(head, 'quality_branches'):
+        del head.quality_branches[eval_idx + 1:]
+        rating.append(head.quality_branches)
+    for branches in rating:
+        for layer in range(eval_idx):
+            branches[layer] = nn.Identity()
 
 
 def joined(layers: Sequence[nn.Conv2d | nn.Linear]) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ class ConvNorm(nn.Module):
     """Convolution without bias, padded by half its odd kernel, BatchNorm, and SiLU if `act`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
-                 act: bool = False):
+                 act: bool = False, groups: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride,
-                              padding=kernel_size // 2, bias=False)
+                              padding=kernel_size // 2, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         self.act = nn.SiLU() if act else nn.Identity()
 
@@ -272,18 +272,29 @@ class HybridEncoder(BaseModule):
         self.in_channels = tuple(in_channels)
         self.embed_dims = embed_dims
         steps = range(len(in_channels) - 1)
-        make_block = partial(CSPRepLayer, embed_dims, int(embed_dims * expansion), num_blocks,
-                             block_channels)
+        make_block = partial(self.make_block, expansion, num_blocks, block_channels)
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
         self.aifi = AIFI(embed_dims, num_heads, ffn_dims, dropout, legacy_position)
         # Down from the coarsest map (index 0 = the coarsest step) ...
-        self.lateral_convs = nn.ModuleList(
-            ConvNorm(embed_dims, embed_dims, act=True) for _ in steps)
+        self.lateral_convs = nn.ModuleList(self.make_lateral() for _ in steps)
         self.top_down_blocks = nn.ModuleList(make_block() for _ in steps)
         # ... and up again (index 0 = the finest step).
-        self.downsample_convs = nn.ModuleList(
-            ConvNorm(embed_dims, embed_dims, 3, stride=2, act=True) for _ in steps)
+        self.downsample_convs = nn.ModuleList(self.make_downsample() for _ in steps)
         self.bottom_up_blocks = nn.ModuleList(make_block() for _ in steps)
+
+    def make_block(self, expansion: float, num_blocks: int,
+                   block_channels: int | None) -> nn.Module:
+        """What fuses two maps."""
+        return CSPRepLayer(self.embed_dims, int(self.embed_dims * expansion), num_blocks,
+                           block_channels)
+
+    def make_lateral(self) -> nn.Module:
+        """What a map goes through before it is taken down."""
+        return ConvNorm(self.embed_dims, self.embed_dims, act=True)
+
+    def make_downsample(self) -> nn.Module:
+        """What halves the sides of a map."""
+        return ConvNorm(self.embed_dims, self.embed_dims, 3, stride=2, act=True)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Fuse the maps.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .denoising import DenoisingGenerator
 from .forms import done_once, fold_batch_norms
-from .rtdetr_decoder import RTDETRDecoder
 from .shape_cache import cached_by_shape
 from .targets import gather_targets
 
@@ -99,7 +98,7 @@ class RTDETR(DetectionTransformer):
         backbone: Gives the maps that `neck` fuses.
         neck: Usually :class:`HybridEncoder`. Its `in_channels` may be left out where the backbone
             publishes `out_channels`.
-        decoder: Arguments of :class:`RTDETRDecoder`.
+        decoder: Of type :class:`RTDETRDecoder` if it names none.
         bbox_head: Usually :class:`RTDETRHead`.
         num_queries: Queries; an image with fewer tokens gets as many as it has.
         dn_cfg: Arguments of :class:`DenoisingGenerator`, without `num_classes` and `embed_dims`.
@@ -135,7 +134,7 @@ class RTDETR(DetectionTransformer):
 
     def _init_layers(self) -> None:
         """Build what lies between neck and head."""
-        self.decoder = RTDETRDecoder(**self.decoder)
+        self.decoder = MODELS.build(dict(type='RTDETRDecoder') | self.decoder)
         self.embed_dims = self.decoder.embed_dims
         if self.bbox_head.embed_dims != self.embed_dims:
             raise ValueError(f'bbox_head.embed_dims={self.bbox_head.embed_dims} must be '
@@ -250,9 +249,8 @@ class RTDETR(DetectionTransformer):
                         spatial_shapes: tuple[tuple[int, int], ...],
                         attn_mask: Tensor | None = None) -> dict:
         """Run the decoder, see :meth:`RTDETRDecoder.forward`."""
-        hidden_states, boxes = self.decoder(
-            query, memory, reference, spatial_shapes, self.bbox_head.reg_branches, attn_mask)
-        return dict(hidden_states=hidden_states, boxes=boxes)
+        return self.decoder(query, memory, reference, spatial_shapes, attn_mask=attn_mask,
+                            **self.bbox_head.box_branches())._asdict()
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of images (N, 3, H, W), see :meth:`RTDETRHead.loss_by_feat`.

@@ -6,9 +6,10 @@ Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2
 import copy
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -27,23 +28,36 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
+def as_bias(attn_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as attention adds it: -inf where it is True, 0 elsewhere."""
+    if attn_mask is None:
+        return None
+    return torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(attn_mask, -math.inf)
+
+
+ACTIVATIONS = dict(relu=nn.ReLU, silu=nn.SiLU)
+
+
 class RTDETRDecoderLayer(nn.Module):
     """Self-attention, deformable cross-attention and feed-forward network, each with a post-norm.
 
-    Args are those of :class:`RTDETRDecoder`, and `num_levels`, the number of maps in the memory.
+    Args are those of :class:`RTDETRDecoder`, `num_levels`, the number of maps in the memory, and
+    `project_values`, whether its tokens are projected.
     """
 
     def __init__(self, embed_dims: int = 256, num_heads: int = 8, num_levels: int = 3,
-                 num_points: int = 4, ffn_dims: int = 1024, dropout: float = 0.):
+                 num_points: int | Sequence[int] = 4, ffn_dims: int = 1024, dropout: float = 0.,
+                 act: str = 'relu', project_values: bool = True):
         super().__init__()
         self.self_attn = SelfAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(embed_dims)
         self.cross_attn = MultiScaleDeformableAttention(
-            embed_dims, num_heads, num_levels, num_points, dropout)
+            embed_dims, num_heads, num_levels, num_points, dropout, project_values)
         self.norm2 = nn.LayerNorm(embed_dims)
         self.linear1 = nn.Linear(embed_dims, ffn_dims)
         self.linear2 = nn.Linear(ffn_dims, embed_dims)
         self.norm3 = nn.LayerNorm(embed_dims)
+        self.act = ACTIVATIONS[act]()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor, memory: Tensor, reference: Tensor,
@@ -61,13 +75,30 @@ class RTDETRDecoderLayer(nn.Module):
         """
         mixed = self.self_attn(query + query_pos, query, attn_mask)
         query = self.norm1(query + self.dropout(mixed))
-        query = self.norm2(self.cross_attn(query, query_pos, memory, reference, spatial_shapes))
-        mixed = self.linear2(self.dropout(F.relu(self.linear1(query))))
+        query = self.look(query, query_pos, memory, reference, spatial_shapes)
+        mixed = self.linear2(self.dropout(self.act(self.linear1(query))))
         query = query + self.dropout(mixed)
         # Long trainings have overflowed float16 here; no normal value reaches the bound.
         return self.norm3(query.clamp(-65504, 65504))
 
+    def look(self, query: Tensor, *where: Tensor | Sequence[tuple[int, int]]) -> Tensor:
+        """Cross-attention, its residual and norm, see :class:`MultiScaleDeformableAttention`."""
+        return self.norm2(self.cross_attn(query, *where))
 
+
+class Decoded(NamedTuple):
+    """What a decoder gives its head, of each layer that ran.
+
+    Attributes:
+        hidden_states: (N, Q, C), queries.
+        boxes: (N, Q, 4) (cx, cy, w, h; float32, 0 to 1).
+    """
+
+    hidden_states: list[Tensor]
+    boxes: list[Tensor]
+
+
+@MODELS.register_module()
 class RTDETRDecoder(BaseModule):
     """Decoder with its own projection of the maps.
 
@@ -81,9 +112,10 @@ class RTDETRDecoder(BaseModule):
         eval_idx: Layer whose output is the prediction at test time, negative from the end; the
             layers after it are trained but not run.
         num_heads: Heads of both attentions.
-        num_points: Sampling points per head and level.
+        num_points: Sampling points per head and level, or one number for each level.
         ffn_dims: Width of the feed-forward network.
         dropout: Drop probability.
+        act: 'relu' or 'silu', between linear layers.
         init_cfg: See mmengine's BaseModule.
 
     Raises:
@@ -94,8 +126,9 @@ class RTDETRDecoder(BaseModule):
     switch_to_deploy = trim_decoder
 
     def __init__(self, in_channels: Sequence[int] = (256, 256, 256), embed_dims: int = 256,
-                 num_layers: int = 6, eval_idx: int = -1, num_heads: int = 8, num_points: int = 4,
-                 ffn_dims: int = 1024, dropout: float = 0., init_cfg: dict | None = None):
+                 num_layers: int = 6, eval_idx: int = -1, num_heads: int = 8,
+                 num_points: int | Sequence[int] = 4, ffn_dims: int = 1024, dropout: float = 0.,
+                 init_cfg: dict | None = None, act: str = 'relu'):
         super().__init__(init_cfg)
         if not -num_layers <= eval_idx < num_layers:
             raise ValueError(f'RTDETRDecoder: eval_idx={eval_idx} names none of the {num_layers} '
@@ -105,12 +138,16 @@ class RTDETRDecoder(BaseModule):
         self.eval_idx = eval_idx % num_layers
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
         self.query_pos_head = nn.Sequential(
-            nn.Linear(4, 2 * embed_dims), nn.ReLU(),
+            nn.Linear(4, 2 * embed_dims), ACTIVATIONS[act](),
             nn.Linear(2 * embed_dims, embed_dims))
-        layer = RTDETRDecoderLayer(embed_dims, num_heads, len(in_channels), num_points, ffn_dims,
-                                   dropout)
+        layer = self.make_layer(embed_dims, num_heads, len(in_channels), num_points, ffn_dims,
+                                dropout, act)
         # As in the official code all layers start from the same weights.
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+
+    def make_layer(self, *args: int | float | str | Sequence[int]) -> nn.Module:
+        """A layer of these settings."""
+        return RTDETRDecoderLayer(*args)
 
     def init_weights(self) -> None:
         """Xavier for the query positions; everything else keeps the weights of its constructor."""
@@ -130,7 +167,7 @@ class RTDETRDecoder(BaseModule):
 
     def forward(self, query: Tensor, memory: Tensor, reference: Tensor,
                 spatial_shapes: Sequence[tuple[int, int]], reg_branches: nn.ModuleList,
-                attn_mask: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+                attn_mask: Tensor | None = None) -> Decoded:
         """Run the layers, each starting from the box that the one before it found.
 
         Args:
@@ -142,14 +179,12 @@ class RTDETRDecoder(BaseModule):
             attn_mask: (Q, Q), True where a row's query must not see a column's.
 
         Returns:
-            Queries (N, Q, C) and boxes (N, Q, 4) (cx, cy, w, h; float32, 0 to 1) of each layer; in
-            eval mode of the layers up to `eval_idx`. In training each layer's boxes also carry the
-            gradient to the layer before it ("look forward twice").
+            Queries and boxes of each layer; in eval mode of the layers up to `eval_idx`. In
+            training each layer's boxes also carry the gradient to the layer before it ("look
+            forward twice").
         """
         num_layers = self.num_layers if self.training else self.eval_idx + 1
-        if attn_mask is not None:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-                attn_mask, -math.inf)
+        attn_mask = as_bias(attn_mask, query.dtype)
         states, boxes = [], []
         # References stay float32 under autocast: float16 would place boxes on a grid of 1 / 2048.
         box = reference.float().sigmoid()
@@ -161,4 +196,4 @@ class RTDETRDecoder(BaseModule):
             box = (reg_branch(query).float() + inverse_sigmoid(box)).sigmoid()
             states.append(query)
             boxes.append(box)
-        return states, boxes
+        return Decoded(states, boxes)

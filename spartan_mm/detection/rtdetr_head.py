@@ -1,5 +1,7 @@
 """RT-DETR's detection head: class and box branches, matching, losses and post-processing."""
 import logging
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +19,34 @@ from torch import Tensor, nn
 from .denoising import DenoisingQueries
 from .forms import trim_head
 from .losses import paired_overlaps
+from .rtdetr_decoder import ACTIVATIONS
 from .targets import Targets, input_shape, to_device
 
 Matches = tuple[Tensor, Tensor, Tensor]
 """Image, query and ground truth index (S, P) of the P matched pairs in each of S sets of
 predictions; the last counts over the batch."""
+
+
+class Pairs(NamedTuple):
+    """P matched pairs in each of S sets of predictions.
+
+    Attributes:
+        index: Set, image and query of each, (S, P) or broadcast to it.
+        labels: (S, P), classes of the ground truth.
+        boxes: (S, P, 4), predictions (cx, cy, w, h; 0 to 1).
+        targets: (S, P, 4), ground truth likewise.
+        corners: (S, P, 4), predictions (x1, y1, x2, y2) in pixels.
+        target_corners: (S, P, 4), ground truth likewise.
+        overlaps: (S, P), IoU, without a gradient.
+    """
+
+    index: tuple[Tensor, Tensor, Tensor]
+    labels: Tensor
+    boxes: Tensor
+    targets: Tensor
+    corners: Tensor
+    target_corners: Tensor
+    overlaps: Tensor
 
 
 @MODELS.register_module()
@@ -46,15 +71,18 @@ class RTDETRHead(BaseModule):
         train_cfg: `assigner` has the costs of the matching; the detector sets it.
         test_cfg: `max_per_img` is the number of detections that an image keeps.
         init_cfg: See mmengine's BaseModule.
+        act: 'relu' or 'silu', between linear layers.
     """
 
     deploy = False
     switch_to_deploy = trim_head
+    #: (cx, cy, w, h) to (x1, y1, x2, y2).
+    to_corners = staticmethod(bbox_cxcywh_to_xyxy)
 
     def __init__(self, num_classes: int, embed_dims: int = 256, num_pred_layer: int = 7,
                  loss_cls: dict | None = None, loss_bbox: dict | None = None,
                  loss_iou: dict | None = None, train_cfg: dict | None = None,
-                 test_cfg: dict | None = None, init_cfg: dict | None = None):
+                 test_cfg: dict | None = None, init_cfg: dict | None = None, act: str = 'relu'):
         super().__init__(init_cfg)
         self.num_classes = num_classes
         self.embed_dims = embed_dims
@@ -68,10 +96,15 @@ class RTDETRHead(BaseModule):
         self.cls_branches = nn.ModuleList(
             nn.Linear(embed_dims, num_classes) for _ in range(num_pred_layer))
         self.reg_branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(embed_dims, embed_dims), nn.ReLU(),
-                          nn.Linear(embed_dims, embed_dims), nn.ReLU(),
-                          nn.Linear(embed_dims, 4))
-            for _ in range(num_pred_layer))
+            self.box_branch(embed_dims, act) for _ in range(num_pred_layer))
+
+    @staticmethod
+    def box_branch(embed_dims: int, act: str, outputs: int = 4) -> nn.Sequential:
+        """Three layers from (..., C) to (..., outputs)."""
+        act = ACTIVATIONS[act]
+        return nn.Sequential(nn.Linear(embed_dims, embed_dims), act(),
+                             nn.Linear(embed_dims, embed_dims), act(),
+                             nn.Linear(embed_dims, outputs))
 
     def init_weights(self) -> None:
         """Start at a probability of 0.01 for every class, and at the reference for every box."""
@@ -81,6 +114,10 @@ class RTDETRHead(BaseModule):
             nn.init.zeros_(branch[-1].weight)
             nn.init.zeros_(branch[-1].bias)
         super().init_weights()
+
+    def box_branches(self) -> dict:
+        """What the decoder makes boxes with, as it takes it."""
+        return dict(reg_branches=self.reg_branches)
 
     def forward(self, hidden_states: list[Tensor], boxes: list[Tensor],
                 **kwargs) -> tuple[list[Tensor], list[Tensor]]:
@@ -170,37 +207,56 @@ class RTDETRHead(BaseModule):
             `loss_cls`, `loss_bbox` and `loss_iou` of each set; the latter two are 0 (with a
             gradient) if P = 0.
         """
-        image, query, target = matches
-        pairs = torch.arange(len(logits), device=logits.device)[:, None], image, query
-        matched_boxes, target_boxes = boxes[pairs], targets.boxes[target]
+        pairs = self.pair(boxes, matches, targets)
+        return self.sum_by_set(
+            self.class_terms(logits, pairs) | self.box_terms(boxes, pairs), avg_factor, prefixes)
 
+    def pair(self, boxes: Tensor, matches: Matches, targets: Targets) -> Pairs:
+        """Put predicted boxes (S, N, Q, 4) side by side with the ground truth."""
+        image, query, target = matches
+        index = torch.arange(len(boxes), device=boxes.device)[:, None], image, query
+        matched_boxes, target_boxes = boxes[index], targets.boxes[target]
         # In pixels, so that the losses' eps of 1e-6 is far below any box' area.
         scale = targets.scale[target]
-        predicted_corners = bbox_cxcywh_to_xyxy(matched_boxes) * scale
+        corners = self.to_corners(matched_boxes) * scale
         target_corners = bbox_cxcywh_to_xyxy(target_boxes) * scale
+        overlaps = paired_overlaps(corners.detach(), target_corners)[0]
+        return Pairs(index, targets.labels[target], matched_boxes, target_boxes, corners,
+                     target_corners, overlaps)
 
+    def class_terms(self, logits: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        """`loss_cls` of each query and class of logits (S, N, Q, classes)."""
         labels = torch.full(logits.shape[:3], self.num_classes, device=logits.device)
-        labels[pairs] = targets.labels[target]
+        labels[pairs.index] = pairs.labels
         quality = torch.zeros(logits.shape[:3], device=logits.device)
-        quality[pairs] = paired_overlaps(predicted_corners.detach(), target_corners)[0]
+        quality[pairs.index] = pairs.overlaps
+        return dict(loss_cls=self.loss_cls(logits, labels, quality))
 
-        terms = dict(loss_cls=self.loss_cls(logits, labels, quality))
-        if query.numel():
-            terms['loss_bbox'] = self.loss_bbox(matched_boxes, target_boxes,
-                                                reduction_override='none')
-            terms['loss_iou'] = self.loss_iou(predicted_corners.flatten(0, 1),
-                                              target_corners.flatten(0, 1),
-                                              reduction_override='none')
-        else:
+    def box_terms(self, boxes: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        """`loss_bbox` and `loss_iou` of each pair of boxes (S, N, Q, 4)."""
+        if not pairs.overlaps.numel():
             # Keeps the box branches in the graph: distributed training waits for every gradient.
-            terms['loss_bbox'] = terms['loss_iou'] = boxes * 0
-        sums = {name: (term.reshape(len(logits), -1).sum(1) / avg_factor).unbind()
+            return dict.fromkeys(('loss_bbox', 'loss_iou'), boxes * 0)
+        return dict(
+            loss_bbox=self.loss_bbox(pairs.boxes, pairs.targets, reduction_override='none'),
+            loss_iou=self.loss_iou(pairs.corners.flatten(0, 1), pairs.target_corners.flatten(0, 1),
+                                   reduction_override='none').view_as(pairs.overlaps))
+
+    @staticmethod
+    def sum_by_set(terms: Mapping[str, Tensor], avg_factor: Tensor | float,
+                   prefixes: Mapping[int, str]) -> dict[str, Tensor]:
+        """Sum terms of S sets each, divide, and name them after their sets."""
+        sums = {name: (term.flatten(1).sum(1) / avg_factor).unbind()
                 for name, term in terms.items()}
         return {f'{prefix}{name}': of_sets[index] for index, prefix in prefixes.items()
                 for name, of_sets in sums.items()}
 
-    @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
+        """Match queries and ground truth one to one, see :meth:`match_on_host`."""
+        return tuple(to_device(self.match_on_host(logits, boxes, targets), logits.device))
+
+    @torch.no_grad()
+    def match_on_host(self, logits: Tensor, boxes: Tensor, targets: Targets) -> np.ndarray:
         """Match queries and ground truth one to one, image by image, in each set of predictions.
 
         The costs are the assigner's. Those of all sets and images travel to the CPU, where they are
@@ -213,7 +269,7 @@ class RTDETRHead(BaseModule):
             targets: The ground truth.
 
         Returns:
-            The matched pairs of each set.
+            The matched pairs of each set, the three arrays of Matches in one (3, S, P).
         """
         costs = self.match_costs(logits.float(), boxes.float(), targets).cpu()
         if not costs.isfinite().all():
@@ -231,8 +287,7 @@ class RTDETRHead(BaseModule):
              for objects, query in [linear_sum_assignment(set_costs[start:end])]]
             for set_costs in costs.numpy()]
         # S lists of N arrays (3, P_i) -> (3, S, P)
-        joint = np.stack([np.concatenate(per_image, 1) for per_image in matched], 1)
-        return tuple(to_device(joint, logits.device))
+        return np.stack([np.concatenate(per_image, 1) for per_image in matched], 1)
 
     def match_costs(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """What the assigner's costs say of each object and the queries of its image.
@@ -250,7 +305,7 @@ class RTDETRHead(BaseModule):
         # One size stands for those of all images: the L1 cost divides by it, the IoU doesn't depend
         # on it. It is in pixels, so that mmdet's eps of 1e-6 is far below any box' area.
         side = 640.
-        corners = bbox_cxcywh_to_xyxy(boxes).transpose(0, 1).flatten(1, 2) * side
+        corners = self.to_corners(boxes).transpose(0, 1).flatten(1, 2) * side
         queries = InstanceData(bboxes=corners[targets.image])  # (G, S * Q, 4)
         objects = InstanceData(bboxes=bbox_cxcywh_to_xyxy(targets.boxes)[:, None] * side)
 
@@ -295,7 +350,7 @@ class RTDETRHead(BaseModule):
         scores, index = scores.topk(keep)
         query, labels = index // self.num_classes, index % self.num_classes
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-        return scores, labels, bbox_cxcywh_to_xyxy(boxes)
+        return scores, labels, self.to_corners(boxes)
 
     def predict_by_feat(self, logits: Tensor, boxes: Tensor, batch_img_metas: list[dict],
                         rescale: bool = True) -> InstanceList:

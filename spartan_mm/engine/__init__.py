@@ -8,13 +8,21 @@ from .hooks import (
     OneWriterLoggerHook,
     StrictCheckpointHook,
 )
+from .little_data import (
+    BatchNormEvalHook,
+    PlainEndHook,
+    ResumableEarlyStoppingHook,
+    StepsAwareEMAHook,
+)
 from .nan_guard import FiniteNumbersHook
 from .optim import RuleOptimWrapperConstructor
 from .resume import ResumableTrainLoop
+from .schedules import FlatCosineLR
 from .signals import LeaveOnSignalHook
 
 __all__ = [
-    'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook', 'FiniteNumbersHook',
-    'LeaveOnSignalHook', 'OneWriterLoggerHook', 'ResumableCheckpointHook', 'ResumableTrainLoop',
-    'RuleOptimWrapperConstructor', 'StrictCheckpointHook', 'compile_model'
+    'BatchNormEvalHook', 'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook',
+    'FiniteNumbersHook', 'FlatCosineLR', 'LeaveOnSignalHook', 'OneWriterLoggerHook', 'PlainEndHook',
+    'ResumableCheckpointHook', 'ResumableEarlyStoppingHook', 'ResumableTrainLoop',
+    'RuleOptimWrapperConstructor', 'StepsAwareEMAHook', 'StrictCheckpointHook', 'compile_model'
 ]

@@ -34,6 +34,9 @@ LOGITS, BOXES, CLASS_LOGITS = 1e-3, 1e-4, 1e-4
 #: another one's turn.
 EDGE = 1e-4
 
+#: The share of rows without a partner from which on the others say too little.
+TIES = 0.25
+
 #: Detections of lower precision are compared from this score on; if there are none, the best.
 SCORE, BEST = 0.3, 10
 
@@ -90,6 +93,7 @@ class Difference:
     Args:
         values: The largest difference of logits or scores of rows with a partner.
         boxes: Of boxes.
+        rows: How many there are.
         ties: Rows without a partner at the edge of a choice.
         top5: Whether a classifier's best five are the same.
         fault: What is wrong, if anything is.
@@ -97,6 +101,7 @@ class Difference:
 
     values: float
     boxes: float = 0.
+    rows: int = 0
     ties: int = 0
     top5: bool = True
     fault: str | None = None
@@ -237,7 +242,7 @@ def compare_rows(right: Rows, found: Rows, swaps: int, raw: bool) -> Difference:
     own, partner = linear_sum_assignment(distance.clip(max=100))
     good = distance[own, partner] <= 1
     result = Difference(values[own, partner][good].max(initial=0),
-                        boxes[own, partner][good].max(initial=0), int((~good).sum()))
+                        boxes[own, partner][good].max(initial=0), len(good), int((~good).sum()))
     if good.all():
         return result
 
@@ -323,7 +328,7 @@ def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Map
     for shape, batch in plan:
         row = rows.setdefault((len(batch), shape), {
             'batch': len(batch), 'size': list(shape), 'pictures': 0, compared: 0., **(
-                dict(boxes=0., ties=0) if reference.detects else {})})
+                dict(boxes=0., detections=0, ties=0) if reference.detects else {})})
         for place, difference in zip(batch, _compare(reference, run, pictures, batch, shape),
                                      strict=True):
             if difference.fault:
@@ -334,6 +339,7 @@ def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Map
             row[compared] = max(row[compared], float(difference.values))
             if reference.detects:
                 row['boxes'] = max(row['boxes'], float(difference.boxes))
+                row['detections'] += difference.rows
                 row['ties'] += difference.ties
     bounds = (dict(logits=f'{CLASS_LOGITS:g} of the largest') if not reference.detects else
               {compared: f'{LOGITS:g}' if reference.raw else f'{LOGITS:g} s (1 - s)',
@@ -450,7 +456,7 @@ def print_check(result: Mapping[str, Any]) -> str:
         rows = [[f'{value:.1e}' if isinstance(value, float) else
                  'x'.join(map(str, value if isinstance(value, list) else [value]))
                  for value in row.values()] for row in result['rows']]
-        return head + markdown([[*result['rows'][0]], *rows])
+        return head + markdown([[*result['rows'][0]], *rows]) + _warn_of_ties(result['rows'])
     precision = computed = result['precision']
     if (found := result.get('computed_in', computed)) != computed:
         computed = f'{precision}, but computed in {found}: this processor has no {precision}'
@@ -468,6 +474,15 @@ def print_check(result: Mapping[str, Any]) -> str:
         rows.append(['ms a picture', f"{times[precision]:.1f}; in float32 {times['fp32']:.1f}"])
     return (f'{head}{markdown([["", ""], *rows])}\n'
             'Accuracy on data with labels: spartan-mm test CONFIG FILE')
+
+
+def _warn_of_ties(rows: Sequence[Mapping[str, Any]]) -> str:
+    ties, total = (sum(row.get(name, 0) for row in rows) for name in ('ties', 'detections'))
+    if ties <= total * TIES:
+        return ''
+    return (f'\nWARNING: {100 * ties / total:.0f} % of the rows were not compared, because their '
+            'scores are equal up to rounding at the edge of a choice. This is what weights do that '
+            'were not trained: check the file with trained ones')
 
 
 def _compare(reference: Reference, run: Run, pictures: Pictures, batch: Sequence[int],

@@ -69,3 +69,14 @@ def test_without_pretrained_initialising_changes_nothing():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         TIMMFeatures(**dict(model_name='test_resnet') | settings)
+
+
+def test_norms_and_parts_stay_as_they_are():
+    backbone = TIMMFeatures('hgnetv2_b0', (1, 2), norm_eval=True, frozen=('stem', )).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    sum(x.mean() for x in backbone(torch.rand(2, 3, 64, 64))).backward()
+    assert_close(backbone.state_dict(), before, rtol=0, atol=0)
+    trained = {name for name, value in backbone.model.named_parameters() if value.grad is not None}
+    assert trained and not any('.bn.' in name or name.startswith('stem') for name in trained)
+    with pytest.raises(ValueError, match="no part to freeze called 'neck'; it has stem, stages_0"):
+        TIMMFeatures('hgnetv2_b0', (1, 2), frozen=('neck', ))

@@ -46,7 +46,8 @@ def build(name):
 
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
-        *COCO, 'rtdetr_spartan_xt_digits', 'rtdetr_timm', 'retinanet_spartan_t'}
+        *COCO, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
+        'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
 
@@ -113,6 +114,11 @@ def test_parameter_groups(name):
         'backbone.stages.0.blocks.0.norm1.weight': (1e-5, 0.),
         'backbone.stages.0.blocks.0.layer_scale1': (1e-5, 1e-4),
         'backbone.stages.0.blocks.0.cmixer.complex_weight': (1e-5, 1e-4)}),
+    ('rtdetr_spartan_t_finetune', {
+        'backbone.stages.0.blocks.0.norm1.weight': (5e-5, 0.),
+        'backbone.stages.0.blocks.0.layer_scale1': (5e-5, 1e-4),
+        'neck.input_projs.0.norm.weight': (1e-4, 0.), 'bbox_head.cls_branches.0.bias': (1e-4, 0.),
+        'dn_query_generator.label_embedding.weight': (1e-4, 1e-4)}),
 ])
 def test_parameter_groups_by_hand(name, spot_checks):
     config, model = load(name), build(name)

@@ -1,11 +1,18 @@
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from mmdet.models.losses import GIoULoss
-from mmdet.structures.bbox import bbox_overlaps
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
 from torch.testing import assert_close
 
-from spartan_mm.detection import IoUAwareVarifocalLoss
+from spartan_mm.detection import IoUAwareVarifocalLoss, MatchabilityAwareLoss
 from spartan_mm.detection.losses import PairedGIoULoss, paired_overlaps
+
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden' / 'deim_mal'
+META = json.loads(GOLDEN.with_suffix('.json').read_text())['meta']
 
 
 def test_value_is_the_formula():
@@ -45,10 +52,35 @@ def test_quality_pulls_the_score_to_the_iou():
     assert_close(logits.grad, torch.zeros(1, 1), atol=1e-6, rtol=0)
 
 
-def test_half_precision_is_computed_in_float32():
+@pytest.mark.parametrize('kind', [IoUAwareVarifocalLoss, MatchabilityAwareLoss])
+def test_half_precision_is_computed_in_float32(kind):
     logits = torch.tensor([[-20., 20.]], dtype=torch.float16)
-    loss = IoUAwareVarifocalLoss()(logits, torch.tensor([0]), torch.ones(1))
+    loss = kind()(logits, torch.tensor([0]), torch.ones(1))
     assert loss.dtype == torch.float32 and loss.isfinite().all()
+
+
+@pytest.mark.parametrize('case', [*META['cases'], META['vfl']],
+                         ids=lambda case: case['grad'])
+def test_losses_are_the_official_ones(case):
+    golden = {name: torch.from_numpy(value)
+              for name, value in np.load(GOLDEN.with_suffix('.npz')).items()}
+    logits = golden['logits'].requires_grad_()
+    labels = torch.full(logits.shape[:2], META['num_classes'])
+    quality = torch.zeros(logits.shape[:2])
+    for image in range(len(logits)):
+        query, target = golden[f'match{image}']
+        labels[image, query] = golden[f'gt{image}_labels'][target]
+        quality[image, query] = paired_overlaps(*map(bbox_cxcywh_to_xyxy, (
+            golden['boxes'][image, query], golden[f'gt{image}_boxes'][target])))[0]
+    if 'mal_alpha' in case:
+        # None is none, which multiplies by 1.
+        loss = MatchabilityAwareLoss(gamma=case['gamma'], alpha=case['mal_alpha'] or 1.)
+    else:
+        loss = IoUAwareVarifocalLoss(case['alpha'], case['gamma'])
+    total = loss(logits, labels, quality).sum() / META['num_boxes']
+    total.backward()
+    assert_close(total, torch.tensor(case['loss']), rtol=1e-5, atol=0)
+    assert_close(logits.grad, golden[case['grad']], rtol=1e-5, atol=1e-6)
 
 
 def test_overlaps_equal_mmdets_in_values_and_gradients():

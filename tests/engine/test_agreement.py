@@ -173,6 +173,8 @@ CHANGES = {
                  schedule('end')),
     'other schedule': (set_at('param_scheduler', dict(type='StepLR', step_size=3)), 'step_size',
                        REFUSED, None),
+    'flat schedule': (set_at('param_scheduler', dict(type='FlatCosineLR', by_epoch=False, flat=4)),
+                      'flat, gamma', REFUSED, None),
     'no schedule': (set_at('param_scheduler', None), 'param_scheduler', REFUSED, None),
     'average': (average(0.3), 'EMAHook', 0.3, last_average),
     'no average': (average(None), 'EMAHook', None, last_average),

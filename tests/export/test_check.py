@@ -215,6 +215,19 @@ class TestFiles:
         result = check_file(reference, run, pictures, metadata)
         assert [(row['logits'], row['ties']) for row in result['rows']] == [(0, 1)]
 
+    def test_says_when_equal_scores_leave_little_to_compare(self, built):
+        task, model, pictures = built
+        if task == 'classification':
+            pytest.skip('a classifier has no queries')
+        metadata, equal = describe(task), copy.deepcopy(model)
+        for branch in equal.bbox_head.cls_branches:
+            nn.init.zeros_(branch.weight)
+        for subject, warned in ((model, False), (equal, True)):
+            run, _ = as_file(subject, metadata, lambda outputs, _, other=warned: outputs | dict(
+                boxes=outputs['boxes'] + 5 * other))
+            result = check_file(Reference(subject, metadata), run, pictures, metadata)
+            assert ('not trained' in print_check(result)) == warned
+
     def test_a_file_of_the_deploy_form(self, built):
         task, model, pictures = built
         metadata = describe(task)

@@ -26,7 +26,7 @@ from .spartan import convert_spartan, export_spartan
 KINDS = {
     'mm': 'this package',
     'spartan': "the authors' code of SpaRTAN, a classifier",
-    'official': "RT-DETR's official code: read in versions 1 and 2, written in version 1",
+    'official': 'the official code of RT-DETR, D-FINE or DEIM',
     'huggingface': 'transformers, a folder of RTDetrForObjectDetection',
 } | {name: f"the authors' code of {original.backbone.__name__}, a classifier"
      for name, original in ORIGINALS.items()}
@@ -94,9 +94,9 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
         raise CheckpointError(NOTHING_TO_DO)
     if kind is None and found is None:
         raise CheckpointError('it is no checkpoint of this package, of the authors of SpaRTAN, of '
-                              "RT-DETR's official code or of transformers, nor a backbone that is "
-                              f'known ({", ".join(ORIGINALS)}); its tensors are '
-                              f'{", ".join([*weights][:5])} ...')
+                              'the official codes of RT-DETR, D-FINE and DEIM, or of '
+                              f'transformers, nor a known backbone ({", ".join(ORIGINALS)}); its '
+                              f'tensors are {", ".join([*weights][:5])} ...')
     return Source(path, kind or found, weights, checkpoint)
 
 

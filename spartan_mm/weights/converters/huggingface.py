@@ -102,6 +102,11 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
     elif neck['in_channels'] != _hidden_sizes(settings)[1:]:
         problems.append(f'neck.in_channels={neck["in_channels"]}: it takes the maps of the last '
                         'three stages')
+    for part, known in (('neck', 'HybridEncoder'), ('decoder', 'RTDETRDecoder')):
+        if (given := settings[part].get('type', known)) != known:
+            problems.append(f'{part} {given}: it has {known}')
+    if not isinstance(decoder['num_points'], int):
+        problems.append(f'decoder.num_points={decoder["num_points"]}: it has one number for all')
     if neck['num_blocks'] != 3:
         problems.append(f'neck.num_blocks={neck["num_blocks"]}: it has 3')
     eval_idx = decoder.get('eval_idx', -1) % layout.layers

@@ -75,7 +75,7 @@ def test_no_other_depth(official):
 def test_no_other_backbone(official):
     official = {name.replace('backbone.res_layers.', 'backbone.stages.'): tensor
                 for name, tensor in official.items()}
-    with pytest.raises(CheckpointError, match='neither a ResNet-vd nor a SpaRTAN'):
+    with pytest.raises(CheckpointError, match='neither a ResNet-vd, a SpaRTAN nor an HGNetv2'):
         convert_rtdetr(official)
 
 
@@ -180,7 +180,12 @@ def test_version_2_is_the_same_model(official, version_2):
     (lambda weights: weights.update({
         'decoder.decoder.layers.1.cross_attn.num_points_scale':
             torch.tensor([1 / count for count in (2, 4, 6) for _ in range(count)])}),
-     r'layers\.1\.cross_attn\.num_points_scale says .* numbers of sampling points \(2, 4, 6\)'),
+     r'layers\.1\.cross_attn\.num_points_scale has \(2, 4, 6\)'),
+    (lambda weights: weights.update({
+        'decoder.decoder.layers.1.cross_attn.num_points_scale': torch.full((12, ), 0.3)}),
+     r'layers\.1\.cross_attn\.num_points_scale has \(3, 3, 3, 3\)'),
+    (lambda weights: weights['decoder.decoder.layers.1.cross_attn.num_points_scale'].zero_(),
+     r'layers\.1\.cross_attn\.num_points_scale does not hold, for each sampling point'),
     (lambda weights: weights.update({'decoder.tgt_embed.weight': torch.zeros(50, 256)}),
      'learnt contents'),
     (lambda weights: weights.update({'decoder.enc_score_head.weight': torch.zeros(1, 256),
@@ -194,7 +199,99 @@ def test_version_2_with_what_is_not_here(version_2, change, message):
         convert_rtdetr(version_2)
 
 
+def filled(model):
+    """A state dict in which every tensor has a number of its own, which takes no memory."""
+    return {name: torch.tensor(float(index)).expand(tensor.shape) if tensor.ndim
+            else torch.tensor(1) for index, (name, tensor) in enumerate(model.state_dict().items())}
+
+
+def build_on_meta(**model):
+    from mmdet.registry import MODELS
+    init_default_scope('mmdet')
+    with torch.device('meta'):
+        return MODELS.build(dict(dict(type='RTDETR'), **model))
+
+
+def dfine(**changes):
+    """The settings of a small D-FINE on an HGNetv2."""
+    return dict(
+        backbone=dict(type='TIMMFeatures', model_name='hgnetv2_b0', out_indices=(1, 2, 3)),
+        neck=dict(type='ELANEncoder', embed_dims=32, ffn_dims=48, expansion=0.5, num_blocks=2),
+        decoder=dict(type='DFINEDecoder', in_channels=[32] * 3, embed_dims=32, num_layers=2,
+                     num_points=[3, 6, 3], ffn_dims=48),
+        bbox_head=dict(type='DFINEHead', num_classes=5, embed_dims=32, reg_scale=8.)) | changes
+
+
 # --------------------------------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_dfine_there_and_back(frozen):
+    """Constants and names are D-FINE's, and all bits come back."""
+    settings = dfine()
+    ours = filled(build_on_meta(**settings))
+    if frozen:
+        settings['backbone']['norm_eval'] = True
+        ours |= {name: torch.tensor(0) for name in ours
+                 if name.startswith('backbone.') and name.endswith('num_batches_tracked')}
+    exported, exported_settings = export_rtdetr(ours, settings)
+    assert exported['decoder.decoder.reg_scale'].tolist() == [8.]
+    assert exported['decoder.decoder.up'].tolist() == [.5]
+    assert exported['decoder.decoder.layers.1.cross_attn.num_points_scale'].tolist() == \
+        pytest.approx([1 / 3] * 3 + [1 / 6] * 6 + [1 / 3] * 3)
+    assert exported['decoder.anchors'].shape == (1, 8400, 4)
+    for name in ('backbone.stages.2.blocks.1.layers.2.conv2.lab.scale',
+                 'encoder.pan_blocks.1.cv3.0.bottlenecks.1.conv2.norm.running_mean',
+                 'encoder.downsample_convs.0.0.cv2.conv.weight', 'encoder.input_proj.2.norm.bias',
+                 'decoder.decoder.layers.1.gateway.gate.weight', 'decoder.enc_output.proj.weight',
+                 'decoder.decoder.lqe_layers.1.reg_conf.layers.1.bias',
+                 'decoder.pre_bbox_head.layers.2.weight'):
+        assert name in exported
+    assert not any('norm2' in name for name in exported if name.startswith('decoder'))
+    assert ('backbone.stem.stem1.bn.num_batches_tracked' in exported) != frozen
+    converted, found = convert_rtdetr(exported)
+    assert_identical(converted, ours)
+    assert found == exported_settings
+    assert (found['bbox_head']['reg_scale'], found['decoder']['num_points']) == (8., [3, 6, 3])
+
+
+def test_dfine_without_its_config_is_refused():
+    with pytest.raises(CheckpointError, match='num_points and reg_scale of a D-FINE'):
+        export_rtdetr(filled(build_on_meta(**dfine())))
+
+
+@pytest.mark.parametrize('changes', [
+    dict(neck=dict(type='HybridEncoder', embed_dims=32)),
+    dict(decoder=dict(dfine()['decoder'], gate=False, project_values=True))])
+def test_what_no_official_code_has_is_refused(changes):
+    settings = dfine(**changes)
+    with pytest.raises(CheckpointError, match='no official code has such a model'):
+        export_rtdetr(filled(build_on_meta(**settings)), settings)
+
+
+def test_anchors_are_those_of_the_model():
+    from spartan_mm.detection.rtdetr import make_anchors
+    from spartan_mm.weights.converters.rtdetr import _anchors
+    for levels in (2, 3):
+        anchors, valid = _anchors(levels)
+        expected, expected_valid = make_anchors(
+            tuple((side, side) for side in (80, 40, 20)[-levels:]))
+        assert_identical(anchors[0].nan_to_num(posinf=1e4), expected)
+        assert_identical(valid[0], expected_valid)
+
+
+def test_version_2_with_other_points_on_each_map_there_and_back():
+    settings = dict(
+        backbone=dict(type='ResNetVd', depth=18, out_indices=(1, 2, 3)),
+        neck=dict(type='HybridEncoder', embed_dims=32, ffn_dims=48, num_blocks=1),
+        decoder=dict(in_channels=[32] * 3, embed_dims=32, num_layers=1, num_points=[2, 4, 6]),
+        bbox_head=dict(type='RTDETRHead', num_classes=5, embed_dims=32))
+    ours = filled(build_on_meta(**settings))
+    exported, _ = export_rtdetr(ours, settings)
+    assert 'encoder.input_proj.0.conv.weight' in exported and 'decoder.up' not in exported
+    converted, found = convert_rtdetr(exported)
+    assert_identical(converted, ours)
+    assert found['decoder']['num_points'] == [2, 4, 6]
 
 
 @pytest.mark.parametrize('case', ['rtdetr_r18vd', 'rtdetr_spartan_xt'])
@@ -249,7 +346,7 @@ def test_r50_there_and_back(case, counters):
     (lambda ours: ours.update(
         {'neck.top_down_blocks.0.blocks.0.fused.weight': torch.zeros(1)}), 'is fused'),
     (lambda ours: [ours.pop(name) for name in list(ours) if name.startswith('backbone.')],
-     'neither a ResNetVd nor a SpaRTAN')])
+     'neither a ResNetVd, a SpaRTAN nor an HGNetv2')])
 def test_ours_that_do_not_fit(official, change, message):
     ours = convert_rtdetr(official)[0]
     change(ours)
