@@ -15,6 +15,7 @@ COMMANDS = {
     'test': 'evaluate a checkpoint as its config describes',
     'infer': 'detect or classify in pictures, folders and videos',
     'serve': 'answer pictures over HTTP with boxes or classes',
+    'demo': 'open a page to try a model on pictures',
     'check-data': 'check the datasets of a config before a long run',
     'report': 'write the report of a training, one HTML page',
     'compare': 'compare models: sizes, speed, accuracy',

@@ -30,7 +30,9 @@ BELOW['inference'] = {*BELOW}
 BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
-BELOW['demo'] = BELOW['commands'] = {*BELOW}
+BELOW['page'] = {*BELOW}
+BELOW['demo'] = {*BELOW}
+BELOW['commands'] = {*BELOW}
 BELOW['cli'] = {*BELOW}
 
 

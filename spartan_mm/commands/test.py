@@ -40,6 +40,7 @@ def run(args: Namespace) -> None:
     from ..datasets.preflight import PreflightHook
     from ..engine import launch
     from ..engine.class_order import OrderedCheckpointHook
+    from ..engine.hooks import BackboneCheckHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'test')
     check_evaluator(cfg, 'test')
     exported = args.checkpoint.lower().endswith(SUFFIXES)
@@ -62,6 +63,7 @@ def run(args: Namespace) -> None:
     runner.register_hook((ExportedClassesHook if exported else OrderedCheckpointHook)(
         args.match_classes), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
+    runner.register_hook(BackboneCheckHook(), priority='HIGHEST')
     runner.test()
 
 

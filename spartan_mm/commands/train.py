@@ -49,6 +49,7 @@ def run(args: Namespace) -> None:
     from ..engine import launch
     from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
+    from ..engine.hooks import BackboneCheckHook
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'train')
     if args.amp:
         launch.use_amp(cfg, args.amp)
@@ -68,6 +69,7 @@ def run(args: Namespace) -> None:
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
     runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
+    runner.register_hook(BackboneCheckHook(), priority='HIGHEST')
     if not args.no_fuse and get_device() == 'cpu':
         fuse(runner.model)
     # Here, since a schedule that counts in epochs cannot be built for epochs of no iterations.

@@ -212,6 +212,7 @@ def build_golden(build):
         act = meta.get('activation', 'relu')
         model = build(
             num_queries=meta['num_queries'],
+            backbone=dict(out_indices=(1, 2, 3)[:len(meta['feat_channels'])]),
             decoder=dict(_delete_=True, type='DFINEDecoder', in_channels=meta['feat_channels'],
                          embed_dims=meta['hidden_dim'], num_layers=meta['num_layers'],
                          num_heads=meta['nhead'], num_points=meta['num_points'], act=act,
