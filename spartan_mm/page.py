@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -115,7 +115,7 @@ class Viewer:
         end = time.perf_counter()
         picture, scale = _shrink(image)
         if self.detects:
-            found = Detections(found.boxes * scale, found.labels, found.scores)
+            found = replace(found, boxes=found.boxes * scale)
         return Look(path, picture, found, image.shape[1::-1],
                     dict(reading=ready - start, model=end - ready))
 
@@ -279,31 +279,39 @@ def serve(viewer: Viewer, host: str = '127.0.0.1', port: int | None = None,
         ImportError: Gradio is not installed.
     """
     gradio = _import_gradio()
-    before = os.environ.get('GRADIO_TEMP_DIR')
-    with tempfile.TemporaryDirectory(prefix='spartan_mm_page_') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = folder
+    with _upload_folder():
+        page = make_page(viewer, threshold, examples)
+        page.queue(max_size=32)
+        theme = gradio.themes.Default(font=['system-ui', 'sans-serif'],
+                                      font_mono=['ui-monospace', 'monospace'])
         try:
-            page = make_page(viewer, threshold, examples)
-            page.queue(max_size=32)
             try:
                 page.launch(
                     server_name=host, server_port=port, share=False, quiet=True,
                     prevent_thread_lock=True, max_file_size=MAX_FILE_SIZE, ssr_mode=False,
                     show_error=False, footer_links=[], pwa=False, enable_monitoring=False,
-                    state_session_capacity=64, css=_STYLE, inbrowser=False,
-                    theme=gradio.themes.Default(font=['system-ui', 'sans-serif'],
-                                             font_mono=['ui-monospace', 'monospace']))
-            except OSError as error:
+                    state_session_capacity=64, css=_STYLE, inbrowser=False, theme=theme)
+            except (OSError, OverflowError) as error:
                 raise UsageError(f'the page cannot be served at {host}'
                                  f'{"" if port is None else f":{port}"}: it is taken or not of '
                                  'this machine; choose another with --host or --port') from error
             yield page.local_url
         finally:
             page.close(verbose=False)
-            if before is None:
-                del os.environ['GRADIO_TEMP_DIR']
-            else:
-                os.environ['GRADIO_TEMP_DIR'] = before
+
+
+@contextmanager
+def _upload_folder() -> Iterator[None]:
+    """Have gradio keep files in a folder of their own, which is removed at the end."""
+    before = os.environ.get('GRADIO_TEMP_DIR')
+    try:
+        with tempfile.TemporaryDirectory(prefix='spartan_mm_page_') as folder:
+            os.environ['GRADIO_TEMP_DIR'] = folder
+            yield
+    finally:
+        os.environ.pop('GRADIO_TEMP_DIR', None)
+        if before is not None:
+            os.environ['GRADIO_TEMP_DIR'] = before
 
 
 def wait() -> None:

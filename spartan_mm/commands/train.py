@@ -34,6 +34,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='save in the middle of epochs, too (default: as '
                              'default_hooks.checkpoint.every_iters of the config says)')
     add(parser, '--seed', default=None, help='seed of all random numbers (default: random)')
+    parser.add_argument('--logger', nargs='+', default=[], metavar='NAME', dest='loggers',
+                        help='show the training in tensorboard, mlflow, wandb, clearml, neptune, '
+                             'dvclive or aim, too')
     parser.add_argument('--deterministic', action='store_true',
                         help='let torch use deterministic algorithms wherever it has them')
 
@@ -50,6 +53,8 @@ def run(args: Namespace) -> None:
     from ..engine.agreement import ResumeCheckHook
     from ..engine.finetune import FineTuneHook
     from ..engine.hooks import BackboneCheckHook
+    from ..engine.loggers import add_loggers, require_loggers
+    require_loggers(args.loggers)
     cfg = launch.load_config(args.config, args.work_dir, args.cfg_options, args.launcher, 'train')
     if args.amp:
         launch.use_amp(cfg, args.amp)
@@ -65,6 +70,7 @@ def run(args: Namespace) -> None:
     if args.resume or cfg.get('resume'):
         overruled = launch.resume_from(cfg, args.resume or cfg.get('load_from') or 'auto')
     runner = launch.build_runner(cfg, 'train')
+    add_loggers(runner, args.loggers)
     # Ahead of hooks that load the checkpoint themselves.
     runner.register_hook(FineTuneHook(), priority='HIGHEST')
     runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
