@@ -16,6 +16,7 @@ from ..datasets.coco_file import NOTHING_LEFT, CocoFile, no_garbage_collection, 
 from ..datasets.data_errors import DataError
 from ..datasets.images import BadImages, LoadCheckedImage, with_checked_loader
 from ..datasets.settings import find_argument_faults, raise_first, with_class_names
+from ..engine.data_order import surrounded
 from ..text import printable
 
 
@@ -154,7 +155,8 @@ class CheckedCocoDataset(CocoDataset):
             DataError: The image, or too many of them, cannot be decoded, or it has not the
                 annotated size.
         """
-        return self.bad_images.fetch(super().prepare_data, idx, len(self))
+        with surrounded(self, range(len(self))):
+            return self.bad_images.fetch(super().prepare_data, idx, len(self))
 
     def get_data_info(self, idx: int) -> dict:
         """Get what the pipeline starts from, with the name of the annotation file for messages."""
