@@ -17,6 +17,7 @@ from ..datasets.data_errors import DataError, Finding
 from ..datasets.images import BadImages, LoadCheckedImage, with_checked_loader
 from ..datasets.part import Part, check_part, take_part
 from ..datasets.settings import find_argument_faults, raise_first, with_class_names
+from ..engine.data_order import surrounded
 from ..text import printable
 
 
@@ -179,7 +180,8 @@ class CheckedCocoDataset(CocoDataset):
             DataError: The image, or too many of them, cannot be decoded, or it has not the
                 annotated size.
         """
-        return self.bad_images.fetch(super().prepare_data, idx, len(self))
+        with surrounded(self, range(len(self))):
+            return self.bad_images.fetch(super().prepare_data, idx, len(self))
 
     def get_data_info(self, idx: int) -> dict:
         """Get what the pipeline starts from, with the name of the annotation file for messages."""
