@@ -22,6 +22,7 @@ from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, Random
 from .hooks import CheckedPipelineSwitchHook
 from .hybrid_encoder import HybridEncoder
 from .inferencer import DetInferencer
+from .label_datasets import CheckedVOCDataset, CheckedYOLODataset
 from .losses import IoUAwareVarifocalLoss, MatchabilityAwareLoss
 from .mosaic import DenseMosaic
 from .photometric import RandomPhotometricDistort
@@ -32,9 +33,10 @@ from .rtdetr_head import RTDETRHead
 
 __all__ = [
     'AntialiasedResize', 'BatchMixUp', 'BatchRandomResize', 'CheckedCocoDataset',
-    'CheckedCocoMetric', 'CheckedPipelineSwitchHook', 'DenoisingGenerator', 'DenseMosaic',
-    'DetInferencer', 'DFINEDecoder', 'DFINEHead', 'ELANEncoder', 'FilterSmallBoxes',
-    'HybridEncoder', 'IoUAwareVarifocalLoss', 'LoadCheckedImage', 'MatchabilityAwareLoss',
-    'MultiScaleDeformableAttention', 'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut',
-    'ResNetVd', 'RTDETR', 'RTDETRDecoder', 'RTDETRHead'
+    'CheckedCocoMetric', 'CheckedPipelineSwitchHook', 'CheckedVOCDataset', 'CheckedYOLODataset',
+    'DenoisingGenerator', 'DenseMosaic', 'DetInferencer', 'DFINEDecoder', 'DFINEHead',
+    'ELANEncoder', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
+    'LoadCheckedImage', 'MatchabilityAwareLoss', 'MultiScaleDeformableAttention',
+    'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR',
+    'RTDETRDecoder', 'RTDETRHead'
 ]

@@ -206,7 +206,8 @@ def detection_summary(models: Mapping[str, Entry]) -> str:
     ]
     return _table(columns, [model for model in _of_task(models, 'detection')
                             if model['Name'].startswith(('rtdetr_', 'retinanet_'))
-                            and not model['Name'].endswith(('_digits', '_fdr'))], by_result=False)
+                            and not model['Name'].endswith(('_digits', '_fdr'))
+                            and '/neighbours/' not in model['Config']], by_result=False)
 
 
 def classification_summary(models: Mapping[str, Entry]) -> str:
