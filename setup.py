@@ -38,9 +38,9 @@ EXTRAS = {
     # Tracks, tiles of large pictures, results for supervision.
     'video': ['supervision>=0.25', 'trackers>=2.0', 'sahi>=0.11.20'],
     # The page to try a model on, and the server.
-    'web': ['gradio>=5.0', 'fastapi>=0.110', 'uvicorn>=0.25', 'python-multipart>=0.0.13'],
+    'web': ['gradio>=6.0', 'fastapi>=0.110', 'uvicorn>=0.25', 'python-multipart>=0.0.13'],
     # Weights from and to the Hugging Face Hub.
-    'hub': ['huggingface_hub>=0.23'],
+    'hub': ['huggingface_hub>=0.25'],
     'tests': ['pytest>=8.2', 'pytest-xdist>=3.6', 'cloudpickle>=2', 'hypothesis>=6.100',
               'ruff>=0.6', 'codespell[toml]>=2.4', 'setuptools>=77', 'scikit-learn>=1.2',
               'matplotlib>=3.6', 'tqdm>=4.60', 'httpx>=0.27', 'nbclient>=0.8',

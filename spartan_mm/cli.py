@@ -11,10 +11,11 @@ from .version import __version__
 
 #: What each command does. It lives in ``commands/``, with an underscore for the hyphen.
 COMMANDS = {
-    'train': 'train a model as its config describes',
+    'train': 'train a model on a folder of data, or as its config describes',
     'test': 'evaluate a checkpoint as its config describes',
     'infer': 'detect or classify in pictures, folders and videos',
     'serve': 'answer pictures over HTTP with boxes or classes',
+    'demo': 'open a page to try a model on pictures',
     'check-data': 'check the datasets of a config before a long run',
     'report': 'write the report of a training, one HTML page',
     'compare': 'compare models: sizes, speed, accuracy',
@@ -133,7 +134,7 @@ def _run(command: str, flags: Sequence[str]) -> int:
 
     from .engine.launch import reporting
     with reporting():
-        args = make_parser(command).parse_args(flags)
+        args = make_parser(command).parse_args(flags, argparse.Namespace(words=flags))
         try:
             return args.run(args) or 0
         except UsageError as error:

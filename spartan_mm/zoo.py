@@ -42,7 +42,8 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
 
     Args:
         name: One of :func:`list_models`, or a config, for a model with other settings.
-        pretrained: A checkpoint with all weights, a local path or a URL; None for random weights.
+        pretrained: A checkpoint with all weights: a local path, a URL or an address on the Hugging
+            Face Hub, such as 'hf://ORG/NAME'; None for random weights.
         num_classes: Number of classes; None for what the config says.
         match_classes: What to do if a config names other classes for its test data than the
             checkpoint: 'name' to put the outputs in the config's order, 'number' to keep those of

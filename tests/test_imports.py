@@ -26,11 +26,15 @@ BELOW = {
 }
 BELOW['zoo'] = {*BELOW}
 BELOW['drawing'] = {'datasets'}
+BELOW['results'] = {'datasets'}
+BELOW['tiling'] = BELOW['tracking'] = set()
 BELOW['inference'] = {*BELOW}
 BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}
 BELOW['export'] = {*BELOW} - {'analysis'}
-BELOW['demo'] = BELOW['commands'] = {*BELOW}
+BELOW['page'] = {*BELOW}
+BELOW['demo'] = {*BELOW}
+BELOW['commands'] = {*BELOW}
 BELOW['cli'] = {*BELOW}
 
 

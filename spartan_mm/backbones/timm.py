@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..requirements import require
+from ..text import first_line
+from .pyramid import describe, refuse_size
 
 
 @MODELS.register_module()
@@ -62,6 +64,10 @@ class TIMMFeatures(BaseModule):
         except (AssertionError, IndexError) as error:
             raise ValueError(f'{model_name} has no maps out_indices={tuple(out_indices)}: '
                              f'{error or "an index is out of range"}') from error
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise ValueError(f'timm {timm.__version__} does not build {model_name} with maps and '
+                             f'{kwargs or "no more arguments"}: {first_line(error)}') from error
+        self.model_name = model_name
         self.pretrained = pretrained
         self.norm_eval = norm_eval
         parts = dict(self.model.named_children())
@@ -107,8 +113,14 @@ class TIMMFeatures(BaseModule):
 
         Returns:
             One (N, C, H / stride, W / stride) map for each of `out_indices`.
+
+        Raises:
+            ValueError: The model does not take images of this size.
         """
-        maps = self.model((x - self.mean) / self.std)
+        try:
+            maps = self.model((x - self.mean) / self.std)
+        except AssertionError as error:
+            raise ValueError(refuse_size(describe(self), x.shape[-2:], error)) from error
         if self.channels_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
         return tuple(maps)

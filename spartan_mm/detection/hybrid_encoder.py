@@ -259,6 +259,7 @@ class HybridEncoder(BaseModule):
     """
 
     deploy = False
+    needs_pyramid = True
     switch_to_deploy = fuse_encoder
 
     def __init__(self, in_channels: Sequence[int], embed_dims: int = 256, ffn_dims: int = 1024,
@@ -308,7 +309,8 @@ class HybridEncoder(BaseModule):
         Raises:
             ValueError: The number of maps or their channels are not those of `in_channels`.
         """
-        channels = tuple(feat.shape[1] for feat in feats)
+        # What is no map is told by its shape.
+        channels = tuple(feat.shape[1] if feat.ndim == 4 else tuple(feat.shape) for feat in feats)
         if channels != self.in_channels:
             raise ValueError(f'HybridEncoder was built for maps with in_channels={self.in_channels}'
                              f', but the backbone gives {channels}; set neck.in_channels (and the '

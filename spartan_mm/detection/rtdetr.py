@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 from torch import Tensor, nn
 
+from ..backbones.pyramid import check_strides
 from .denoising import DenoisingGenerator
 from .forms import done_once, fold_batch_norms
 from .shape_cache import cached_by_shape
@@ -55,8 +56,8 @@ def with_in_channels(neck: dict, backbone: nn.Module) -> dict:
         backbone: Publishes the channels of its maps as a sequence `out_channels`, or doesn't.
 
     Raises:
-        ValueError: `in_channels` is given and differs from what the backbone publishes, or it is
-            left out and the backbone publishes nothing.
+        ValueError: `in_channels` is given and differs from what the backbone publishes, or from the
+            number of its `out_indices`, or it is left out and the backbone publishes nothing.
     """
     published, given = getattr(backbone, 'out_channels', None), neck.get('in_channels')
     name = type(backbone).__name__
@@ -64,6 +65,11 @@ def with_in_channels(neck: dict, backbone: nn.Module) -> dict:
         if given is None:
             raise ValueError(f'neck.in_channels is needed: {name} has no out_channels to take it '
                              'from')
+        indices = getattr(backbone, 'out_indices', None)
+        if isinstance(indices, list | tuple) and len(indices) != len(given):
+            raise ValueError(f'neck.in_channels={tuple(given)}, but {name} gives as many maps as '
+                             f'out_indices={tuple(indices)} says: {len(indices)}; make the two '
+                             'equally long')
         return neck
     if given is not None and tuple(given) != tuple(published):
         raise ValueError(f'neck.in_channels={tuple(given)}, but the maps of {name} have '
@@ -108,8 +114,8 @@ class RTDETR(DetectionTransformer):
         init_cfg: See mmengine's BaseModule.
 
     Raises:
-        ValueError: Decoder and head differ in `embed_dims`, or neck and backbone in channels, see
-            :func:`with_in_channels`.
+        ValueError: Decoder and head differ in `embed_dims`, neck and decoder in channels, or neck
+            and backbone, see :func:`with_in_channels`; or the backbone's maps are no pyramid.
     """
 
     deploy = False
@@ -130,10 +136,17 @@ class RTDETR(DetectionTransformer):
 
     def _build_neck(self, config: dict) -> nn.Module:
         """Build the neck for the maps of the backbone."""
+        check_strides(self.backbone)
         return MODELS.build(with_in_channels(config, self.backbone))
 
     def _init_layers(self) -> None:
         """Build what lies between neck and head."""
+        if hasattr(self.neck, 'embed_dims') and hasattr(self.neck, 'in_channels'):
+            given = tuple(self.decoder.get('in_channels', [256] * 3))
+            maps = (self.neck.embed_dims,) * len(self.neck.in_channels)
+            if given != maps:
+                raise ValueError(f'decoder.in_channels={given}, but the maps of the neck have '
+                                 f'channels {maps}: set decoder.in_channels to these')
         self.decoder = MODELS.build(dict(type='RTDETRDecoder') | self.decoder)
         self.embed_dims = self.decoder.embed_dims
         if self.bbox_head.embed_dims != self.embed_dims:

@@ -3,6 +3,7 @@ from .checkpoint_hook import ResumableCheckpointHook
 from .compile import CompileHook, compile_model
 from .finetune import FineTuneHook
 from .hooks import (
+    BackboneCheckHook,
     ChannelsLastHook,
     ClassCountCheckHook,
     OneWriterLoggerHook,
@@ -21,8 +22,9 @@ from .schedules import FlatCosineLR
 from .signals import LeaveOnSignalHook
 
 __all__ = [
-    'BatchNormEvalHook', 'ChannelsLastHook', 'ClassCountCheckHook', 'CompileHook', 'FineTuneHook',
-    'FiniteNumbersHook', 'FlatCosineLR', 'LeaveOnSignalHook', 'OneWriterLoggerHook', 'PlainEndHook',
-    'ResumableCheckpointHook', 'ResumableEarlyStoppingHook', 'ResumableTrainLoop',
-    'RuleOptimWrapperConstructor', 'StepsAwareEMAHook', 'StrictCheckpointHook', 'compile_model'
+    'BackboneCheckHook', 'BatchNormEvalHook', 'ChannelsLastHook', 'ClassCountCheckHook',
+    'CompileHook', 'FineTuneHook', 'FiniteNumbersHook', 'FlatCosineLR', 'LeaveOnSignalHook',
+    'OneWriterLoggerHook', 'PlainEndHook', 'ResumableCheckpointHook', 'ResumableEarlyStoppingHook',
+    'ResumableTrainLoop', 'RuleOptimWrapperConstructor', 'StepsAwareEMAHook',
+    'StrictCheckpointHook', 'compile_model'
 ]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from mmengine import dist
+from mmengine.config import Config
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -11,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..backbones.pyramid import probe
 from ..datasets.classes import (
     classes_of,
     describe_class_count,
@@ -20,8 +22,55 @@ from ..datasets.classes import (
     name_dataset,
 )
 from ..datasets.data_errors import DataError
+from ..errors import UsageError
 from ..weights.forms import switch_to_deploy
 from ..weights.loading import REMEDY, find_meta, find_state_dict, load_all_weights
+from ..weights.stored_config import find_test_dataset
+
+
+@HOOKS.register_module()
+class BackboneCheckHook(Hook):
+    """Run the backbone on a black image before the run, of each size that the config has.
+
+    Checked are models with a backbone and a neck that has ``in_channels``. The first process looks,
+    and all stop together.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the sizes of the test pipeline and of what resizes batches.
+
+        Raises:
+            UsageError: The backbone fails, or does not give what the neck takes.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        message = [_find_backbone_fault(model, runner.cfg) if dist.is_main_process() else None]
+        dist.broadcast_object_list(message)
+        if message[0]:
+            raise UsageError(message[0])
+
+    before_test = before_train
+
+
+def _find_backbone_fault(model: nn.Module, cfg: Config) -> str | None:
+    neck = getattr(model, 'neck', None)
+    if not isinstance(getattr(neck, 'in_channels', None), list | tuple):
+        return None
+    steps = find_test_dataset(cfg).get('pipeline') or ()
+    scales = [step['scale'] for step in steps if isinstance(step.get('scale'), int | list | tuple)]
+    # Width and height.
+    sizes = [(scale, scale) if isinstance(scale, int) else (*scale[::-1],) for scale in scales]
+    preprocessor = model.data_preprocessor
+    for augment in getattr(preprocessor, 'batch_augments', None) or ():
+        sizes.append(min(getattr(augment, 'sizes', None) or [sizes[-1] if sizes else (640, 640)]))
+    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
+    channels = len(getattr(preprocessor, 'mean', 'RGB'))
+    for sides in dict.fromkeys(sizes):
+        try:
+            probe(model.backbone, neck, (channels, *(-(-side // divisor) * divisor
+                                                     for side in sides)))
+        except UsageError as error:
+            return str(error)
+    return None
 
 
 @HOOKS.register_module()

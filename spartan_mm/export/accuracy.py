@@ -10,6 +10,7 @@ from ..datasets.evaluators import check_evaluator
 from ..datasets.preflight import PreflightHook
 from ..engine import launch
 from ..engine.class_order import Match, OrderedCheckpointHook
+from ..engine.hooks import BackboneCheckHook
 from ..errors import UsageError
 from ..runtime import SUFFIXES
 from ..text import markdown
@@ -34,6 +35,7 @@ def build_tester(cfg: Config, checkpoint: str, match_classes: Match = None) -> R
     runner.register_hook((ExportedClassesHook if exported else OrderedCheckpointHook)(
         match_classes), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
+    runner.register_hook(BackboneCheckHook(), priority='HIGHEST')
     return runner
 
 

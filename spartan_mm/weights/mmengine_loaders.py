@@ -5,6 +5,7 @@ from typing import Any
 from mmengine.runner import checkpoint as module
 
 from ..errors import CheckpointError
+from . import hub
 from .safe_load import local_file, read_checkpoint
 from .stored_config import find_problem, give_text, text_places
 
@@ -18,7 +19,7 @@ def read_checkpoints_safely() -> None:
     """
     loader = module.CheckpointLoader
     loader.register_scheme('', load_from_local, force=True)
-    loader.register_scheme(['http://', 'https://'], load_from_http, force=True)
+    loader.register_scheme(['http://', 'https://', hub.SCHEME], load_from_http, force=True)
     # Loaders of other schemes call it by name: open-mmlab://, torchvision://, mmcls://.
     module.load_from_http = load_from_http
     # Two stores in which no public model lies.
@@ -55,4 +56,4 @@ def load_from_http(filename: str, map_location: Any = None, *_: Any, **__: Any) 
 def refuse_scheme(filename: str, map_location: Any = None) -> None:
     """Refuse an address whose content mmengine would unpickle unchecked."""
     raise CheckpointError(f'{filename} is refused: checkpoints are read safely from files and from '
-                          'http(s) alone; download it and give the path')
+                          'http(s) or hf:// alone; download it and give the path')

@@ -24,6 +24,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from safetensors import safe_open
 
 from ..errors import CheckpointError
+from . import hub
 from .pickle_scan import Scan
 
 # What publishing appends to a name: the first digits of the content's SHA-256. Eight digits may be
@@ -133,10 +134,11 @@ def _make_placeholder(name: str, content: type | None) -> type:
 def local_file(checkpoint: str | Path) -> Path:
     """Where a checkpoint lies; one behind a URL is downloaded to torch's cache first.
 
-    If its name ends with a hash, as that of published files does, the content is checked by it.
+    One on the Hugging Face Hub goes to the cache of the Hub. If its name ends with a hash, as that
+    of published files does, the content is checked by it.
 
     Args:
-        checkpoint: Path or URL.
+        checkpoint: Path, URL, or an address on the Hub, see :mod:`.hub`.
 
     Returns:
         The path of the file.
@@ -146,6 +148,12 @@ def local_file(checkpoint: str | Path) -> Path:
     """
     if '://' not in str(checkpoint):
         return Path(checkpoint)
+    if str(checkpoint).startswith(hub.SCHEME):
+        path = hub.fetch(str(checkpoint))
+        stated = _HASH.search(path.name)
+        if stated and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(stated[1]):
+            raise _not_as_stated(checkpoint, f'it lies in {path}')
+        return path
     name = Path(urlparse(str(checkpoint)).path).name
     stated = _HASH.search(name)
     if not stated:
@@ -161,13 +169,16 @@ def local_file(checkpoint: str | Path) -> Path:
         except OSError as error:
             raise CheckpointError(f'{checkpoint} cannot be downloaded: {error}') from error
         except RuntimeError as error:
-            raise CheckpointError(
-                f'{checkpoint} is refused: what was downloaded is not the file that its name '
-                f'states the hash of ({error}). Try again; if you trust it nonetheless, download '
-                'it by other means and give the path'
-            ) from error
+            raise _not_as_stated(checkpoint, error) from error
     dist.barrier()
     return path
+
+
+def _not_as_stated(checkpoint: str | Path, detail: Any) -> CheckpointError:
+    return CheckpointError(
+        f'{checkpoint} is refused: what was downloaded is not the file that its name states the '
+        f'hash of ({detail}). Try again; if you trust it nonetheless, download it by other means '
+        'and give the path')
 
 
 def with_tuples(meta: dict[str, Any]) -> dict[str, Any]:

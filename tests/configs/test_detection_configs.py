@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.transforms import Compose
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 import spartan_mm.detection  # noqa: F401
 from spartan_mm.datasets import make_digits
 from spartan_mm.detection.hybrid_encoder import RepVGGBlock
+from spartan_mm.engine.optim import NORM_LAYERS
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
 # Parameters (official denoising table of 81 rows, frozen BatchNorms counted), backbone's of these.
@@ -26,6 +28,34 @@ SIZES = {'rtdetr_r18vd': (20_184_464, 11_199_968), 'rtdetr_r34vd': (31_441_668, 
          'rtdetr_spartan_t': (22_177_836, 3_820_296 - 257_000),
          'rtdetr_spartan_xt': (20_619_756, 2_222_792 - 193_000)}
 COCO = sorted(SIZES)
+# Newer recipes: epochs, first epochs of the stages, learning rates of the backbone and of all else.
+RECIPES = {
+    'rtdetrv2_spartan_t': (120, [117], 5e-5, 1e-4), 'rtdetrv2_spartan_xt': (120, [117], 5e-5, 1e-4),
+    'rtdetrv2_r18vd': (120, [117], 1e-4, 1e-4), 'rtdetrv2_r34vd': (120, [117], 5e-5, 1e-4),
+    'rtdetrv2_r50vd_m': (84, [81], 1e-5, 1e-4), 'rtdetrv2_r50vd': (72, [71], 1e-5, 1e-4),
+    'deim_rtdetr_spartan_t': (74, [36, 72], 1e-4, 2e-4),
+    'deim_rtdetr_spartan_xt': (74, [36, 72], 1e-4, 2e-4),
+    'deim_rtdetr_r18vd': (120, [4, 64, 117], 2e-4, 2e-4),
+    'deim_rtdetr_r34vd': (120, [4, 64, 117], 1e-4, 2e-4),
+    'deim_rtdetr_r50vd_m': (60, [4, 34, 58], 2e-5, 2e-4),
+    'deim_rtdetr_r50vd': (60, [4, 34, 58], 2e-5, 2e-4),
+    'deim_rtdetr_r101vd': (60, [4, 34, 58], 2e-6, 2e-4)}
+
+# D-FINE's: parameters, backbone's of these, epochs, stages, learning rates as above.
+DFINE = {
+    'dfine_n': (3_782_691, 1_850_396, 160, [148], 4e-4, 8e-4),
+    'dfine_s': (10_321_875, 1_850_396, 132, [120], 1e-4, 2e-4),
+    'dfine_m': (19_590_062, 6_026_626, 132, [120], 2e-5, 2e-4),
+    'dfine_l': (31_289_846, 13_553_376, 80, [72], 1.25e-5, 2.5e-4),
+    'dfine_x': (62_715_478, 33_325_760, 80, [72], 2.5e-6, 2.5e-4),
+    'deim_dfine_n': (3_782_691, 1_850_396, 160, [4, 78, 148], 4e-4, 8e-4),
+    'deim_dfine_s': (10_321_875, 1_850_396, 132, [4, 64, 120], 2e-4, 4e-4),
+    'deim_dfine_m': (19_590_062, 6_026_626, 102, [4, 49, 90], 4e-5, 4e-4),
+    'deim_dfine_l': (31_289_846, 13_553_376, 58, [4, 29, 50], 2.5e-5, 5e-4),
+    'deim_dfine_x': (62_715_478, 33_325_760, 58, [4, 29, 50], 5e-6, 5e-4),
+    'dfine_spartan_t': (20_496_950, 3_563_296, 74, [36, 72], 1e-4, 2e-4),
+    'dfine_spartan_xt': (18_938_870, 2_029_792, 74, [36, 72], 1e-4, 2e-4),
+    'rtdetr_r18vd_fdr': (20_419_991, 11_199_968, 72, [], 1e-5, 1e-4)}
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +76,8 @@ def build(name):
 
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
-        *COCO, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
-        'retinanet_spartan_t'}
+        *COCO, *RECIPES, *DFINE, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits',
+        'rtdetr_timm', 'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
 
@@ -152,14 +182,54 @@ def test_recipe(name):
                                                736, 768, 800]
 
 
+@pytest.mark.parametrize('name', RECIPES)
+def test_newer_recipe(name):
+    """Its stages and what they change at the same time, its model's groups of parameters."""
+    config, (epochs, stages, backbone_lr, lr) = load(name), RECIPES[name]
+    assert config.train_cfg.max_epochs == epochs
+    hooks = [hook for hook in config.custom_hooks if 'Switch' in hook.type]
+    assert [hook.switch_epoch for hook in hooks] == stages
+    for pipeline in (config.train_dataloader.dataset.pipeline,
+                     *(hook.switch_pipeline for hook in hooks)):
+        Compose(pipeline)
+    augments = config.model.data_preprocessor.batch_augments or []
+    deim = name.startswith('deim')
+    half = stages[-2] if deim else None
+    assert {augment.type: augment.get('stop_epoch') for augment in augments} == (
+        {} if name == 'rtdetrv2_r18vd' else
+        dict(BatchMixUp=half) if deim and 'spartan' in name else
+        dict(BatchMixUp=half, BatchRandomResize=stages[-1]) if deim else
+        dict(BatchRandomResize=stages[-1]))
+    schedule, = config.param_scheduler
+    assert schedule.type == ('FlatCosineLR' if deim else 'LinearLR')
+    assert not deim or (schedule.flat, schedule.tail) == (half, epochs - stages[-1])
+
+    config.model.backbone.init_cfg = None
+    model = MODELS.build(config.model)
+    assert type(model.bbox_head.loss_cls).__name__ == (
+        'MatchabilityAwareLoss' if deim else 'IoUAwareVarifocalLoss')
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    found = {parameter: (group['lr'], group['weight_decay'])
+             for group in groups for parameter in group['params']}
+    biases_decay = deim or 'r18' in name or 'r50' in name
+    for owner_name, owner in model.named_modules():
+        for leaf, parameter in owner.named_parameters(owner_name, recurse=False):
+            norm, backbone = isinstance(owner, NORM_LAYERS), leaf.startswith('backbone.')
+            if parameter.requires_grad:
+                plain = norm or 'bias' in leaf and not biases_decay and not backbone
+                assert found[parameter] == pytest.approx((
+                    backbone_lr if backbone and not (norm and deim) else lr,
+                    0. if plain else 1e-4)), leaf
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*COCO, 'rtdetr_spartan_xt_digits'])
+@pytest.mark.parametrize('name', [*COCO, 'deim_rtdetr_r18vd', 'rtdetr_spartan_xt_digits'])
 def test_takes_a_training_step(name):
     """Through the data preprocessor with its batch resize, and the optimizer."""
     from mmdet.structures import DetDataSample
     config = load(name)
     if config.model.data_preprocessor.get('batch_augments'):
-        config.model.data_preprocessor.batch_augments[0].sizes = (96, )
+        config.model.data_preprocessor.batch_augments[-1].sizes = (96, )
     config.model.backbone.init_cfg = None  # no downloads
     model = MODELS.build(config.model).train()
     model.init_weights()
@@ -183,6 +253,55 @@ def test_takes_a_training_step(name):
         unchanged = {n for n in unchanged if not n.startswith('backbone.')}
     # The coarsest map is a few pixels here: queries may lie wholly elsewhere. All else has moved.
     assert len(unchanged) <= 0.02 * len(before), sorted(unchanged)
+
+
+@pytest.mark.parametrize('name', DFINE)
+def test_dfine(name):
+    """Its size, its stages, and its model's groups of parameters."""
+    config, (size, of_backbone, epochs, stages, backbone_lr, lr) = load(name), DFINE[name]
+    model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert sum(p.numel() for p in model.backbone.parameters()) == of_backbone
+    assert config.train_cfg.max_epochs == epochs
+    assert [hook.switch_epoch for hook in config.custom_hooks if 'Switch' in hook.type] == stages
+    deim = 'deim' in name or 'spartan' in name
+    assert config.param_scheduler[0].type == ('FlatCosineLR' if deim else 'LinearLR')
+    assert type(model.bbox_head.loss_cls).__name__ == (
+        'MatchabilityAwareLoss' if deim else 'IoUAwareVarifocalLoss')
+    silu = any(isinstance(part, torch.nn.SiLU) for part in model.decoder.modules())
+    assert silu == ('deim' in name)
+
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    found = {p: (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith('.conv.weight') and parameter.requires_grad:
+            expected = backbone_lr if parameter_name.startswith('backbone.') else lr
+            assert found[parameter][0] == pytest.approx(expected), parameter_name
+            assert found[parameter][1] == config.optim_wrapper.optimizer.weight_decay
+    assert found[model.decoder.layers[0].norm1.weight] == pytest.approx((lr, 0.))
+    biases_decay = deim and 'spartan' in name or name[-1] in 'lx'
+    assert (found[model.bbox_head.base_branch[0].bias][1] > 0) == biases_decay
+    frozen = {p for p in model.backbone.parameters() if not p.requires_grad}
+    assert bool(frozen) == (name[-2:] in ('_l', '_x'))
+
+
+@pytest.mark.slow
+def test_dfine_takes_a_training_step():
+    from mmdet.structures import DetDataSample
+    config = load('dfine_n')
+    config.model.backbone.pretrained = False
+    model = MODELS.build(config.model).train()
+    model.init_weights()
+    sample = DetDataSample(
+        gt_instances=InstanceData(bboxes=torch.tensor([[10., 10., 50., 60.]]),
+                                  labels=torch.tensor([1])),
+        metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.)))
+    data = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)] * 2,
+                data_samples=[sample, sample.clone()])
+    logs = model.train_step(data, build_optim_wrapper(model, config.optim_wrapper))
+    assert all(value.isfinite() for value in logs.values())
+    assert {'loss_fgl', 'd0.loss_ddf', 'pre_loss_bbox', 'd1.dn_loss_ddf', 'pre_dn_loss_cls'} <= {
+        *logs}
 
 
 def test_ema_decay_follows_the_official_curve():
