@@ -4,7 +4,6 @@ NOTE: The toolboxes' visualizers and torchvision's ``draw_bounding_boxes`` write
 size, tiny on a photograph, and on the object itself, which hides a small one. mmpretrain's shows
 one class.
 """
-import colorsys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .datasets.data_errors import UndecodableError
 from .datasets.images import decode_image
+from .runtime import class_colour as class_colour
+from .runtime import class_name as class_name
 from .text import printable
 
 Colour = tuple[int, int, int]
@@ -46,17 +47,6 @@ def fit_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     while text and font.getlength(f'{text}…') > width:
         text = text[:-1]
     return f'{text}…'
-
-
-def class_name(classes: Sequence[str], label: int) -> str:
-    """Name a class, by its number if it has no name."""
-    return classes[label] if label < len(classes) else f'class {label}'
-
-
-def class_colour(label: int) -> Colour:
-    """Give each class a colour, neighbours far apart: hue moves by the golden ratio."""
-    red, green, blue = colorsys.hsv_to_rgb(int(label) * 0.618034 % 1, 0.65, 1.0)
-    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def open_image(path: str | Path) -> Image.Image:

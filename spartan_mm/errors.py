@@ -1,23 +1,11 @@
 """Errors that explain themselves: commands end with their message alone, without a traceback."""
-from .text import printable
-
-
-class ExplainedError(Exception):
-    """What is wrong with what was given, and what to do; the base of such errors.
-
-    Its message is one line, whatever the names in it are; further arguments are lines below.
-    """
-
-    def __str__(self) -> str:
-        return '\n  '.join(map(printable, self.args))
+# runtime.py stands alone where it is copied to, so that its errors are the base of all.
+from .runtime import ExplainedError as ExplainedError
+from .runtime import InputError as InputError
 
 
 class UsageError(ExplainedError, ValueError):
     """Arguments that do not go together, or not with the config or the machine."""
-
-
-class InputError(ExplainedError, ValueError):
-    """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
 class CheckpointError(ExplainedError, RuntimeError):

@@ -1,15 +1,13 @@
-"""Detections and classes in images, folders and videos: ``spartan-mm infer``.
+"""Detections and classes in images, folders, videos and streams: ``spartan-mm infer``.
 
 NOTE: The toolboxes' inferencers load what fits of a checkpoint, be it nothing; mmdet's
 ``inference_detector`` takes no batches. The models here insist on weights that fit.
 """
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count, islice, takewhile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -17,109 +15,22 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from rich.progress import track
+from PIL import Image
 
+from . import runtime
 from .datasets.classes import find_names
 from .datasets.images import decoding_of, list_images, take_image
-from .drawing import class_colour, class_name, draw_bars, draw_boxes
+from .drawing import class_colour, draw_bars, draw_boxes
 from .engine.class_order import Match, load_in_order
-from .errors import InputError
-from .files import check_writable, write_json, write_whole
+from .errors import InputError, UsageError
+from .requirements import require
+from .results import find_writers
+from .runtime import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from .runtime import Classification, Detections, Report, Runtime, Source
+from .tracking import WEAKEST, Tracker
 from .weights.loading import find_classes
 from .weights.stored_config import config_from, find_test_dataset
 from .zoo import find_config, is_checkpoint
-
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
-VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
-
-# What a model makes of an image: a picture to look at, and a record fit for JSON.
-Processed = tuple[np.ndarray, dict[str, Any]]
-
-# What says in the results which image or frame it is, and the image.
-Named = tuple[dict[str, Any], np.ndarray]
-
-
-class _Found:
-    """Labels with scores, and perhaps boxes."""
-
-    def select(self, index: Any) -> '_Found':
-        """Keep some, as numpy indexes an array."""
-        return type(self)(*(values[index] for values in vars(self).values()))
-
-    def best_first(self) -> '_Found':
-        """Sort by score; equals stay in their order."""
-        return self.select(np.argsort(-self.scores, kind='stable'))
-
-    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Describe each by a dict fit for JSON."""
-        return [dict(label=int(label), class_name=class_name(classes, label),
-                     score=round(float(score), 4))
-                for label, score in zip(self.labels, self.scores, strict=True)]
-
-
-@dataclass
-class Detections(_Found):
-    """What was found in one image.
-
-    Args:
-        boxes: Corners x1, y1, x2, y2 in pixels of the image, shape (N, 4).
-        labels: Class indices, shape (N,).
-        scores: From 0 to 1, shape (N,), highest first.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-
-    def above(self, threshold: float) -> 'Detections':
-        """Keep the detections with at least this score."""
-        return self.select(self.scores >= threshold)
-
-    def as_records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
-                for box, record in zip(self.boxes, super().as_records(classes), strict=True)]
-
-
-@dataclass
-class Classification(_Found):
-    """What an image is taken for.
-
-    Args:
-        labels: Class indices, shape (K,).
-        scores: From 0 to 1, shape (K,), highest first.
-    """
-
-    labels: np.ndarray
-    scores: np.ndarray
-
-
-@dataclass
-class Source:
-    """Where images come from.
-
-    Args:
-        root: The folder that the names in the results start from.
-        images: Image files, all under ``root``.
-        video: A video file, in place of images.
-    """
-
-    root: Path
-    images: list[Path] = field(default_factory=list)
-    video: Path | None = None
-
-
-@dataclass
-class InferenceReport:
-    """What a run over images or frames gave.
-
-    Args:
-        results: One dict for each image or frame, fit for JSON.
-        failures: What is wrong with each image that could not be read or written, and with a video
-            that breaks off.
-    """
-
-    results: list[dict[str, Any]] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 class Model:
@@ -144,7 +55,7 @@ class Model:
     #: The default scope of the configs, what the model is called, and what it does.
     scope: ClassVar[str]
     kind: ClassVar[str]
-    doing: ClassVar[str]
+    task: ClassVar[str]
 
     def __init__(self, config: str | Config, checkpoint: str | None = None,
                  device: str | None = None, match_classes: Match = None) -> None:
@@ -164,6 +75,8 @@ class Model:
             classes = find_classes(load_in_order(model, cfg, checkpoint, match_classes))
             self.classes = find_names(model, classes, dataset, checkpoint)
         self.model = model.to(device or get_device()).eval()
+        #: What it is read from.
+        self.files = [name, checkpoint]
 
     def read(self, image: Any) -> np.ndarray:
         """Read an image the way the config's pipeline does, see :func:`take_image`.
@@ -189,65 +102,53 @@ class Model:
                                              img_path=None)))
         return {key: [item[key] for item in batch] for key in batch[0]}
 
+    def __call__(self, images: Any, batch_size: int | None = None) -> list[Any]:
+        """Detect or classify, so many images at a time; all at once by default."""
+        images = list_images(images)
+        step = batch_size or max(len(images), 1)
+        return [found for start in range(0, len(images), step) for found in self.run(
+            self.collate([*map(self.read, images[start:start + step])]))]
+
     @torch.inference_mode()
     def run(self, batch: dict[str, list[Any]]) -> list[Any]:
         """Run a batch of :meth:`collate`, and say what was found in each image."""
         return [*map(self._take, self.model.test_step(batch))]
 
-    def _predict(self, images: Any) -> list[Any]:
-        """Run a batch of images through the pipeline and the model."""
-        images = [*map(self.read, list_images(images))]
-        return self.run(self.collate(images)) if images else []
+    def _take(self, sample: Any) -> Any:
+        """Take what was found in an image out of what the toolbox says of it."""
+        raise NotImplementedError
 
 
 class Detector(Model):
     """A detector: boxes, classes and scores. Everything else is said of :class:`Model`."""
 
-    scope, kind, doing = 'mmdet', 'detector', 'detecting'
+    scope, kind, task = 'mmdet', 'detector', 'detection'
 
     def detect(self, images: Any) -> list[Detections]:
         """Find objects in images, whatever :meth:`read` takes; sizes may differ."""
-        return self._predict(images)
+        return self(images)
 
-    @staticmethod
-    def _take(sample: Any) -> Detections:
+    def _take(self, sample: Any) -> Detections:
         objects = sample.pred_instances.cpu().numpy()
-        return Detections(objects.bboxes, objects.labels, objects.scores).best_first()
-
-    def process(self, images: Any, score_threshold: float = 0.3
-                ) -> list[Processed]:
-        """Draw and describe the detections with at least a score."""
-        images = [*map(self.read, list_images(images))]
-        found = [detections.above(score_threshold) for detections in self.detect(images)]
-        return [(draw_detections(image, detections, self.classes),
-                 dict(detections=detections.as_records(self.classes)))
-                for image, detections in zip(images, found, strict=True)]
+        return Detections(objects.bboxes, objects.labels, objects.scores, self.classes
+                          ).best_first()
 
 
 class Classifier(Model):
     """A classifier: a score for each class. Everything else is said of :class:`Model`."""
 
-    scope, kind, doing = 'mmpretrain', 'classifier', 'classifying'
+    scope, kind, task = 'mmpretrain', 'classifier', 'classification'
 
     def classify(self, images: Any) -> list[Classification]:
         """Score all classes of images, whatever :meth:`read` takes.
 
         Sizes may differ as far as the config's pipeline makes them equal.
         """
-        return self._predict(images)
+        return self(images)
 
-    @staticmethod
-    def _take(sample: Any) -> Classification:
+    def _take(self, sample: Any) -> Classification:
         scores = sample.pred_score.float().cpu().numpy()
-        return Classification(np.arange(len(scores)), scores).best_first()
-
-    def process(self, images: Any, top: int = 5) -> list[Processed]:
-        """Draw and describe the classes with the highest scores."""
-        images = [*map(self.read, list_images(images))]
-        found = [classes.select(slice(top)) for classes in self.classify(images)]
-        return [(draw_classification(image, classes, self.classes),
-                 dict(predictions=classes.as_records(self.classes)))
-                for image, classes in zip(images, found, strict=True)]
+        return Classification(np.arange(len(scores)), scores, self.classes).best_first()
 
 
 def load_model(config: str | Config, checkpoint: str | None = None,
@@ -263,44 +164,23 @@ def load_model(config: str | Config, checkpoint: str | None = None,
     return tasks[cfg.default_scope](config, checkpoint, device, match_classes)
 
 
-def find_source(path: str | Path, out_dir: str | Path) -> Source:
-    """See what there is to process.
+def find_source(path: Any, out_dir: str | Path) -> Source:
+    """See what there is to process, see :func:`spartan_mm.runtime.find_source`.
 
     Args:
-        path: An image, a video, or a folder that is searched for images, subfolders included.
+        path: An image, a folder, a pattern, a video, a camera's number, a URL; or several images.
         out_dir: Where the results are to be written; if it lies in the folder, it is not searched.
 
     Raises:
-        InputError: If there is nothing at ``path``, a folder has no images, or the results would
+        InputError: If there is nothing at ``path``, a folder has no images, or pictures would
             overwrite the input.
     """
-    path, own_results = Path(path), Path(out_dir).resolve()
-    if not path.exists():
-        raise InputError(f'input {path} does not exist')
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f'input {path} is no file')
-        is_video = path.suffix.lower() in VIDEO_SUFFIXES
-        source = Source(path.parent, [] if is_video else [path], path if is_video else None)
-    else:
-        skip = own_results if path.resolve() in own_results.parents else None
-        source = Source(path, sorted(
-            file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
-            # A link that leads nowhere is an image that is missing.
-            and (file.is_file() or file.is_symlink() and not file.exists())
-            and skip not in file.resolve().parents))
-        if not source.images:
-            raise InputError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-    inputs = [source.video] if source.video else source.images
-    replaced = {(own_results / file.relative_to(source.root)).resolve() for file in inputs}
-    if source.root.resolve() == own_results or replaced.intersection(
-            file.resolve() for file in inputs):
-        raise InputError(f'the results would overwrite the input in {source.root}: choose another '
-                         'folder to write to')
+    source = runtime.find_source(path, out_dir)
+    runtime.check_places(source.pictures(Path(out_dir)).values(), [*source.images, source.video])
     return source
 
 
-def find_images(path: str | Path, out_dir: str | Path) -> Source:
+def find_images(path: Any, out_dir: str | Path) -> Source:
     """See what images there are, like :func:`find_source`.
 
     Raises:
@@ -308,135 +188,77 @@ def find_images(path: str | Path, out_dir: str | Path) -> Source:
     """
     source = find_source(path, out_dir)
     if source.video is not None:
-        raise InputError(f'{path} is a video; give an image or a folder of images')
+        raise InputError(f'{source.video_name} is a video; give an image or a folder of images')
     return source
 
 
-def infer(model: Detector | Classifier, source: Source, out_dir: str | Path,
-          score_threshold: float = 0.3, batch_size: int = 1, top: int = 5) -> InferenceReport:
-    """Process images or a video; write pictures and ``results.json``.
+def infer(model: Detector | Classifier | Runtime, source: Source, out_dir: str | Path,
+          score_threshold: float = 0.3, batch_size: int = 1, top: int = 5, *,
+          formats: Sequence[str] = ('json', ), ann_file: str | Path | None = None,
+          pictures: bool = True, track: bool = False, tile: int | None = None) -> Report:
+    """Process images, a video, a camera or a stream; write pictures and results.
 
-    Pictures keep their names and subfolders; a video becomes an .mp4 file.
+    Pictures keep their names and subfolders; a video becomes an .mp4 file. See
+    :func:`spartan_mm.runtime.process`.
 
     Args:
         model: What detects or classifies.
         source: What :func:`find_source` found.
         out_dir: Where to write.
         score_threshold: The least score of a detection that is written and drawn.
-        batch_size: Number of images or frames in one pass through the model.
+        batch_size: Number of images, frames or tiles in one pass through the model.
         top: Number of classes that are written and drawn; the classifier's counterpart of
             ``score_threshold``.
+        formats: Of results: 'json', 'jsonl', 'csv', 'yolo', 'coco'.
+        ann_file: COCO's annotation file with the ids that 'coco' needs.
+        pictures: Whether to draw.
+        track: Whether to follow objects from image to image, see :class:`Tracker`.
+        tile: Side of the tiles in which small objects of large images are sought; None for none.
 
     Raises:
-        InputError: If a video cannot be opened or has no frames. An image that cannot be read, one
-            that cannot be written, and a video that breaks off, is noted in the report and in the
-            file, and the others are processed.
+        InputError: If a video cannot be opened or has no frames.
+        RuntimeFileError: If results cannot be written.
+        UsageError: If an option is not for this model or lacks what it needs.
     """
-    out_dir = Path(out_dir)
-    check_writable(out_dir / 'results.json')
-    options = dict(top=top) if isinstance(model, Classifier) else dict(
-        score_threshold=score_threshold)
-    report, film = InferenceReport(), None
-    images = (_read_images(model, source, report) if source.video is None
-              else _read_frames(source.video, model.doing, report))
-    try:
-        while batch := list(islice(images, batch_size)):
-            processed = model.process([image for _, image in batch], **options)
-            for (name, image), (picture, record) in zip(batch, processed, strict=True):
-                height, width = image.shape[:2]
-                report.results.append(dict(name, width=width, height=height, **record))
-                if source.video is not None:
-                    film = film or _open_film(source.video, out_dir, picture)
-                    film.write(picture)
-                    continue
-                try:
-                    _write_image(out_dir / name['file'], picture)
-                except InputError as error:
-                    report.failures[name['file']] = str(error)
-    finally:
-        if film is not None:
-            film.release()
-    write_json(out_dir / 'results.json',
-               dict(source=str(source.video or source.root), classes=list(model.classes), **options,
-                    results=report.results, failures=report.failures))
-    return report
+    detects = model.task == 'detection'
+    if not detects and (track or tile):
+        raise UsageError('a classifier gives no boxes: tracks and tiles are for detectors')
+    files = find_writers(formats, Path(out_dir), source, detects, ann_file)
+    if tile:
+        require('sahi', '0.11.20', 'video')
+        from .tiling import TiledDetector
+        model = TiledDetector(model, tile, min(WEAKEST, score_threshold) if track
+                              else score_threshold)
+    return runtime.process(model, source, Path(out_dir), files, pictures, score_threshold, top,
+                           batch_size, draw, partial(Tracker, score_threshold) if track else None)
 
 
-def draw_detections(image: np.ndarray, detections: Detections,
-                    classes: Sequence[str]) -> np.ndarray:
+def draw(image: np.ndarray | Image.Image, found: Detections | Classification) -> Image.Image:
+    """Draw what was found in an image that a model has read."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image)[..., ::-1]
+    drawn = (draw_detections if isinstance(found, Detections) else draw_classification)(image,
+                                                                                      found)
+    return Image.fromarray(np.ascontiguousarray(drawn[..., ::-1]))
+
+
+def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
     """Draw boxes, class names and scores on a copy of an image, the highest score on top.
 
     The image is in BGR order, shape (H, W, 3).
     """
-    canvas, labels, scores = np.array(image, order='C'), detections.labels, detections.scores
-    order = np.argsort(scores, kind='stable')
-    draw_boxes(canvas, detections.boxes[order],
-               [f'{class_name(classes, labels[i])} {scores[i]:.2f}' for i in order],
-               [class_colour(labels[i])[::-1] for i in order])
+    canvas = np.array(image, order='C')
+    order = np.argsort(detections.scores, kind='stable')
+    draw_boxes(canvas, detections.boxes[order], [*map(detections.describe, order)],
+               [class_colour(label)[::-1] for label in detections.labels[order]])
     return canvas
 
 
-def draw_classification(image: np.ndarray, found: Classification,
-                        classes: Sequence[str]) -> np.ndarray:
+def draw_classification(image: np.ndarray, found: Classification) -> np.ndarray:
     """Draw a bar for each class beside an image, see :func:`draw_bars`; images are in BGR order."""
-    names = [class_name(classes, label) for label in found.labels]
-    colours = [class_colour(label) for label in found.labels]
+    names = [*map(found.name, found.labels)]
+    colours = [*map(class_colour, found.labels)]
     return draw_bars(image[..., ::-1], names, found.scores, colours)[..., ::-1].copy()
-
-
-def _read_images(model: Model, source: Source, report: InferenceReport) -> Iterator[Named]:
-    for path in track(source.images, description=model.doing):
-        name = path.relative_to(source.root).as_posix()
-        try:
-            image = model.read(path)
-        except InputError as error:
-            report.failures[name] = str(error)
-        else:
-            yield dict(file=name), image
-
-
-def _read_frames(path: Path, doing: str, report: InferenceReport) -> Iterator[Named]:
-    video = cv2.VideoCapture(str(path))
-    if not video.isOpened():
-        raise InputError(f'{path} cannot be opened as a video')
-    length = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    frames = takewhile(lambda frame: frame is not None, (video.read()[1] for _ in count()))
-    done = 0
-    # Some containers do not tell the length.
-    for frame in track(frames, doing, total=length if length > 0 else None):
-        yield dict(file=path.name, frame=done), frame
-        done += 1
-    if not done:
-        raise InputError(f'{path} has no frame that can be decoded')
-    # The length that a container tells is often an estimate, off by a frame or two.
-    if done < length - max(2, length // 100):
-        report.failures[path.name] = (f'{path} breaks off after {done} of {length} frames; those '
-                                      'are processed')
-
-
-def _open_film(video: Path, out_dir: Path, picture: np.ndarray) -> cv2.VideoWriter:
-    """Begin a video as fast as another, of pictures as large as this one."""
-    target = check_writable(out_dir / f'{video.stem}.mp4', video)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    rate = cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FPS) or 25.
-    film = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), rate,
-                           picture.shape[1::-1])
-    if not film.isOpened():
-        raise InputError(f'{target} cannot be written: this OpenCV has no video encoder')
-    return film
-
-
-def _write_image(path: Path, image: np.ndarray) -> None:
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        path = path.with_name(f'{path.name}.png')
-    # cv2.imwrite cannot write to names beyond ASCII on Windows.
-    encoded, content = cv2.imencode(path.suffix, image)
-    if not encoded:
-        height, width = image.shape[:2]
-        raise InputError(f'{path} cannot be written: {path.suffix} holds no picture of '
-                         f'{width}x{height} pixels; its results are in results.json')
-    with write_whole(path, flush=False) as file:
-        file.write(content)
 
 
 def find_weights(config: str | Config, checkpoint: str | None, match_classes: Match

@@ -92,8 +92,7 @@ class Viewer:
     def __init__(self, model: Detector | Classifier | Runtime, name: str) -> None:
         self.model, self.title = model, shorten(name, 60)
         self.exported = isinstance(model, Runtime)
-        self.detects = (model.task == 'detection' if self.exported
-                        else isinstance(model, Detector))
+        self.detects = model.task == 'detection'
         number = count(len(model.classes), 'class')
         self.kind = (f'{"detector" if self.detects else "classifier"}, {number}'
                      + (', exported' if self.exported else ''))
@@ -128,7 +127,7 @@ class Viewer:
         found = look.found.above(threshold) if self.detects else look.found.select(
             slice(_MAX_BARS))
         draw = draw_detections if self.detects else draw_classification
-        picture = draw(look.picture, found, self.model.classes)[..., ::-1]
+        picture = draw(look.picture, found)[..., ::-1]
         return picture, self._list(look, found)
 
     def explain(self, look: Look, threshold: float, label: int | None) -> tuple[np.ndarray, str]:
@@ -154,12 +153,7 @@ class Viewer:
                 f'it, at {escape(self._layer)}.</p>')
 
     def _find(self, image: np.ndarray) -> Detections | Classification:
-        if not self.exported:
-            return (self.model.detect if self.detects else self.model.classify)([image])[0]
-        found = self.model(image)
-        if self.detects:
-            return Detections(found.boxes, found.labels, found.scores).best_first()
-        return Classification(found.labels, found.scores)
+        return self.model([image])[0].best_first()
 
     def _list(self, look: Look, found: Detections | Classification) -> str:
         """Write what was found and how long it took as HTML; names come from anywhere."""

@@ -23,17 +23,20 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -47,8 +50,19 @@ SUFFIXES = ('.onnx', '.xml')
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
 
+#: What a video may come over.
+STREAMS = ('http', 'https', 'rtmp', 'rtsp', 'rtsps', 'srt', 'tcp', 'udp')
+
+#: How often a camera or a stream that breaks off is opened again; the seconds before the first
+#: time, which double.
+TRIES, PAUSE = 5, 1.
+
 #: How many pixels an image may have, unless this variable of the environment says otherwise.
 MAX_PIXELS, MAX_PIXELS_VARIABLE = 200_000_000, 'SPARTAN_MM_MAX_PIXELS'
+
+# Control characters, line ends, what turns the direction of writing, and bytes that are no UTF-8.
+_UNPRINTABLE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 
 #: Of how many sizes of batches OpenVINO keeps what it compiled.
 MAX_BATCHES = 4
@@ -57,21 +71,32 @@ MAX_BATCHES = 4
 PRECISIONS = {'fp32': 'f32', 'fp16': 'f16', 'bf16': 'bf16', 'int8': 'f32'}
 
 
-class RuntimeFileError(ValueError):
-    """A file, an argument or a machine that is not what it takes; the message is one line."""
+class ExplainedError(Exception):
+    """What is wrong with what was given, and what to do; the base of such errors.
+
+    Its message is one line, whatever the names in it are; further arguments are lines below.
+    """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return '\n  '.join(map(printable, self.args))
+
+
+class RuntimeFileError(ExplainedError, ValueError):
+    """A file, an argument or a machine that is not what it takes."""
 
 
 class InputError(RuntimeFileError):
-    """Something that is no image, folder or video, or cannot be read."""
+    """An image, a folder, a video or a config that nothing can be found in or with."""
 
 
 def printable(text: Any) -> str:
-    """Write what would steer a terminal or forge a line as an escape sequence."""
-    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
-                   for letter in str(text))
+    r"""Write what would steer a terminal, forge a line or break an encoding as an escape sequence.
+
+    Example:
+        >>> print(printable('cat\nerror: \x1b[2J.png'))
+        cat\nerror: \x1b[2J.png
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode('unicode_escape').decode(), str(text))
 
 
 def gist(error: BaseException) -> str:
@@ -138,7 +163,7 @@ def read_image(value: Any, upright: bool = True) -> Image.Image:
     if not isinstance(value, np.ndarray):
         raise InputError(f'{name} is no image: give the path or the content of a file, a Pillow '
                          'image or an array')
-    return _take_array(value)
+    return Image.fromarray(np.ascontiguousarray(take_array(value)[..., ::-1]))
 
 
 def _decode(content: bytes, name: str) -> Image.Image:
@@ -159,8 +184,15 @@ def _decode(content: bytes, name: str) -> Image.Image:
     return image
 
 
-def _take_array(array: np.ndarray) -> Image.Image:
-    """Make a picture of an array, unless it is open what its numbers mean."""
+def take_array(array: np.ndarray) -> np.ndarray:
+    """Make (H, W, 3) uint8 of an array, its channels in their order, or say why not.
+
+    Grey becomes colour, and alpha is left out. Whole numbers of 16 bits are scaled to 8, as in
+    files; numbers from 0 to 255 may be of any type.
+
+    Raises:
+        InputError: It is of another shape, or it is open what its numbers mean.
+    """
     described = f'an array of shape {array.shape} and type {array.dtype}'
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype.kind not in 'uif':
@@ -178,11 +210,10 @@ def _take_array(array: np.ndarray) -> Image.Image:
             raise InputError(f'{described} has values from {least:g} to {most:g}: give uint8, from '
                              '0 to 255')
         elif most and (deep or array.dtype.kind == 'f' and most <= 1):
-            raise InputError(f'{described} has values up to {most:g}, of 255 or of '
+            raise InputError(f'{described} has values up to {most:g}, which may be of 255 or of '
                              f'{65535 if deep else 1}: give uint8, from 0 to 255')
         array = array.round().astype(np.uint8)
-    rgb = np.broadcast_to(array[..., 2::-1], (*array.shape[:2], 3))
-    return Image.fromarray(np.ascontiguousarray(rgb))
+    return np.ascontiguousarray(np.broadcast_to(array[..., :3], (*array.shape[:2], 3)))
 
 
 def preprocess(image: Image.Image, rule: Mapping[str, Any]) -> np.ndarray:
@@ -279,24 +310,40 @@ def with_size(rule: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
 # --- Results --------------------------------------------------------------------------------------
 
 
+def class_name(names: Sequence[str], label: int) -> str:
+    """Name a class, by its number if it has no name."""
+    return names[label] if label < len(names) else f'class {label}'
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """Give each class a colour, neighbours far apart: hue moves by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb(int(label) * 0.618034 % 1, 0.65, 1.0)
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
 class _Found:
-    """Labels with scores, best first, and perhaps boxes."""
+    """Labels with scores, and perhaps boxes."""
 
     def above(self, threshold: float) -> '_Found':
         """Keep those with at least this score."""
-        return self._select(self.scores >= threshold)
+        return self.select(self.scores >= threshold)
 
     def top(self, number: int) -> '_Found':
-        """Keep so many, the best."""
-        return self._select(slice(number))
+        """Keep so many, the first."""
+        return self.select(slice(number))
 
-    def _select(self, index: Any) -> '_Found':
-        *arrays, _ = vars(self).values()
-        return type(self)(*(values[index] for values in arrays), self.names)
+    def best_first(self) -> '_Found':
+        """Sort by score; equals stay in their order."""
+        return self.select(np.argsort(-self.scores, kind='stable'))
+
+    def select(self, index: Any) -> '_Found':
+        """Keep some, as numpy indexes an array."""
+        return replace(self, **{key: value[index] for key, value in vars(self).items()
+                                if key != 'names' and value is not None})
 
     def name(self, label: int) -> str:
         """Name a class, by its number if it has no name."""
-        return self.names[label] if label < len(self.names) else f'class {label}'
+        return class_name(self.names, label)
 
     def as_records(self) -> list[dict[str, Any]]:
         """Describe each by a dict fit for JSON."""
@@ -313,22 +360,35 @@ class Detections(_Found):
         labels: Class indices, shape (N,).
         scores: From 0 to 1, shape (N,).
         names: Of all classes; may be empty.
+        tracks: Numbers of the objects in a video, shape (N,), -1 where there is none yet; None if
+            nobody follows them.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
     names: Sequence[str] = ()
+    tracks: np.ndarray | None = None
 
     def as_records(self) -> list[dict[str, Any]]:
-        return [dict(bbox=[round(float(corner), 2) for corner in box], **record)
-                for box, record in zip(self.boxes, super().as_records(), strict=True)]
+        tracks = ([{}] * len(self.boxes) if self.tracks is None else
+                  [dict(track_id=int(track) if track >= 0 else None) for track in self.tracks])
+        return [dict(bbox=[round(float(corner), 2) for corner in box], **record, **track)
+                for box, record, track in zip(self.boxes, super().as_records(), tracks,
+                                              strict=True)]
+
+    def describe(self, rank: int) -> str:
+        """What a picture says of one: its class, score and track."""
+        text = f'{self.name(self.labels[rank])} {self.scores[rank]:.2f}'
+        followed = self.tracks is not None and self.tracks[rank] >= 0
+        return printable(f'{text} #{self.tracks[rank]}' if followed else text)
 
     def to_supervision(self) -> Any:
         """Make ``supervision.Detections``, if supervision is installed."""
         import supervision
         return supervision.Detections(
             xyxy=self.boxes, confidence=self.scores, class_id=self.labels.astype(int),
+            tracker_id=self.tracks,
             data={'class_name': np.array([self.name(label) for label in self.labels], str)})
 
 
@@ -345,6 +405,10 @@ class Classification(_Found):
     labels: np.ndarray
     scores: np.ndarray
     names: Sequence[str] = ()
+
+    def describe(self, rank: int) -> str:
+        """What a picture says of one: its class and score."""
+        return printable(f'{self.name(self.labels[rank])} {self.scores[rank]:.2f}')
 
 
 # --- The libraries that run a file ----------------------------------------------------------------
@@ -603,6 +667,11 @@ class Runtime:
             self._check_size(size)
             self.size, self._rule = [*size], self._rule and with_size(self._rule, size)
 
+    @property
+    def files(self) -> list[Path]:
+        """What it is read from, perhaps."""
+        return [self.path, self.path.with_suffix('.bin')]
+
     def run(self, images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Run the bare graph.
 
@@ -698,9 +767,8 @@ class Runtime:
         if self.task == 'detection':
             return [Detections(*each, self.classes) for each in zip(
                 *(outputs[key] for key in ('boxes', 'labels', 'scores')), strict=True)]
-        orders = np.argsort(-outputs['scores'], axis=1, kind='stable')
-        return [Classification(order, scores[order], self.classes)
-                for order, scores in zip(orders, outputs['scores'], strict=True)]
+        return [Classification(np.arange(len(scores)), scores, self.classes).best_first()
+                for scores in outputs['scores']]
 
     def _check_size(self, size: Sequence[int]) -> None:
         images, text = self.metadata['input'], 'x'.join(map(str, size))
@@ -720,11 +788,11 @@ class Runtime:
 
 @dataclass
 class Source:
-    """Where images come from: files below a folder, a video, or a camera by its number."""
+    """Where images come from: files below a folder; or a video, a camera's number, or a URL."""
 
     root: Path
     images: Sequence[Path] = ()
-    video: Path | int | None = None
+    video: Path | int | str | None = None
 
     def name_of(self, image: Path) -> str:
         """Say what results call an image."""
@@ -732,24 +800,47 @@ class Source:
 
     @property
     def video_name(self) -> str:
-        """What results call the video or the camera."""
+        """What results call the video, the camera or the stream."""
+        if isinstance(self.video, str):  # without passwords and keys
+            url = urlsplit(self.video)
+            return f'{url.scheme}://{url.netloc.rpartition("@")[2]}{url.path}'
         return self.video.name if isinstance(self.video, Path) else f'camera {self.video}'
 
+    def __str__(self) -> str:
+        if self.video is None:
+            return str(self.root)
+        return self.video_name if isinstance(self.video, str) else str(self.video)
 
-def find_source(words: Sequence[str], out_dir: Path) -> Source:
+    def pictures(self, out_dir: Path) -> dict[str, Path]:
+        """Say where what is drawn goes, by what results call it."""
+        if self.video is None:
+            return {name: path if path.suffix.lower() in IMAGE_SUFFIXES
+                    else path.with_name(f'{path.name}.png')
+                    for name in map(self.name_of, self.images) for path in [out_dir / name]}
+        stem = Path(self.video_name).stem
+        stem = re.sub(r'[^\w.-]+', '_', stem) if isinstance(self.video, str) else stem
+        return {self.video_name: out_dir / f'{stem}.mp4'}
+
+
+def find_source(words: Any, out_dir: str | Path) -> Source:
     """See what there is to process.
 
     Args:
-        words: Images, folders, which are searched, patterns such as 'photos/*.jpg'; or a video, or
-            the number of a camera.
+        words: One or several of these: an image; a folder, which is searched; a pattern, such as
+            'photos/*.jpg'. Or one of these: a video, the number of a camera, the URL of a stream.
         out_dir: Where the results go; if it lies in a folder, it is not searched.
 
     Raises:
         InputError: There is nothing of that name, or there are no images.
     """
-    if len(words) == 1 and words[0].isdecimal() and not os.path.exists(words[0]):
-        return Source(Path(), video=int(words[0]))
-    files, own = [], out_dir.resolve()
+    words = [words] if isinstance(words, str | int | os.PathLike) else words
+    words = [*map(str, words)]
+    for word in words:
+        if word.isdecimal() and len(words) == 1 and not os.path.exists(word):
+            return Source(Path(), video=int(word))
+        if '://' in word and not os.path.exists(word):
+            return _find_stream(word, alone=len(words) == 1)
+    files, own = [], Path(out_dir).resolve()
     for word in words:
         path = Path(word)
         if path.is_dir():
@@ -764,154 +855,189 @@ def find_source(words: Sequence[str], out_dir: Path) -> Source:
         elif os.path.lexists(path):
             found = [path]
         else:
-            found = sorted(map(Path, glob.glob(word, recursive=True)))
+            found = sorted(Path(file) for file in glob.glob(word, recursive=True)
+                           if Path(file).suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES)
             if not found:
-                raise InputError(f'input {path} does not exist')
+                raise InputError(f'input {path} does not exist' + (
+                    ': no image or video has a name of this pattern' if glob.has_magic(word)
+                    else ''))
         files += found
     if strange := [file for file in files if file.exists() and not file.is_file()]:
         raise InputError(f'input {strange[0]} is no file')
-    folder = words[0] if len(words) == 1 and os.path.isdir(words[0]) else os.path.commonpath(
-        [os.path.dirname(os.path.abspath(file)) for file in files])
     videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
     if videos and len(files) > 1:
         raise InputError(f'{videos[0]} is a video: give it alone')
-    return Source(Path(folder), [] if videos else [*dict.fromkeys(files)], *videos)
+    if len(words) == 1 and os.path.isdir(words[0]):
+        root = words[0]
+    elif len(files) == 1:
+        root = files[0].parent
+    else:
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return Source(Path(root), [] if videos else [*dict.fromkeys(files)], *videos)
 
 
-def process(runtime: Runtime, source: Source, out_dir: Path, json_path: Path | None = None,
-            score_threshold: float = 0.3, top: int = 5, batch_size: int = 1) -> dict[str, str]:
-    """Process images, a video or a camera; write pictures and ``results.json``.
+def _find_stream(word: str, alone: bool) -> Source:
+    try:
+        url = urlsplit(word)
+    except ValueError as error:
+        raise InputError(f'input {word} is no URL: {error}') from None
+    source = Source(Path(), video=word)
+    if url.scheme not in STREAMS:
+        raise InputError(f'input {source} is no file, and no stream of {", ".join(STREAMS)}')
+    if Path(url.path).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f'{source} is a URL: download it, and name the file')
+    if not alone:
+        raise InputError(f'{source} is a stream: give it alone')
+    return source
 
-    One batch after the other is read, processed and written. Ctrl-C ends a camera's film.
+
+class Video:
+    """The frames of a video, a camera or a stream.
 
     Args:
-        runtime: The model.
         source: What :func:`find_source` found.
-        out_dir: Where to write; pictures keep their names and subfolders.
-        json_path: Where to write results alone, without pictures.
-        score_threshold: The least score of a detection that is written and drawn.
-        top: Number of classes of a classifier that are written and drawn.
-        batch_size: How many images go through the model together.
 
-    Returns:
-        What is wrong with each image that could not be read or written, and with a video that
-        breaks off.
+    Attributes:
+        live: Whether it has no end of its own.
+        rate: Frames a second.
+        length: How many there are, or 0 if nobody knows; often an estimate.
 
     Raises:
-        RuntimeFileError: The results have no place, or a video has no frames.
+        RuntimeFileError: OpenCV is missing, or what it opens is no video.
     """
-    detects, failures = runtime.task == 'detection', {}
-    options = dict(score_threshold=score_threshold) if detects else dict(top=top)
-    results, pictures = json_path or out_dir / 'results.json', {}
-    film_path = out_dir / f'{Path(source.video_name).stem}.mp4'
-    if source.video is not None and json_path is None:
-        pictures = {source.video_name: film_path}
-    elif json_path is None:
-        pictures = {name: _picture_path(out_dir / name)
-                    for name in map(source.name_of, source.images)}
-    read = [*source.images, runtime.path, runtime.path.with_suffix('.bin'), Path(__file__)]
-    read += [source.video] if isinstance(source.video, Path) else []
-    _check_places([results, *pictures.values()], read)
 
-    images = (_read_images(runtime, source, failures) if source.video is None
-              else _read_frames(source, failures))
-    film = _film(film_path, source) if pictures and source.video is not None else nullcontext()
-    start, speed, number, objects = time.perf_counter(), 0., 0, 0
-    with write_whole(results) as file, closing(images), film as add_frame:
-        head = dict(source=str(source.root if source.video is None else source.video),
-                    classes=runtime.classes, **options)
-        file.write(f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "results": [')
+    def __init__(self, source: Source) -> None:
+        self._source, self.name = source, source.video_name
         try:
-            while batch := list(itertools.islice(images, batch_size)):
-                found = runtime([image for _, image in batch], batch_size)
-                for (name, image), each in zip(batch, found, strict=True):
-                    each = each.above(score_threshold) if detects else each.top(top)
-                    record = dict(name, width=image.width, height=image.height, **{
-                        'detections' if detects else 'predictions': each.as_records()})
-                    file.write(f'{"," * bool(number)}\n  {json.dumps(record, ensure_ascii=False)}')
-                    if add_frame:
-                        add_frame(draw(image, each))
-                    elif pictures:
-                        _write_picture(pictures[name['file']], draw(image, each), name, failures)
-                    number, objects = number + 1, objects + len(each.scores)
-                speed = _show(start, number, len(source.images))
-        except KeyboardInterrupt:
-            if not isinstance(source.video, int):
-                raise
-        if source.video is not None and not number:
-            raise InputError(f'{source.video_name} has no frame that can be decoded')
-        file.write(f'\n ],\n "failures": {json.dumps(failures, ensure_ascii=False)}\n}}\n')
-    what = f'{objects} detections in {number} images' if detects else f'{number} images classified'
-    print(f'{what}, {speed:.1f} a second; the model takes '
-          f'{1000 * runtime.seconds / max(number, 1):.1f} ms for one; see '
-          f'{printable(json_path or out_dir)}')
-    return failures
+            import cv2
+        except ImportError:
+            raise RuntimeFileError(f'{self.name} needs OpenCV: pip install opencv-python-headless'
+                                   ) from None
+        self._cv2 = cv2
+        self._open()
+        if not self._video.isOpened():
+            raise InputError({
+                int: f'{self.name} cannot be opened: there is none of this number, or another '
+                     'program has it',
+                str: f'{self.name} cannot be opened: nobody answers, or what comes is no video',
+            }.get(type(source.video), f'{source.video} cannot be opened as a video: it is damaged, '
+                                      'or holds no pictures'))
+        rate = self._video.get(self._cv2.CAP_PROP_FPS)
+        self.rate = rate if 1 <= rate <= 1000 else 25.
+        self.length = max(0, int(self._video.get(self._cv2.CAP_PROP_FRAME_COUNT)))
+        self.live = not isinstance(source.video, Path) and not self.length
 
-
-def _show(start: float, number: int, total: int) -> float:
-    """Say on a screen how far a command is; return how many images it does a second."""
-    speed = number / max(time.perf_counter() - start, 1e-9)
-    if sys.stderr.isatty():
-        text = f'{number} of {total or "?"} images, {speed:.1f} a second'
-        print(f'\r{text:60}', end='\r', file=sys.stderr, flush=True)
-    return speed
-
-
-def _read_images(runtime: Runtime, source: Source, failures: dict[str, str]
-                 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-    for path in source.images:
+    def _open(self) -> None:
+        # OpenCV and FFmpeg have much to say, in lines of their own.
+        os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+        level, video = self._cv2.getLogLevel(), self._source.video
+        self._cv2.setLogLevel(0)
         try:
-            yield dict(file=source.name_of(path)), runtime.read(path)
-        except InputError as error:
-            failures[source.name_of(path)] = str(error)
+            self._video = self._cv2.VideoCapture(str(video) if isinstance(video, Path) else video)
+        finally:
+            self._cv2.setLogLevel(level)
 
+    def frames(self, failures: dict[str, str]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Read frame by frame.
 
-def _read_frames(source: Source, failures: dict[str, str]
-                 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-    cv2, video = _open_video(source)
-    length, done = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
-    try:
-        while (frame := video.read()[1]) is not None:
-            yield dict(file=source.video_name, frame=done), _take_array(frame)
-            done += 1
-    finally:
-        video.release()
-    # The length that a container tells is often an estimate, off by a frame or two.
-    if done < length - max(2, length // 100):
-        failures[source.video_name] = f'{source.video} breaks off after {done} of {length} frames'
+        What is live and breaks off is opened again, :data:`TRIES` times.
 
+        Args:
+            failures: Where to note that it breaks off.
 
-def _open_video(source: Source) -> tuple[Any, Any]:
-    try:
-        import cv2
-    except ImportError:
-        raise RuntimeFileError(f'{source.video_name} needs OpenCV: pip install '
-                               'opencv-python-headless') from None
-    video = cv2.VideoCapture(source.video if isinstance(source.video, int) else str(source.video))
-    if not video.isOpened():
-        raise InputError(f'{source.video_name} cannot be opened')
-    return cv2, video
+        Yields:
+            What results call a frame; the frame, (H, W, 3) in BGR order.
+
+        Raises:
+            InputError: There are none.
+        """
+        done, tries = 0, 0
+        try:
+            while True:
+                frame = self._video.read()[1]
+                if frame is not None:
+                    yield dict(file=self.name, frame=done), frame
+                    done, tries = done + 1, 0
+                elif self.live and done and tries < TRIES:
+                    tries += 1
+                    print(printable(f'note: {self.name} broke off after {done} frames; it is opened'
+                                    f' again, {tries} of {TRIES} times'), file=sys.stderr)
+                    time.sleep(PAUSE * 2 ** (tries - 1))
+                    self._video.release()
+                    self._open()
+                else:
+                    break
+        finally:
+            self._video.release()
+        if not done:
+            raise InputError(f'{self.name} has no frame that can be decoded')
+        if self.live:
+            failures[self.name] = (f'{self.name} broke off after {done} frames and did not come '
+                                   'back; those are processed')
+        # The length that a container tells is often an estimate, off by a frame or two.
+        elif done < self.length - max(2, self.length // 100):
+            failures[self.name] = (f'{self._source} breaks off after {done} of {self.length} '
+                                   'frames; those are processed')
+
+    def write(self, path: Path) -> AbstractContextManager[Callable[[Image.Image], None]]:
+        """Open a film as fast as this one; gives what adds a picture to it."""
+        return _film(self._cv2, path, self.rate)
 
 
 @contextmanager
-def _film(path: Path, source: Source) -> Iterator[Callable[[Image.Image], None]]:
-    """Open a film for writing, as fast as another; gives what adds a frame."""
-    cv2, video = _open_video(source)
-    rate, film = video.get(cv2.CAP_PROP_FPS) or 25., None
-    video.release()
-    with write_whole(path) as file:
-        def add(picture: Image.Image) -> None:
-            nonlocal film
-            film = film or cv2.VideoWriter(file.name, cv2.VideoWriter_fourcc(*'mp4v'), rate,
-                                           picture.size)
+def _film(cv2: Any, path: Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
+    film, size, added = None, None, 0
+
+    def add(picture: Image.Image) -> None:
+        nonlocal film, size, added
+        if film is None:
+            size = picture.size
+            film = cv2.VideoWriter(file.name, cv2.VideoWriter_fourcc(*'mp4v'), rate, size)
             if not film.isOpened():
                 raise RuntimeFileError(f'{path} cannot be written: this OpenCV has no encoder')
-            film.write(np.asarray(picture)[..., ::-1])
+        # A stream may come back in another size.
+        picture = picture if picture.size == size else picture.resize(size)
+        film.write(np.asarray(picture)[..., ::-1])
+        added += 1
+
+    with write_whole(path) as file:
         try:
             yield add
         finally:
             if film is not None:
                 film.release()
+        # OpenCV says nothing about a full disk.
+        written = cv2.VideoCapture(file.name)
+        held = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
+        written.release()
+        if held < added:
+            raise RuntimeFileError(f'{path} cannot be written: it took {held} of {added} frames, '
+                                   'perhaps for want of space; the results are in their files')
+
+
+@dataclass
+class Report:
+    """What a run over images or frames gave.
+
+    Args:
+        images: Number of images or frames.
+        objects: Number of detections.
+        speed: Images a second, with reading and writing.
+        model_ms: Milliseconds that an image took in the model, with its preprocessing.
+        failures: What is wrong with each image that could not be read or drawn, with a video that
+            breaks off, and with results that could not be written.
+    """
+
+    images: int = 0
+    objects: int | None = None
+    speed: float = 0.
+    model_ms: float = 0.
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        what = (f'{self.images} images classified' if self.objects is None else
+                f'{self.objects} detections in {self.images} images')
+        return f'{what}, {self.speed:.1f} a second; the model takes {self.model_ms:.1f} ms for one'
 
 
 def draw(image: Image.Image, found: Detections | Classification) -> Image.Image:
@@ -921,11 +1047,7 @@ def draw(image: Image.Image, found: Detections | Classification) -> Image.Image:
     font, line = ImageFont.load_default(size), max(1, min(image.size) // 250)
     height = round(1.4 * size)
     for rank in reversed(range(len(found.scores))):  # the best on top
-        label = int(found.labels[rank])
-        text = printable(f'{found.name(label)} {found.scores[rank]:.2f}')
-        # Neighbours far apart: hue moves by the golden ratio.
-        colour = tuple(int(255 * part) for part
-                       in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.))
+        text, colour = found.describe(rank), class_colour(found.labels[rank])
         left, top = 0, rank * height
         if isinstance(found, Detections):
             box = np.nan_to_num(found.boxes[rank]).clip(0, max(image.size)).tolist()
@@ -936,8 +1058,119 @@ def draw(image: Image.Image, found: Detections | Classification) -> Image.Image:
     return image
 
 
-def _picture_path(path: Path) -> Path:
-    return path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_name(f'{path.name}.png')
+#: Opens a file of results. It gets the file's path, what all results have in common, and the
+#: failures, which are complete at its end; it gives what adds the record of an image.
+Writer = Callable[[Path, Mapping[str, Any], Mapping[str, str]],
+                  AbstractContextManager[Callable[[Mapping[str, Any]], None]]]
+
+
+def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writer],
+            pictures: bool = True, score_threshold: float = 0.3, top: int = 5, batch_size: int = 1,
+            draw: Callable[[Any, Any], Image.Image] = draw,
+            follow: Callable[[float], Callable[[Detections], Detections]] | None = None) -> Report:
+    """Process images, a video, a camera or a stream; write results and pictures.
+
+    One batch after the other is read, processed and written: no more is held in memory. Ctrl-C ends
+    what is live, and keeps what was seen.
+
+    Args:
+        model: A :class:`Runtime`, or another with its `task`, `classes` and `files`, which can
+            `read` and be called.
+        source: What :func:`find_source` found.
+        out_dir: Where pictures go; they keep their names and subfolders.
+        files: What else to write, and what opens it.
+        pictures: Whether to draw.
+        score_threshold: The least score of a detection that counts.
+        top: Number of classes of a classifier that count.
+        batch_size: How many images go through the model together.
+        draw: Draws what was found in an image.
+        follow: Makes, for so many frames a second, what follows detections from one to the next,
+            and chooses those that count.
+
+    Raises:
+        RuntimeFileError: The results have no place, or a video has no frames. An image that cannot
+            be read or drawn is noted, and the others are processed; results that cannot be written
+            any further, for want of space for example, are noted, and those before are kept.
+    """
+    detects, drawn = model.task == 'detection', source.pictures(out_dir) if pictures else {}
+    check_places([*files, *drawn.values()], [*source.images, source.video, *model.files, __file__])
+    options = dict(score_threshold=score_threshold) if detects else dict(top=top)
+    head = dict(source=str(source), classes=[*model.classes], **options)
+    report, seconds = Report(objects=0 if detects else None), 0.
+    failures = report.failures
+    video = None if source.video is None else Video(source)
+    track = follow(30. if video is None else video.rate) if follow else None
+    named = _read_images(model, source, failures) if video is None else (
+        (name, model.read(frame)) for name, frame in video.frames(failures))
+
+    def find() -> Iterator[tuple[dict[str, Any], Any, Any]]:
+        nonlocal seconds
+        while batch := list(itertools.islice(named, batch_size)):
+            begin = time.perf_counter()
+            found = model([image for _, image in batch], batch_size)
+            seconds += time.perf_counter() - begin
+            for (name, image), each in zip(batch, found, strict=True):
+                yield name, image, (track(each) if track else each.above(score_threshold)
+                                    if detects else each.top(top))
+
+    with ExitStack() as stack:
+        add_frame = stack.enter_context(video.write(*drawn.values())) if video and drawn else None
+        add_results = [stack.enter_context(write(path, head, failures))
+                       for path, write in files.items()]
+        stack.enter_context(closing(named))
+        start = time.perf_counter()
+        try:
+            for name, image, found in find():
+                width, height = (image.size if isinstance(image, Image.Image)
+                                 else image.shape[1::-1])
+                record = dict(name, width=width, height=height, **{
+                    'detections' if detects else 'predictions': found.as_records()})
+                try:
+                    for add in add_results:
+                        add(record)
+                except (OSError, RuntimeFileError) as error:
+                    failures['results'] = (
+                        f'the results cannot be written any further: {gist(error)}; those of the '
+                        f'first {report.images} images are kept')
+                    break
+                if add_frame:
+                    add_frame(draw(image, found))
+                elif pictures:
+                    _write_picture(drawn[name['file']], draw(image, found), name, failures)
+                report.images += 1
+                report.objects = report.objects + len(found.scores) if detects else None
+                report.speed = _show(start, report.images, video.length if video else
+                                     len(source.images))
+        except KeyboardInterrupt:
+            if video is None or not video.live:
+                raise
+    report.model_ms = 1000 * seconds / max(report.images, 1)
+    return report
+
+
+_shown = 0.
+
+
+def _show(start: float, number: int, total: int) -> float:
+    """Say now and then how far a command is; return how many images it does a second."""
+    global _shown
+    now, live = time.perf_counter(), sys.stderr.isatty()
+    speed = number / max(now - start, 1e-9)
+    if now - max(start, _shown) > (0.2 if live else 60):
+        _shown = now
+        text = f'{number} of {total or "?"} images, {speed:.1f} a second'
+        print(f'\r{text:60}' if live else text, end='\r' if live else '\n', file=sys.stderr,
+              flush=True)
+    return speed
+
+
+def _read_images(model: Any, source: Source, failures: dict[str, str]
+                 ) -> Iterator[tuple[dict[str, Any], Any]]:
+    for path in source.images:
+        try:
+            yield dict(file=source.name_of(path)), model.read(path)
+        except InputError as error:
+            failures[source.name_of(path)] = str(error)
 
 
 def _write_picture(path: Path, picture: Image.Image, name: Mapping[str, Any],
@@ -945,25 +1178,31 @@ def _write_picture(path: Path, picture: Image.Image, name: Mapping[str, Any],
     """Write a picture, or note why not."""
     content, suffix = io.BytesIO(), path.suffix.lower()
     try:
-        picture.save(content, Image.registered_extensions()[suffix], quality=95)
+        # Deflate at its fastest: it takes a fifth of the time.
+        picture.save(content, Image.registered_extensions()[suffix], quality=95, compress_level=1)
         with write_whole(path) as file:
-            file.buffer.write(content.getvalue())
+            put(file, content.getvalue())
     except RuntimeFileError as error:
         failures[name['file']] = str(error)
     except Exception as error:  # each encoder has exceptions of its own
         failures[name['file']] = (f'{path} cannot be written: {gist(error)}; its results are in '
-                                  'results.json')
+                                  'their file')
 
 
-def _check_places(places: Iterable[Path], sources: Iterable[Path]) -> None:
-    """Check that what is to be written has a place and is nothing that is read."""
-    read = {(found.st_dev, found.st_ino) for found in map(os.stat, filter(os.path.exists, sources))}
+def check_places(places: Iterable[Path], sources: Iterable[Any]) -> None:
+    """Check that what is to be written has a place and is nothing that is read.
+
+    Raises:
+        RuntimeFileError: It is, or its place is taken by what is no regular file.
+    """
+    files = [file for file in sources if isinstance(file, str | Path) and os.path.exists(file)]
+    read = {(found.st_dev, found.st_ino) for found in map(os.stat, files)}
     for path in places:
         if os.path.exists(path):
             found = os.stat(path)
             if (found.st_dev, found.st_ino) in read:
-                raise InputError(f'{path} would be overwritten, and it is read: write to another '
-                                 'folder')
+                raise InputError(f'the results would overwrite {path}, which is read: choose '
+                                 'another folder to write to')
             if not stat.S_ISREG(found.st_mode):
                 raise RuntimeFileError(f'{path} cannot be written: it is there and no regular file')
         elif os.path.islink(path):
@@ -971,8 +1210,62 @@ def _check_places(places: Iterable[Path], sources: Iterable[Path]) -> None:
 
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[TextIO]:
-    """Open a file for writing that takes its name only when it is whole.
+def write_array(path: Path, begin: str, end: Callable[[], str]) -> Iterator[Callable[[Any], None]]:
+    """Write a JSON array item by item; gives what adds one.
+
+    Args:
+        path: The file; it takes its name when it is whole.
+        begin: Goes before the items.
+        end: Says what goes behind them.
+    """
+    starts: deque[int] = deque(maxlen=1000)
+    with write_whole(path) as file:
+        put(file, begin)
+        first = file.tell()
+
+        def add(item: Any) -> None:
+            start = file.tell()
+            put(file, f'{"," * (start > first)}\n  {json.dumps(item, ensure_ascii=False)}')
+            starts.append(start)
+
+        yield add
+        while True:
+            try:
+                put(file, end())
+                break
+            except OSError:
+                if not starts:
+                    raise
+                # On a full disk the last items give their room to the end.
+                file.seek(starts.pop())
+                file.truncate()
+        os.fsync(file.fileno())
+
+
+def write_results(path: Path, head: Mapping[str, Any], failures: Mapping[str, str]
+                  ) -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:
+    """Open a ``results.json``, a :data:`Writer`."""
+    return write_array(
+        path, f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "results": [',
+        lambda: f'\n ],\n "failures": {json.dumps(failures, ensure_ascii=False)}\n}}\n')
+
+
+def put(file: IO[bytes], content: str | bytes) -> None:
+    """Write all of a text or of bytes at the end of an unbuffered file, or nothing of it."""
+    start = file.tell()
+    rest = content.encode(errors='backslashreplace') if isinstance(content, str) else content
+    try:
+        while rest:
+            rest = rest[file.write(rest):]
+    except BaseException:
+        file.seek(start)
+        file.truncate()
+        raise
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing, without a buffer, that takes its name only when it is whole.
 
     A link is written through; permissions are those of the file that is replaced, or the usual
     ones.
@@ -982,8 +1275,7 @@ def write_whole(path: Path) -> Iterator[TextIO]:
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, 'x', encoding='utf-8', errors='backslashreplace',
-                  opener=lambda *args: os.open(*args, mode)) as file:
+        with open(unfinished, 'xb', 0, opener=lambda *args: os.open(*args, mode)) as file:
             yield file
         os.replace(unfinished, target)
     except OSError as error:
@@ -1006,7 +1298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add('model', metavar='MODEL', help='model.onnx, or model.xml of OpenVINO')
     add('input', nargs='+', metavar='INPUT', help="images, folders, patterns ('photos/*.jpg'); or "
-        'one video, or the number of a camera (0)')
+        'one video, the number of a camera (0), or the URL of a stream')
     add('--out-dir', type=Path, default=Path('outputs'), metavar='DIR',
         help='where pictures and results.json go (default: %(default)s)')
     add('--json', type=Path, metavar='FILE', help='write the results here, and no pictures')
@@ -1028,9 +1320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = find_source(args.input, args.out_dir)
         runtime = Runtime(args.model, args.precision, args.threads,
                           args.provider and [args.provider], args.size)
-        failures = process(runtime, source, args.out_dir, args.json, args.score_thr, args.top,
-                           args.batch_size)
-        problems = [*failures.values()]
+        place = args.json or args.out_dir / 'results.json'
+        report = process(runtime, source, args.out_dir, {place: write_results}, not args.json,
+                         args.score_thr, args.top, args.batch_size)
+        print(printable(f'{report}; see {args.json or args.out_dir}'))
+        problems = [*report.failures.values()]
     except RuntimeFileError as error:
         problems = [error]
     except KeyboardInterrupt:

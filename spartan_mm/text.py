@@ -3,26 +3,13 @@
 Names of files, classes and configs come from anywhere. What is written here has them `printable`.
 """
 
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-# Control characters, line ends, what turns the direction of writing, and bytes that are no UTF-8.
-_UNPRINTABLE = re.compile(
-    r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
-
-
-def printable(text: Any) -> str:
-    r"""Write what would steer a terminal, forge a line or break an encoding as an escape sequence.
-
-    Example:
-        >>> print(printable('cat\nerror: \x1b[2J.png'))
-        cat\nerror: \x1b[2J.png
-    """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode('unicode_escape').decode(), str(text))
+from .runtime import printable as printable
 
 
 def shorten(name: str, length: int = 24) -> str:

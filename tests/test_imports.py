@@ -26,6 +26,8 @@ BELOW = {
 }
 BELOW['zoo'] = {*BELOW}
 BELOW['drawing'] = {'datasets'}
+BELOW['results'] = {'datasets'}
+BELOW['tiling'] = BELOW['tracking'] = set()
 BELOW['inference'] = {*BELOW}
 BELOW['serving'] = {*BELOW}
 BELOW['analysis'] = {*BELOW}

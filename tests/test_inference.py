@@ -1,5 +1,6 @@
 """Images, folders and videos in; pictures and JSON out."""
 
+import csv
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from PIL import Image
 from spartan_mm import cli
 from spartan_mm.commands import infer as command
 from spartan_mm.datasets.images import take_image
-from spartan_mm.errors import CheckpointError
+from spartan_mm.errors import CheckpointError, UsageError
 from spartan_mm.files import UnwritableError
 from spartan_mm.inference import (
     Classification,
@@ -153,11 +154,11 @@ class TestClassifier:
         assert len(found.scores) == 7 and (np.diff(found.scores) <= 0).all()
 
     def test_fewer_classes(self, classifier, pictures, tmp_path):
-        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
-        assert len(report.results[0]['predictions']) == 2
-        report = infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=50)
-        assert sum(entry['score'] for entry in report.results[0]['predictions']) == pytest.approx(
-            1, abs=1e-3)
+        infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=2)
+        assert len(read_results(tmp_path)['results'][0]['predictions']) == 2
+        infer(classifier, find_source(pictures / '0.png', tmp_path), tmp_path, top=50)
+        predictions = read_results(tmp_path)['results'][0]['predictions']
+        assert sum(entry['score'] for entry in predictions) == pytest.approx(1, abs=1e-3)
 
     def test_other_architecture(self, user_project, classifier):
         with pytest.raises(CheckpointError, match=r"does not fit the config's ImageClassifier: .*"
@@ -172,8 +173,8 @@ class TestBars:
     @pytest.mark.parametrize('count', [1, 5, 20])
     def test_image_keeps_its_pixels(self, shape, count):
         image = np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)
-        found = Classification(np.arange(count), np.linspace(1, 0, count))
-        picture = draw_classification(image, found, ('a' * 90, ) * count)
+        found = Classification(np.arange(count), np.linspace(1, 0, count), ('a' * 90, ) * count)
+        picture = draw_classification(image, found)
         factor = max(1, 240 // max(shape))
         shown = picture[:shape[0] * factor:factor, :shape[1] * factor:factor]
         assert (shown == image).all()
@@ -183,7 +184,7 @@ class TestBars:
 
     def test_bars_are_as_long_as_scores_are_high(self):
         found = Classification(np.array([3, 0]), np.array([0.75, 0.25]))
-        picture = draw_classification(np.zeros((240, 240, 3), np.uint8), found, ())
+        picture = draw_classification(np.zeros((240, 240, 3), np.uint8), found)
         coloured = np.ptp(picture[:, 240:].astype(int), axis=2) > 50
         first, second = coloured[:110].sum(1).max(), coloured[110:].sum(1).max()
         assert second > 50 and first == pytest.approx(3 * second, rel=0.05)
@@ -226,8 +227,8 @@ class TestImages:
     def test_results_are_those_of_the_detector(self, detector, pictures, tmp_path):
         found, = detector.detect([detector.read(pictures / '1.png')])
         threshold = float(found.scores[4])
-        report = infer(detector, find_source(pictures / '1.png', tmp_path), tmp_path, threshold)
-        detections = report.results[0]['detections']
+        infer(detector, find_source(pictures / '1.png', tmp_path), tmp_path, threshold)
+        detections = read_results(tmp_path)['results'][0]['detections']
         assert len(detections) == 5
         best = detections[0]
         assert best['bbox'] == pytest.approx(found.boxes[0].tolist(), abs=0.01)
@@ -242,7 +243,7 @@ class TestImages:
 
         monkeypatch.setattr(command, 'load_model', lambda *args: detector)
         if moment == 'detecting':
-            monkeypatch.setattr(detector, 'detect', interrupt)
+            monkeypatch.setattr(detector, 'run', interrupt)
         elif moment == 'writing a picture':
             monkeypatch.setattr(os, 'replace', interrupt)
         else:
@@ -273,15 +274,15 @@ class TestImages:
             (out / '0.png').symlink_to(pictures / '1.png')
         else:
             out.symlink_to(pictures)
-        with pytest.raises(InputError, match='the results would overwrite the input in'):
+        with pytest.raises(InputError, match='the results would overwrite .*, which is read'):
             find_source(pictures, out)
 
     @pytest.mark.parametrize('path, out, message', [
         ('none.jpg', 'out', r'none\.jpg does not exist'),
         ('empty', 'out', r'folder .*empty holds no images \(\.bmp'),
         ('fifo.png', 'out', r'fifo\.png is no file'),
-        ('pictures', 'pictures', 'would overwrite the input'),
-        ('pictures/0.png', 'pictures', 'would overwrite the input'),
+        ('pictures', 'pictures', 'would overwrite .*, which is read'),
+        ('pictures/0.png', 'pictures', 'would overwrite .*, which is read'),
     ])
     def test_mistakes(self, pictures, tmp_path, path, out, message):
         (tmp_path / 'empty').mkdir()
@@ -422,8 +423,8 @@ class TestInputs:
         for images in (many, tuple(many), iter(many), np.stack([BGR, BGR]), path, FILE, BGR):
             for found in detector.detect(images):
                 np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-4, atol=1e-3)
-        assert len(classifier.classify(iter(many))) == len(classifier.process(many)) == 5
-        assert detector.detect([]) == classifier.process([]) == []
+        assert len(classifier.classify(iter(many))) == len(classifier(many, 2)) == 5
+        assert detector.detect([]) == classifier([], 2) == []
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -470,6 +471,18 @@ class TestDetInferencer:
         for inputs in (tmp_path / 'out' / 'vis', str(tmp_path / 'out' / 'vis' / '1.png')):
             with pytest.raises(UnwritableError, match='it is what is read'):
                 inferencer(inputs, out_dir=tmp_path / 'out')
+
+    def test_results_of_one_name(self, inferencer, user_project, tmp_path):
+        (tmp_path / 'in').mkdir()
+        for name in ('a.png', 'a.bmp', 'b.png'):
+            shutil.copy(user_project / 'pictures' / '1.png', tmp_path / 'in' / name)
+        inferencer(tmp_path / 'in', out_dir=tmp_path / 'out', no_save_pred=False)
+        assert {path.name for path in (tmp_path / 'out' / 'preds').iterdir()} == {
+            'a.png.json', 'a.bmp.json', 'b.json'}
+        with pytest.raises(InputError, match=r'1\.png and .*1\.png would have the same results'):
+            shutil.copy(user_project / 'pictures' / '1.png', tmp_path / 'in')
+            inferencer([tmp_path / 'in' / '1.png', user_project / 'pictures' / '1.png'],
+                       out_dir=tmp_path / 'out')
 
     def test_names(self, inferencer, user_project, checkpoint, tmp_path):
         from spartan_mm.detection import DetInferencer
@@ -539,9 +552,9 @@ class TestStrangeInputs:
         (folder / 'wide.webp').write_bytes(content)
         (folder / 'wide.png').write_bytes(content)
         report = infer(detector, find_source(folder, tmp_path / 'out'), tmp_path / 'out')
-        assert len(report.results) == 2
+        assert report.images == 2
         assert report.failures.keys() == {'wide.webp'}
-        assert '.webp holds no picture of 20000x2 pixels' in report.failures['wide.webp']
+        assert 'wide.webp cannot be written: ' in report.failures['wide.webp']
 
 
 class TestVideo:
@@ -577,7 +590,7 @@ class TestVideo:
         path.write_bytes(content[:len(content) // 2])
         out = tmp_path / 'out'
         report = infer(detector, find_source(path, out), out)
-        frames = len(report.results)
+        frames = report.images
         assert 5 < frames < 15
         assert f'long.avi breaks off after {frames} of 20 frames' in report.failures['long.avi']
         assert read_results(out)['failures'] == report.failures
@@ -589,12 +602,172 @@ class TestVideo:
             infer(detector, source, tmp_path / 'out')
 
 
+class Blobs:
+    """Finds what is bright in a view of 64 by 64 pixels, if it has more than four of them.
+
+    What reaches the edge may be half an object, and has half the score.
+    """
+
+    task, classes, files, read = 'detection', ('blob', ), (), staticmethod(take_image)
+
+    def __call__(self, images, batch_size=1):
+        found = []
+        for image in images:
+            scale = np.array(image.shape[1::-1]) / 64
+            view = cv2.resize(image[..., 0], (64, 64), interpolation=cv2.INTER_AREA)
+            _, areas, stats, _ = cv2.connectedComponentsWithStats((view > 20).astype(np.uint8))
+            kept = [number for number, stat in enumerate(stats) if number and stat[4] > 4]
+            boxes = [[left, top, left + width, top + height]
+                     for left, top, width, height, _ in stats[kept]]
+            scores = [view[areas == number].max() / (510 if {0, 64} & {*box} else 255)
+                      for number, box in zip(kept, boxes, strict=True)]
+            found.append(Detections(
+                np.array(boxes, np.float32).reshape(-1, 4) * np.tile(scale, 2),
+                np.zeros(len(boxes), int), np.array(scores, np.float32), self.classes).best_first())
+        return found
+
+
+class TestTracks:
+
+    def test_objects_keep_their_numbers(self, tmp_path):
+        """Also one that is weak for a while, or out of sight."""
+        frames = np.zeros((20, 64, 64, 3), np.uint8)
+        for number, frame in enumerate(frames):
+            frame[10:20, 2 * number:2 * number + 10] = 40 if number in (7, 8) else 250
+            if number not in (10, 11, 12):
+                frame[40:50, 50 - 2 * number:60 - 2 * number] = 180
+        video = TestVideo.write(tmp_path / 'film.avi', [cv2.resize(each, (96, 64))
+                                                        for each in frames])
+        infer(Blobs(), find_source(video, tmp_path / 'out'), tmp_path / 'out', track=True)
+        found = [result['detections'] for result in read_results(tmp_path / 'out')['results']]
+        assert {each['track_id'] for each in found[0]} == {None}
+        for above, frames_with in ((True, range(1, 20)), (False, {*range(1, 20)} - {10, 11, 12})):
+            tracks = {number: each['track_id'] for number, detections in enumerate(found)
+                      for each in detections if (each['bbox'][1] < 30) == above and number}
+            assert tracks.keys() == {*frames_with} and len({*tracks.values()}) == 1
+        assert found[7][-1]['score'] < 0.3
+
+    def test_not_for_classifiers(self, classifier, pictures, tmp_path):
+        for options in (dict(track=True), dict(tile=64), dict(formats=['yolo'])):
+            with pytest.raises(UsageError, match='a classifier gives n'):
+                infer(classifier, find_source(pictures, tmp_path), tmp_path, **options)
+
+
+class TestTiles:
+
+    def test_small_objects_of_a_large_picture(self, tmp_path):
+        image = np.zeros((512, 512, 3), np.uint8)
+        # The second lies where tiles meet; the last is too large for one.
+        boxes = [(20, 20, 28, 28), (60, 100, 72, 108), (480, 300, 488, 308), (200, 200, 400, 400)]
+        for left, top, right, bottom in boxes:
+            image[top:bottom, left:right] = 255
+        cv2.imwrite(str(tmp_path / 'large.png'), image)
+        assert len(Blobs()([image])[0].scores) == 1
+        source, out = find_source(tmp_path / 'large.png', tmp_path / 'out'), tmp_path / 'out'
+        limit = Image.MAX_IMAGE_PIXELS
+        report = infer(Blobs(), source, out, tile=64, batch_size=5)
+        found = read_results(out)['results'][0]['detections']
+        assert report.objects == 4 and Image.MAX_IMAGE_PIXELS == limit
+        np.testing.assert_allclose(sorted(each['bbox'] for each in found), sorted(boxes), atol=1)
+
+    def test_a_model_of_sahi(self):
+        from sahi.predict import get_prediction
+
+        from spartan_mm.tiling import SahiModel
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[10:20, 30:50] = 255
+        found, = get_prediction(image, SahiModel(model=Blobs())).object_prediction_list
+        assert found.bbox.to_xyxy() == [30, 10, 50, 20] and found.category.name == 'blob'
+
+
+class TestFormats:
+
+    @pytest.fixture
+    def blobs(self, tmp_path):
+        """A folder of pictures, COCO's file of what is bright in them, and its ids."""
+        (tmp_path / 'in' / 'sub').mkdir(parents=True)
+        annotations = []
+        for number, name in enumerate(('b.png', 'sub/a.png', 'none.png')):
+            image = np.zeros((64, 64, 3), np.uint8)
+            if name != 'none.png':
+                image[8:16, 8 * number:8 * number + 24] = 200
+                annotations += [dict(id=number + 1, image_id=70 - number, category_id=9, iscrowd=0,
+                                     bbox=[8 * number, 8, 24, 8], area=192)]
+            cv2.imwrite(str(tmp_path / 'in' / name), image)
+        (tmp_path / 'truth.json').write_text(json.dumps(dict(
+            images=[dict(id=70 - number, file_name=name, width=64, height=64) for number, name in
+                    enumerate(('b.png', 'sub/a.png', 'none.png'))],
+            categories=[dict(id=9, name='blob')], annotations=annotations)))
+        return tmp_path / 'in'
+
+    def test_all_say_the_same(self, blobs, tmp_path, capsys):
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+        out = tmp_path / 'out'
+        report = infer(Blobs(), find_source(blobs, out), out, pictures=False,
+                       formats=('json', 'jsonl', 'csv', 'yolo', 'coco'),
+                       ann_file=tmp_path / 'truth.json')
+        results = read_results(out)['results']
+        assert report.images == 3 and report.objects == 2 and report.speed > 0
+        assert [json.loads(line) for line in
+                (out / 'results.jsonl').read_text().splitlines()] == results
+        with open(out / 'results.csv', newline='') as file:
+            rows = [*csv.DictReader(file)]
+        assert [(row['file'], row['x1'], row['y2'], row['track_id']) for row in rows] == [
+            ('b.png', '0.0', '16.0', ''), ('sub/a.png', '8.0', '16.0', '')]
+        labels = {path.relative_to(out / 'yolo').as_posix(): path.read_text()
+                  for path in (out / 'yolo').rglob('*.txt')}
+        assert labels == {
+            'classes.txt': 'blob\n', 'none.txt': '',
+            'b.txt': '0 0.187500 0.187500 0.375000 0.125000\n',
+            'sub/a.txt': '0 0.312500 0.187500 0.375000 0.125000\n'}
+        truth = COCO(str(tmp_path / 'truth.json'))
+        evaluation = COCOeval(truth, truth.loadRes(str(out / 'results.coco.json')), 'bbox')
+        evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+        assert evaluation.stats[0] == 1
+        assert {path.name for path in out.iterdir()} == {
+            'results.json', 'results.jsonl', 'results.csv', 'results.coco.json', 'yolo'}
+
+    @pytest.mark.parametrize('change, options, message', [
+        ({}, dict(formats=['coco']), 'need the annotation file'),
+        ({}, dict(ann_file='truth.json'), 'and no other results do'),
+        (dict(images=[]), dict(formats=['coco']), r'has no image b\.png, none\.png, sub/a\.png: C'),
+        (dict(categories=[]), dict(formats=['coco']), 'has no category blob'),
+        (dict(images=[{}]), dict(formats=['coco']), 'is no annotation file of COCO'),
+        (None, dict(formats=['yolo']), r'two images would share the YOLO labels b\.txt')])
+    def test_refused(self, blobs, tmp_path, change, options, message):
+        path = tmp_path / 'truth.json'
+        if change:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+            options = dict(options, ann_file=path)
+        elif change is None:
+            shutil.copy(blobs / 'b.png', blobs / 'b.bmp')
+        with pytest.raises(UsageError, match=message):
+            infer(Blobs(), find_source(blobs, tmp_path / 'out'), tmp_path / 'out', **options)
+        assert not [*(tmp_path / 'out').glob('*')]
+
+    def test_lines_are_there_while_it_runs(self, blobs, tmp_path, monkeypatch):
+        seen, out = [], tmp_path / 'out'
+        find = Blobs.__call__
+
+        def look(self, images, batch_size=1):
+            if out.exists():
+                seen.append([(out / name).read_text().count('\n')
+                             for name in ('results.jsonl', 'results.csv')])
+            return find(self, images, batch_size)
+
+        monkeypatch.setattr(Blobs, '__call__', look)
+        infer(Blobs(), find_source(blobs, out), out, formats=['jsonl', 'csv'])
+        assert seen == [[0, 1], [1, 2], [2, 2]]
+
+
 class TestDrawing:
 
     def test_draws_on_a_copy_and_only_near_the_box(self):
         image = np.full((100, 100, 3), 128, np.uint8)
-        found = Detections(np.array([[20., 40., 60., 80.]]), np.array([1]), np.array([0.9]))
-        drawn = draw_detections(image, found, ('a', 'b'))
+        found = Detections(np.array([[20., 40., 60., 80.]]), np.array([1]), np.array([0.9]),
+                           ('a', 'b'))
+        drawn = draw_detections(image, found)
         assert (image == 128).all()
         assert (drawn[40, 20:61] != 128).any(axis=1).all()
         assert (drawn[45:75, 25:55] == 128).all()
@@ -605,10 +778,10 @@ class TestDrawing:
     ], ids=str)
     def test_any_box(self, box):
         image = np.zeros((100, 100, 3), np.uint8)
-        found = Detections(np.array([box]), np.array([7]), np.array([1.]))
-        assert draw_detections(image, found, ('a', )).any()
+        found = Detections(np.array([box]), np.array([7]), np.array([1.]), ('a', ))
+        assert draw_detections(image, found).any()
 
     def test_nothing_found(self):
         image = np.zeros((10, 10, 3), np.uint8)
         found = Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-        assert (draw_detections(image, found, ()) == image).all()
+        assert (draw_detections(image, found) == image).all()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import venv
+import wave
 from itertools import product
 from types import SimpleNamespace
 
@@ -121,6 +122,28 @@ def video(tmp_path):
     return path
 
 
+def use_camera(monkeypatch, *plays):
+    """Let everything but a file be a camera, which each time that it is opened plays frames."""
+    plays, capture = iter(plays), cv2.VideoCapture
+
+    class Camera:
+
+        def __init__(self):
+            self.frames = next(plays, iter(()))
+
+        isOpened = release = lambda self: True  # noqa: E731, N815
+
+        def get(self, _):
+            return 0.
+
+        def read(self):
+            frame = next(self.frames, None)
+            return frame is not None, frame
+
+    monkeypatch.setattr(cv2, 'VideoCapture', lambda name: capture(name) if os.path.exists(
+        str(name)) else Camera())
+
+
 def run(*words):
     return runtime.main([*map(str, words)])
 
@@ -152,14 +175,6 @@ class TestResults:
         assert isinstance(found, Classification) and found.labels.tolist() == [2, 0, 1]
         np.testing.assert_allclose(found.scores, [1, .4, .2], rtol=1e-5)
         assert found.top(1).as_records() == [dict(label=2, class_name='class 2', score=1.)]
-
-    def test_records_are_those_of_infer(self):
-        boxes, labels, scores = BOXES * 77, np.array([1, 0, 7]), np.float32([.98765, .5, .1])
-        found = Detections(boxes, labels, scores, CLASSES)
-        assert found.above(.5).as_records() == inference.Detections(
-            boxes, labels, scores).above(.5).as_records(CLASSES)
-        assert Classification(labels, scores, CLASSES).as_records() == inference.Classification(
-            labels, scores).as_records(CLASSES)
 
     def test_supervision(self, monkeypatch):
         monkeypatch.setitem(sys.modules, 'supervision', SimpleNamespace(Detections=dict))
@@ -444,40 +459,58 @@ class TestCommand:
 
     def test_camera_ends_with_ctrl_c(self, model, tmp_path, monkeypatch):
         """What was seen until then is written."""
-        class Camera:
-            frames = 0
+        def go_on():
+            yield from [np.full((60, 80, 3), 255, np.uint8)] * 3
+            raise KeyboardInterrupt
 
-            def __init__(self, number):
-                assert number == 7
-
-            isOpened = release = lambda self: True  # noqa: E731, N815
-
-            def get(self, _):
-                return 0.
-
-            def read(self):
-                self.frames += 1
-                if self.frames > 3:
-                    raise KeyboardInterrupt
-                return True, np.full((60, 80, 3), 255, np.uint8)
-
-        monkeypatch.setattr(cv2, 'VideoCapture', Camera)
+        use_camera(monkeypatch, go_on())
         assert run(model, 7, '--out-dir', tmp_path / 'out') == 0
         assert [each['frame'] for each in read_results(tmp_path / 'out')['results']] == [0, 1, 2]
         assert (tmp_path / 'out' / 'camera 7.mp4').stat().st_size
 
+    @pytest.mark.parametrize('back', [True, False])
+    def test_stream_that_breaks_off(self, model, tmp_path, monkeypatch, capsys, back):
+        """It is opened again; a password in its name is told nobody."""
+        monkeypatch.setattr(runtime, 'PAUSE', 0)
+        film = [np.full((60, 80, 3), 255, np.uint8)] * 3
+        again = [np.full((30, 40, 3), 255, np.uint8)] * 2  # in another size
+        use_camera(monkeypatch, iter(film), *([iter(()), iter(again)] if back else []))
+        assert run(model, 'rtsp://me:secret@host:554/yard?key=secret', '--out-dir', tmp_path) == 1
+        said, content = capsys.readouterr().err, (tmp_path / 'results.json').read_text()
+        results = json.loads(content)
+        assert len(results['results']) == (5 if back else 3)
+        assert results['source'] == results['results'][0]['file'] == 'rtsp://host:554/yard'
+        assert said.count('is opened again, ') == (7 if back else 5) and 'did not come back' in said
+        assert 'secret' not in said + content
+        written = cv2.VideoCapture(str(tmp_path / 'yard.mp4'))
+        assert written.get(cv2.CAP_PROP_FRAME_COUNT) == len(results['results'])
+
+    def test_no_room_for_results(self, model, video, tmp_path, capsys):
+        """Those that fit are kept, and the file is whole."""
+        resource = pytest.importorskip('resource')
+        place, limits = tmp_path / 'found.json', resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
+        try:
+            assert run(model, video, '--json', place, '--score-thr', 0) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        said, results = capsys.readouterr().err, json.loads(place.read_text())
+        assert 1 <= len(results['results']) < 5 and place.stat().st_size <= 900
+        assert 'cannot be written any further: File too large' in said and said.count('\n') == 1
+        assert results['failures'].keys() == {'results'}
+
     def test_ctrl_c_leaves_what_was(self, model, photos, tmp_path, monkeypatch, capsys):
         out = tmp_path / 'out'
         run(model, photos, '--out-dir', out)
-        before, draw, calls = (out / 'results.json').read_bytes(), runtime.draw, []
+        before, write, calls = (out / 'results.json').read_bytes(), runtime._write_picture, []
 
         def interrupt(*args):
             calls.append(args)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return draw(*args)
+            return write(*args)
 
-        monkeypatch.setattr(runtime, 'draw', interrupt)
+        monkeypatch.setattr(runtime, '_write_picture', interrupt)
         assert run(model, photos, '--out-dir', out, '--top', 1) == 130
         assert capsys.readouterr().err == 'stopped by Ctrl-C\n'
         assert (out / 'results.json').read_bytes() == before
@@ -527,7 +560,7 @@ class TestPlaces:
             (os.symlink if place == 'link' else os.link)(photos / 'white.png', out / 'white.png')
         content = model.read_bytes()
         assert run(*words, '--out-dir', out) == 1
-        assert 'would be overwritten, and it is read' in capsys.readouterr().err
+        assert ', which is read: choose another' in capsys.readouterr().err
         assert (photos / 'white.png').read_bytes() == before and model.read_bytes() == content
 
     @pytest.mark.parametrize('kind, message', [
@@ -565,12 +598,18 @@ class TestPlaces:
         Image.new('RGB', (16400, 2)).save(photos / 'wide.png')
         (photos / 'wide.png').rename(photos / 'wide.webp')
         assert run(model, photos / 'wide.webp', '--out-dir', tmp_path / 'out') == 1
-        assert 'its results are in results.json' in capsys.readouterr().err
+        assert 'its results are in their file' in capsys.readouterr().err
         assert read_results(tmp_path / 'out')['results'][0]['width'] == 16400
 
     @pytest.mark.parametrize('words, status, message', [
         (['none'], 1, 'input none does not'), (['*.none'], 1, r'input \*\.none does not exist'),
         (['empty'], 1, 'folder empty holds no images'), (['pipe.png'], 1, 'is no file'),
+        (['empty/*.png'], 1, 'no image or video has a name of this pattern'),
+        (['ftp://a/b.avi'], 1, 'is no file, and no stream of http, https'),
+        (['http://['], 1, 'is no URL'), (['http://a/b.jpg'], 1, 'is a URL: download it'),
+        (['rtsp://a/b', 'a.png'], 1, 'is a stream: give it alone'),
+        (['sound.mp4'], 1, 'sound.mp4 cannot be opened as a video: it is damaged, or holds no'),
+        (['99'], 1, 'camera 99 cannot be opened: there is none of this number'),
         (['film.avi', 'a.png'], 1, 'is a video: give it alone'),
         (['a.png', '--batch-size', '0'], 2, 'must be a whole number, at least 1')])
     def test_inputs(self, model, tmp_path, monkeypatch, capsys, words, status, message):
@@ -578,6 +617,9 @@ class TestPlaces:
         (tmp_path / 'empty').mkdir()
         for name in ('film.avi', 'a.png'):
             (tmp_path / name).write_bytes(b'')
+        with wave.open(str(tmp_path / 'sound.mp4'), 'wb') as sound:
+            sound.setparams((1, 2, 8000, 0, 'NONE', ''))
+            sound.writeframes(bytes(8000))
         os.mkfifo(tmp_path / 'pipe.png')
         try:
             found = run(model, *words)

@@ -186,10 +186,10 @@ class TestResults:
         with serving(load_served(config, checkpoints[task], 'cpu')) as ask:
             if task == 'detector':
                 model, options, key = Detector(config, checkpoints[task], 'cpu'), 'score=0', 'bbox'
-                expected = [found.as_records(model.classes) for found in model.detect(pictures)]
+                expected = [found.as_records() for found in model.detect(pictures)]
             else:
                 model, options, key = Classifier(config, checkpoints[task], 'cpu'), 'top=2', 'label'
-                expected = [found.as_records(model.classes) for found in model.classify(pictures)]
+                expected = [found.as_records() for found in model.classify(pictures)]
             with ThreadPoolExecutor(4) as threads:
                 answers = [*threads.map(lambda each: ask(each, f'/predict?{options}'), pictures)]
             for index, (status, answer) in enumerate(answers):

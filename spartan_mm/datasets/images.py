@@ -19,11 +19,8 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
 from ..errors import InputError
+from ..runtime import MAX_PIXELS, MAX_PIXELS_VARIABLE, take_array
 from .data_errors import DataError, MissingDataError, UndecodableError, show
-
-#: How many pixels an image may have, unless this variable of the environment says otherwise.
-MAX_PIXELS = 200_000_000
-MAX_PIXELS_VARIABLE = 'SPARTAN_MM_MAX_PIXELS'
 
 #: What to do about images that do not exist.
 MISSING_REMEDY = ('check `data_root` and `data_prefix` (or `split`) of the dataset in the config, '
@@ -190,7 +187,7 @@ def take_image(value: Any, flag: str = 'color', backend: str | None = None) -> n
     if not isinstance(value, np.ndarray):
         raise InputError(f'{name} is no image: give the path or the content of a file, a Pillow '
                          'image or an array')
-    return _take_array(value)
+    return take_array(value)
 
 
 def list_images(images: Any) -> list[Any]:
@@ -201,39 +198,6 @@ def list_images(images: Any) -> list[Any]:
     if not isinstance(images, Iterable) or isinstance(images, Mapping | torch.Tensor):
         return [images]  # which is refused where it is taken
     return list(images)
-
-
-def _take_array(image: np.ndarray) -> np.ndarray:
-    """Make (H, W, 3) uint8 of an array, or say why not."""
-    described = f'an array of shape {image.shape} and type {image.dtype}'
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
-        raise InputError(f'{described} is no image: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)')
-    if not image.size:
-        raise InputError(f'{described} has no pixels')
-    if image.dtype != np.uint8:
-        image = _to_bytes(image, described)
-    image = image[..., :3]
-    return np.ascontiguousarray(image.repeat(3, axis=2) if image.shape[2] == 1 else image)
-
-
-def _to_bytes(image: np.ndarray, described: str) -> np.ndarray:
-    """Make uint8 of numbers from 0 to 255, and of 16 bits, unless it is open which they are."""
-    remedy = 'give uint8, from 0 to 255'
-    if image.dtype.kind not in 'uif':
-        raise InputError(f'{described} is no image: {remedy}')
-    least, most = image.min(), image.max()
-    if image.dtype == np.uint16 and most > 255:
-        return (image >> 8).astype(np.uint8)
-    # Not <, which NaN would pass.
-    if not (least >= 0 and most <= 255):
-        raise InputError(f'{described} has values from {least:g} to {most:g}: {remedy}')
-    scale = {'u': 65535 if image.dtype == np.uint16 else None, 'f': 1 if most <= 1 else None}
-    if most and scale.get(image.dtype.kind):
-        raise InputError(f'{described} has values up to {most:g}, which may be of 255 or of '
-                         f'{scale[image.dtype.kind]}: {remedy}')
-    return image.round().astype(np.uint8)
 
 
 def load_image(path: str, described: str, remedy: str, flag: str = 'color',

@@ -1,6 +1,7 @@
 """mmdet's inferencer, which knows the models of this package, and insists on weights that fit."""
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,29 @@ class DetInferencer(MMDetInferencer):
         self._from_folder = folder
         if folder and not inputs:
             raise InputError('the folder holds no images')
-        for value in inputs if self._pictures else ():
-            if isinstance(value, str | os.PathLike):
-                check_writable(self._pictures / Path(value).name, value)
+        files = [Path(value) for value in inputs if isinstance(value, str | os.PathLike)]
+        stems = Counter(file.stem for file in files)
+        self._shared = {stem for stem, number in stems.items() if number > 1}
+        for file in files if self._pictures else ():
+            check_writable(self._pictures / file.name, file)
+            if other := [each for each in files if each.name == file.name and each != file
+                         ] if file.stem in self._shared else None:
+                raise InputError(f'{file} and {other[0]} would have the same results in '
+                                 f'{self._pictures.parent}: give them in two calls')
         return [str(value) if isinstance(value, str | os.PathLike) else take_image(value)
                 for value in inputs]
+
+    def pred2dict(self, data_sample: Any, pred_out_dir: str = '') -> dict[str, Any]:
+        """Describe predictions, as mmdet's own, and write them.
+
+        NOTE: mmdet's own writes those of a.jpg and a.png into one a.json; here they are a.jpg.json
+        and a.png.json.
+        """
+        path = data_sample.get('img_path') or ''
+        if Path(path).stem in self._shared:
+            data_sample = data_sample.clone()
+            data_sample.set_metainfo(dict(img_path=f'{path}.'))
+        return super().pred2dict(data_sample, pred_out_dir)
 
     def _get_chunk_data(self, inputs: Iterable[Any], chunk_size: int
                         ) -> Iterator[list[tuple[Any, Any]]]:

@@ -20,6 +20,7 @@ from mmengine.visualization.vis_backend import force_init_env
 from ..datasets.images import load_image
 from ..errors import UsageError
 from ..requirements import require
+from ..text import first_line
 
 #: What the runs belong to, where programs sort them.
 PROJECT = 'spartan-mm'
@@ -137,8 +138,8 @@ class ResumableMLflowVisBackend(MLflowVisBackend):
 
     NOTE: mmengine's backend starts a run at each start, ends a training whose config has a name or
     a text that MLflow refuses, gives every picture the same name, and copies all logs at the end,
-    its own store's among them. MLflow 3.13 and later refuse to write files unless a variable of
-    the environment allows it.
+    its own store's among them. Newer versions of MLflow write files only if a variable of the
+    environment allows it.
 
     Args:
         save_dir: Folder for files.
@@ -155,12 +156,26 @@ class ResumableMLflowVisBackend(MLflowVisBackend):
         self._goes_on = False
 
     def _init_env(self) -> None:
-        """Start a run, or go on with one."""
+        """Start a run, or go on with one.
+
+        Raises:
+            UsageError: There is no server, or no place for files.
+        """
         self._tracking_uri = self._tracking_uri or os.environ.get('MLFLOW_TRACKING_URI')
         if self._tracking_uri is None:
             os.environ.setdefault('MLFLOW_ALLOW_FILE_STORE', 'true')
-        super()._init_env()
-        self._mlflow.end_run()
+        from mlflow import MlflowException
+        try:
+            super()._init_env()
+            self._mlflow.end_run()
+            self._start_run()
+        except MlflowException as error:
+            raise UsageError(
+                f'MLflow can start no run at {self._tracking_uri or self._save_dir}: '
+                f'{first_line(error)}; correct MLFLOW_TRACKING_URI, or train without this logger'
+                ) from error
+
+    def _start_run(self) -> None:
         before = _find_run(Path(self._save_dir), self._resume)
         if before is not None:
             try:
@@ -169,7 +184,7 @@ class ResumableMLflowVisBackend(MLflowVisBackend):
                 return
             except self._mlflow.MlflowException as error:
                 print_log(f'MLflow has no run {before} to go on with, a new one is started: '
-                          f'{error}', 'current')
+                          f'{first_line(error)}', 'current')
         run = self._mlflow.start_run(run_name=self._name)
         _keep_run(Path(self._save_dir), run.info.run_id)
 

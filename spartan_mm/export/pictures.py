@@ -82,7 +82,7 @@ def find_pictures(config: Config, wanted: int | str | Path = 8, seed: int = 0) -
                             f'{Path(wanted).resolve().name}')
         for path in (found.images[index] for index in chosen):
             image = take_image(path, **decoding_of(loader))
-            pictures.add(path.relative_to(found.root).as_posix(), prepare(image),
+            pictures.add(found.name_of(path), prepare(image),
                          image.shape[1::-1])
         return pictures
     try:

@@ -67,7 +67,7 @@ class ServedModel:
 
     def describe(self, found: Any, score: float, top: int) -> list[dict[str, Any]]:
         """Describe a result by dicts fit for JSON, those of ``spartan-mm infer``."""
-        raise NotImplementedError
+        return (found.above(score) if self.task == 'detection' else found.top(top)).as_records()
 
 
 class _Checkpoint(ServedModel):
@@ -77,8 +77,7 @@ class _Checkpoint(ServedModel):
                  ) -> None:
         self._model = load_model(config, checkpoint, choose_device(device), match_classes)
         self.name = Path(checkpoint or config).name
-        self.task = dict(detector='detection', classifier='classification')[self._model.kind]
-        self.classes = self._model.classes
+        self.task, self.classes = self._model.task, self._model.classes
 
     def prepare(self, content: bytes) -> Prepared:
         image = self._model.read(content)
@@ -87,11 +86,6 @@ class _Checkpoint(ServedModel):
     def find(self, pictures: Sequence[Prepared]) -> list[Detections | Classification]:
         batches = [picture.content for picture in pictures]
         return self._model.run({key: [batch[key][0] for batch in batches] for key in batches[0]})
-
-    def describe(self, found: Detections | Classification, score: float, top: int
-                 ) -> list[dict[str, Any]]:
-        best = found.above(score) if self.task == 'detection' else found.select(slice(top))
-        return best.as_records(self.classes)
 
 
 class _Exported(ServedModel):
@@ -117,9 +111,6 @@ class _Exported(ServedModel):
     def find(self, pictures: Sequence[Prepared]) -> list[Any]:
         return self._runtime.find([each.content for each in pictures],
                                   [(each.width, each.height) for each in pictures])
-
-    def describe(self, found: Any, score: float, top: int) -> list[dict[str, Any]]:
-        return (found.above(score) if self.task == 'detection' else found.top(top)).as_records()
 
 
 def load_served(file: str, checkpoint: str | None = None, device: str | None = None,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import soak
+from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
 from spartan_mm.engine.loggers import LOGGERS, require_loggers
-from spartan_mm.errors import ExplainedError
+from spartan_mm.errors import ExplainedError, UsageError
 
 TRAIN = Path(__file__).resolve().parents[2] / 'tools' / 'train.py'
 
@@ -29,6 +30,16 @@ def test_what_is_missing_is_said_in_a_sentence(name, words, monkeypatch):
     monkeypatch.setattr(sys, 'path_importer_cache', {})
     with pytest.raises(ExplainedError, match=words) as error:
         require_loggers([name])
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_ends_it_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://127.0.0.1:9')
+    monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
+    backend = VISBACKENDS.build(dict(type='ResumableMLflowVisBackend', save_dir=str(tmp_path)))
+    with pytest.raises(UsageError, match='no run at http://127.0.0.1:9: ') as error:
+        backend.add_config(Config())
     assert '\n' not in str(error.value)
 
 

@@ -114,7 +114,7 @@ def test_inference_from_the_file_alone(detector, classifier, kind):
         loaded = load_model(path, device='cpu')
         assert type(loaded) is task and loaded.classes == ('square', 'disc')
         assert_close(loaded.model.state_dict(), model.state_dict(), rtol=0, atol=0)
-        assert len(loaded.process([PICTURE])) == 1
+        assert len(loaded([PICTURE])) == 1
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'pth'])

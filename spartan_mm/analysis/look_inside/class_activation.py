@@ -26,7 +26,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -186,8 +186,8 @@ class Explainer:
         caption = (f'{best}  {score}' if number == 1 else
                    f'{number} × {best}, best {score}' if len(set(found.labels)) == 1 else
                    f'{number} detections, best {best} {score}')
-        record = dict(class_name=name, detections=found.as_records(classes))
-        found = Detections(found.boxes * (len(picture) / len(image)), found.labels, found.scores)
+        record = dict(class_name=name, detections=found.as_records())
+        found = replace(found, boxes=found.boxes * (len(picture) / len(image)))
         return Explanation(picture, _scale(inside), caption, found, record)
 
     def _score_detections(self, samples: list, label: int | None, images: Tensor
@@ -205,7 +205,7 @@ class Explainer:
         if not len(found):
             raise _NothingFoundError(best)
         chosen = Detections(*(found[key].detach().cpu().numpy()
-                              for key in ('bboxes', 'labels', 'scores')))
+                              for key in ('bboxes', 'labels', 'scores')), self.model.classes)
         return found.scores.float().logit(eps=_SCORE_EPS).sum(), chosen
 
     def _make_map(self, score: Callable[[Tensor], tuple[Tensor, Any]], images: Tensor

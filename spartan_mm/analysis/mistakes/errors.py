@@ -138,9 +138,7 @@ def compare(results: DetectorResults, score_threshold: float = 0.3, iou_threshol
         raise UsageError(f'iou_threshold={iou_threshold} must be above {_UNRELATED} and at most 1')
     for index in range(len(results.dataset)):
         info = results.dataset.get_data_info(index)
-        found, truth = results.found_in(info), read_truth(info)
-        order = np.argsort(-found.scores, kind='stable')
-        found = Detections(found.boxes[order], found.labels[order], found.scores[order])
+        found, truth = results.found_in(info).best_first(), read_truth(info)
         objects = ~truth.crowds
         overlaps = measure_overlaps(found.boxes, truth.boxes, truth.crowds)
         own = overlaps * (found.labels[:, None] == truth.labels)

@@ -71,8 +71,8 @@ def draw_found(image: Image.Image, found: Detections, classes: Sequence[str],
                longer_side: int) -> Image.Image:
     """Draw detections with their scores on a resized copy of an image."""
     pixels = np.array(resize(image, longer_side))[..., ::-1]
-    found = replace(found, boxes=found.boxes * longer_side / max(image.size))
-    return Image.fromarray(draw_detections(pixels, found, classes)[..., ::-1])
+    found = replace(found, boxes=found.boxes * longer_side / max(image.size), names=classes)
+    return Image.fromarray(draw_detections(pixels, found)[..., ::-1])
 
 
 def draw_pair(results: DetectorResults, index: int, score_threshold: float, longer_side: int

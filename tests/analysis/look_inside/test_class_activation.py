@@ -266,7 +266,7 @@ class TestDetector:
         assert record['detections'] == [
             dict(item, score=pytest.approx(item['score'], abs=1e-3),
                  bbox=pytest.approx(item['bbox'], abs=0.1))
-            for item in every.as_records(detector.classes)[:2]]
+            for item in every.as_records()[:2]]
         assert re.fullmatch(r'2 × square, best 0\.\d\d', explanation.caption)
         # Drawn where the picture has them, which is enlarged.
         factor = len(explanation.picture) // len(picture)

@@ -38,7 +38,7 @@ def test_as_the_model_sees_it(user_models, task, user_project):
     model = load_model(*user_models[task], device='cpu')
     seen = []
     model.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.process([model.read(picture)])
+    model([model.read(picture)])
 
     image = load_given(*user_models[task]).read(picture)
     assert image.std() > 0
