@@ -11,7 +11,7 @@ from .version import __version__
 
 #: What each command does. It lives in ``commands/``, with an underscore for the hyphen.
 COMMANDS = {
-    'train': 'train a model as its config describes',
+    'train': 'train a model on a folder of data, or as its config describes',
     'test': 'evaluate a checkpoint as its config describes',
     'infer': 'detect or classify in pictures, folders and videos',
     'serve': 'answer pictures over HTTP with boxes or classes',
@@ -134,7 +134,7 @@ def _run(command: str, flags: Sequence[str]) -> int:
 
     from .engine.launch import reporting
     with reporting():
-        args = make_parser(command).parse_args(flags)
+        args = make_parser(command).parse_args(flags, argparse.Namespace(words=flags))
         try:
             return args.run(args) or 0
         except UsageError as error:

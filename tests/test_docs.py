@@ -81,7 +81,7 @@ def test_python_compiles():
 
 
 @pytest.mark.parametrize('block', [
-    block for page, block in BLOCKS if page == 'docs/your-data.md' and 'model = ' in block])
+    block for page, block in BLOCKS if page == 'docs/train-your-data.md' and 'model = ' in block])
 def test_configs_build(block, tmp_path):
     path = tmp_path / 'my_config.py'
     path.write_text(block)

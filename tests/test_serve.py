@@ -35,7 +35,7 @@ from spartan_mm.serving.models import Prepared, ServedModel
 
 
 class Echo(ServedModel):
-    """Finds in a picture its width, after a while; fails at pictures of 13 pixels."""
+    """Finds in a picture its width, after a while; fails at 13 pixels, NaN at 14."""
 
     name, task, classes = 'echo', 'classification', ()
 
@@ -55,7 +55,7 @@ class Echo(ServedModel):
         return widths
 
     def describe(self, found, score, top):
-        return [dict(label=found)] * top
+        return [dict(label=found if found != 14 else float('nan'))] * top
 
 
 @contextmanager
@@ -239,9 +239,17 @@ class TestBatches:
     def test_a_fault_hits_the_picture_that_has_it(self, capfd):
         with serving(Echo(seconds=0.1)) as ask, ThreadPoolExecutor(8) as threads:
             answers = [*threads.map(lambda width: ask(picture_of(width)), range(8, 16))]
-        assert [status for status, _ in answers] == [200] * 5 + [500] + [200] * 2
+        assert [status for status, _ in answers] == [200] * 5 + [500] * 2 + [200]
         assert answers[5][1] == dict(error='the model fails on this picture: 13 is')
-        assert capfd.readouterr().err == 'error: RuntimeError: 13 is\n'
+        assert 'JSON' in answers[6][1]['error']  # it has no NaN
+        assert 'error: RuntimeError: 13 is\n' in capfd.readouterr().err
+
+    def test_model_that_takes_no_batches(self):
+        model = Echo()
+        model.find = lambda pictures: [0] if len(pictures) < 3 else 1 / 0
+        with server.bind('127.0.0.1', 0) as taken, pytest.raises(
+                InputError, match='echo fails on 4 pictures in a batch: division .* 2$'):
+            server.serve(model, taken, Limits())
 
     def test_full_queue(self):
         with serving(Echo(seconds=0.5), queue=2, batch_size=1) as ask:

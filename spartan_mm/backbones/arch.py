@@ -90,11 +90,14 @@ def check_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tupl
     return indices
 
 
-def check_images(x: Tensor, min_size: int) -> Tensor:
-    """Refuse images (N, C, H, W) that are too small, and lay them out as the device likes it."""
+def check_images(x: Tensor, min_size: int, name: str) -> Tensor:
+    """Refuse images (N, C, H, W) that are too small, and lay them out as the device likes it.
+
+    `name` is that of the backbone, for the error message.
+    """
     if min(x.shape[-2:]) < min_size:
         raise ValueError(
-            f'the input is {x.shape[-2]} x {x.shape[-1]} pixels (height x width), SpaRTAN needs at '
+            f'the input is {x.shape[-2]} x {x.shape[-1]} pixels (height x width), {name} needs at '
             f'least {min_size} x {min_size}: enlarge or pad it')
     if x.device.type != 'cpu' or torch._C._are_functorch_transforms_active():
         return x  # as the caller has decided; vmap knows one layout alone

@@ -1,10 +1,13 @@
 """Layers that SpaRTAN uses and its paper takes as known, and the gradient of a superposition."""
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6  # NOTE: PyTorch's default is 1e-5; the released weights were trained with this.
 
@@ -50,6 +53,8 @@ def fold_norm(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     """Fold a batch norm into the 1x1 convolution after it; what stays of a norm is returned."""
     if not isinstance(norm, _BatchNorm):
         return norm  # It looks at the map, and its weights cost nothing beside that.
+    if conv.bias is None:
+        conv.bias = nn.Parameter(conv.weight.new_zeros(len(conv.weight)), requires_grad=False)
     slope = norm.weight * (norm.running_var + norm.eps).rsqrt()
     conv.bias.add_(conv.weight.flatten(1) @ (norm.bias - norm.running_mean * slope))
     conv.weight.mul_(slope.view(-1, 1, 1))
@@ -92,6 +97,15 @@ class KeepStatistics:
         for norm, (momentum, num_batches_tracked) in zip(self.norms, self.saved, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(num_batches_tracked)
+
+
+def recompute(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a function of a module, whose maps the backward pass computes again."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    # A second pass over the same batch must not count twice in the running statistics.
+    contexts = nullcontext(), KeepStatistics(module)
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class Superposition(Function):

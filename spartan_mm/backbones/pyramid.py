@@ -107,9 +107,10 @@ def probe(backbone: nn.Module, neck: nn.Module, size: tuple[int, int, int]) -> N
 def refuse_size(name: str, size: Sequence[int], error: BaseException) -> str:
     """Say that a backbone does not run on images of a size, and what to do."""
     height, width = size
-    return (f'{name} does not take images of {height}x{width} pixels: {first_line(error)}; if it '
-            f'has these arguments, give it img_size=({height}, {width}), or strict_img_size=False; '
-            'else resize images to what it takes')
+    reason = first_line(error).rstrip('.')
+    return (f'{name} does not take images of {height}x{width} pixels: {reason}; if it has these '
+            f'arguments, give it img_size=({height}, {width}), or strict_img_size=False; else '
+            'resize images to what it takes')
 
 
 def _explain(error: Exception, backbone: nn.Module, size: Sequence[int]) -> str:

@@ -8,29 +8,19 @@ Maps are (N, C, H, W). R is the number of hidden channels of a CMixer, I of a br
 """
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
-from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
-from .arch import (
-    PRUNED_WIDTHS,
-    check_arch,
-    check_choice,
-    check_images,
-    check_out_indices,
-    check_state_dict,
-)
-from .layers import ACTIVATIONS, NORMS, DropPath, KeepStatistics, fold_norm, superpose
+from .arch import PRUNED_WIDTHS, check_arch, check_choice, check_state_dict
+from .layers import ACTIVATIONS, NORMS, DropPath, fold_norm, recompute, superpose
+from .staged import StagedBackbone
 
-for function in ('check_images', 'superpose'):
-    torch.fx.wrap(function)  # Steps that tracers take as a whole.
+torch.fx.wrap('superpose')  # A step that tracers take as a whole.
 
 
 class ConvNormAct(nn.Sequential):
@@ -233,11 +223,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if self.with_cp and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A second pass over the same batch must not count twice in the running statistics.
-            contexts = nullcontext(), KeepStatistics(self)
-            return checkpoint(self.mix, x, use_reentrant=False, context_fn=lambda: contexts)
-        return self.mix(x)
+        return recompute(self, self.mix, x) if self.with_cp else self.mix(x)
 
     def mix(self, x: Tensor) -> Tensor:
         """x + scale1 * smixer(norm1(x)), then the same with 2 (Eqs. 1 and 2)."""
@@ -282,10 +268,13 @@ CHANNEL_MIXERS = {'cmixer': CMixer}
 
 
 @MODELS.register_module()
-class SpaRTAN(BaseModule):
+class SpaRTAN(StagedBackbone):
     """SpaRTAN, a light convolutional backbone with four stages of stride 4, 8, 16 and 32.
 
     The defaults are those of the released models; the paper's ablations are options.
+
+    Images are at least 32 pixels high and wide: the stem rounds a quarter of that up, later stages
+    round down.
 
     NOTE: block i of n, from 0, drops at drop_path_rate * i / n as released: the last below it.
 
@@ -347,9 +336,11 @@ class SpaRTAN(BaseModule):
                  block_norm: str = 'LN', drop_path_rate: float = 0.1, frozen_stages: int = -1,
                  norm_eval: bool = False, with_cp: bool = False,
                  init_cfg: dict | list[dict] | None = None):
-        super().__init__(init_cfg)
-        self.arch = check_arch(arch, conv_types, self.arch_settings)
-        depths, channels = self.arch['depths'], self.arch['channels']
+        arch = check_arch(arch, conv_types, self.arch_settings)
+        depths, channels = arch['depths'], arch['channels']
+        super().__init__(channels, 4, out_indices, drop_path_rate, frozen_stages, norm_eval,
+                         init_cfg)
+        self.arch = arch
         check_choice('spatial_mixer', spatial_mixer, SPATIAL_MIXERS)
         check_choice('channel_mixer', channel_mixer, CHANNEL_MIXERS)
         check_choice('low_freq_kernel', low_freq_kernel, (3, 5))
@@ -357,17 +348,6 @@ class SpaRTAN(BaseModule):
             check_choice(name, act, ACTIVATIONS)
         for name, norm in dict(conv_norm=conv_norm, block_norm=block_norm).items():
             check_choice(name, norm, NORMS)
-        check_choice('frozen_stages', frozen_stages, range(-1, len(depths) + 1))
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} is not in [0, 1)')
-
-        self.out_indices = check_out_indices(out_indices, len(depths))
-        self.out_channels = tuple(channels[i] for i in self.out_indices)
-        self.strides = tuple(4 * 2**i for i in self.out_indices)
-        self.min_size = 2 * 2**len(depths)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.deploy = False
 
         options = dict(norm=conv_norm, act=block_act)
         make_smixer = partial(SPATIAL_MIXERS[spatial_mixer], **options)
@@ -391,56 +371,7 @@ class SpaRTAN(BaseModule):
                       make_cmixer(width, ratio, conv_type, hidden_channels=hidden),
                       block_norm, next(rates), with_cp) for _ in range(depth)]))
         self.apply(init_parameters)
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, in_channels, H, W) to one (N, C, H', W') map for each of `out_indices`.
-
-        H and W are at least 32 and otherwise free: the stem rounds H / 4 up, later stages round
-        down. A smaller image raises a ValueError.
-        """
-        x = self.stem(check_images(x, self.min_size))
-        maps = []
-        for i, stage in enumerate(self.stages[:self.out_indices[-1] + 1]):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-        return tuple(maps)
-
-    def train(self, mode: bool = True) -> 'SpaRTAN':
-        """Switch between training and evaluation, except for what is frozen or under `norm_eval`.
-
-        The deploy form raises a RuntimeError if training is asked of it.
-        """
-        if mode and self.deploy:
-            raise RuntimeError('SpaRTAN is in deploy form, whose folded weights cannot be trained: '
-                               'build it anew and load the checkpoint of the training')
-        super().train(mode)
-        for module in self.frozen_modules():
-            module.eval()
-        for module in self.modules():
-            if self.norm_eval and isinstance(module, _BatchNorm):
-                module.eval()
-        return self
-
-    @torch.no_grad()
-    def switch_to_deploy(self) -> None:
-        """Take the form for inference: the same function with less to compute, for good.
-
-        Batch norms, layer scales and modulations are folded into convolutions. A second call
-        changes nothing.
-        """
-        if not self.deploy:
-            self.eval().requires_grad_(False)
-            for module in [*self.modules()][1:]:
-                if hasattr(module, 'switch_to_deploy'):
-                    module.switch_to_deploy()
-            self.deploy = True
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """The stem and the stages that `frozen_stages` names."""
-        return [self.stem, *self.stages][:self.frozen_stages + 1]
+        self.freeze()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         check_state_dict(self, state_dict, prefix)

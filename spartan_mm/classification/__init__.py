@@ -15,14 +15,15 @@ from .. import (
     model_index,
 )
 from .dataset import CheckedImageFolder, CheckedImageNet
+from .heads import AveragedClsHead
 from .hooks import AverageStatisticsHook
 from .losses import HardLabelSmoothLoss
 from .schedules import WarmupCosineLR
 from .transforms import TorchvisionTransforms
 
 __all__ = [
-    'AverageStatisticsHook', 'CheckedImageFolder', 'CheckedImageNet', 'HardLabelSmoothLoss',
-    'TorchvisionTransforms', 'WarmupCosineLR'
+    'AverageStatisticsHook', 'AveragedClsHead', 'CheckedImageFolder', 'CheckedImageNet',
+    'HardLabelSmoothLoss', 'TorchvisionTransforms', 'WarmupCosineLR'
 ]
 
 # By name in mmpretrain's get_model, list_models and inferencers.

@@ -22,6 +22,7 @@ from ..datasets.images import (
     load_image,
     with_checked_loader,
 )
+from ..datasets.part import Part, check_part, choose_part
 from ..datasets.settings import find_argument_faults, raise_first, with_class_names
 
 
@@ -44,6 +45,8 @@ class CheckedImageFolder(CustomDataset):
             another picture in training and log a warning; None for 'replace' if ``split`` is
             'train', else 'stop'. A missing picture always stops.
         max_bad_images: The share of the pictures that may be replaced before training stops.
+        part: The part of the pictures of each class to take, where one folder is for training and
+            validation, see :func:`.choose_part`; None for all.
         kwargs: Arguments of mmpretrain's ``CustomDataset``.
 
     Raises:
@@ -58,6 +61,7 @@ class CheckedImageFolder(CustomDataset):
                  allow_empty_classes: bool = False,
                  bad_images: str | None = None,
                  max_bad_images: float = 0.01,
+                 part: Part = None,
                  **kwargs: Any) -> None:
         raise_first(find_argument_faults(
             type(self), dict(kwargs, data_root=data_root, split=split, ann_file=ann_file,
@@ -67,8 +71,10 @@ class CheckedImageFolder(CustomDataset):
         kwargs['metainfo'] = with_class_names(kwargs.get('metainfo'))
         kwargs['pipeline'] = with_checked_loader(kwargs.get('pipeline', ()))
         self.allow_empty_classes = allow_empty_classes
+        check_part(part)
+        self.part = part
         # NOTE: mmpretrain's evaluation does not set test_mode, so the name of the split decides.
-        training = split == 'train' and not kwargs.get('test_mode')
+        training = (part['name'] if part else split) == 'train' and not kwargs.get('test_mode')
         self.bad_images = BadImages(bad_images or ('replace' if training else 'stop'),
                                     max_bad_images)
         if split:
@@ -102,7 +108,7 @@ class CheckedImageFolder(CustomDataset):
         if not self.with_label:
             return [dict(img_path=fileio.join_path(self.img_prefix, name)) for name in samples]
         return [dict(img_path=fileio.join_path(self.img_prefix, name), gt_label=label)
-                for name, label in samples]
+                for name, label in self._take_part(samples)]
 
     def prepare_data(self, idx: int) -> Any:
         """Run the pipeline on a picture, or on another one in place of a bad one.
@@ -153,6 +159,21 @@ class CheckedImageFolder(CustomDataset):
             raise DataError(f'{self.img_prefix} has no picture in it '
                             f'({", ".join(sorted(self.extensions))}).')
         return samples
+
+    def _take_part(self, samples: list) -> list:
+        """Take a part of the pictures of each class; of a single one, training has it."""
+        if self.part is None:
+            return samples
+        of_class: dict[int, list] = {}
+        for sample in samples:
+            of_class.setdefault(sample[1], []).append(sample)
+        taken = []
+        for found in of_class.values():
+            if len(found) > 1:
+                taken += [found[i] for i in choose_part([name for name, _ in found], self.part)]
+            elif self.part['name'] == 'train':
+                taken += found
+        return taken
 
     def _read_list(self) -> list:
         """Read the names and, unless ``with_label`` is False, the labels in ``ann_file``."""

@@ -62,6 +62,8 @@ from .settings import (
 # Images that a task of a worker process decodes.
 _CHUNK = 32
 _MAX_SUSPECTS = 100
+# Settings that say what a dataset holds.
+_TRUTH = ('type', 'data_root', 'ann_file', 'data_prefix', 'metainfo', 'part')
 
 Progress = Callable[[Iterable, str, int], Iterable]
 
@@ -488,7 +490,7 @@ def _read_coco(dataset: Any) -> tuple[Content, list[Finding]]:
                 'CheckedCocoDataset'))
     prefix = dataset.data_prefix.get('img', '')
     infos = [dict(img_path=os.path.join(prefix, image['file_name']), img_id=image['id'],
-                  width=image['width'], height=image['height'], ann_file=dataset.ann_file)
+                  width=image['width'], height=image['height'], ann_file=file.name)
              for image in file.images]
     findings = [Finding(finding.level, finding.kind, f'{file.name}: {finding.message}',
                         finding.count,
@@ -543,6 +545,11 @@ def _check_model(model: Mapping[str, Any], report: Report) -> Iterator[Finding]:
 def _check_evaluator(cfg: Config, split: str, dataset: Mapping[str, Any]) -> Iterator[Finding]:
     """Compare the annotation file of the evaluator with that of the dataset."""
     for evaluator in find_metrics(cfg.get(f'{split}_evaluator')):
+        truth = evaluator.get('dataset') if isinstance(evaluator, Mapping) else None
+        if isinstance(truth, Mapping) and isinstance(dataset, Mapping) and any(
+                truth.get(key) != dataset.get(key) for key in _TRUTH):
+            yield Finding('warning', 'other evaluator', f'{split}_evaluator takes the truth of '
+                          f'another dataset than that of {split}_dataloader')
         theirs = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
         own = dataset.get('ann_file') if isinstance(dataset, Mapping) else None
         if not (theirs and isinstance(theirs, str)):

@@ -88,16 +88,20 @@ class CocoFile:
         allow_no_objects: Whether no object at all is no error.
         classes_by_name: Whether the labels follow the order of ``classes``, of which the file may
             lack some; a category that it lacks has the id None.
+        findings: What was found while the content was read.
     """
 
     @no_garbage_collection()
     def __init__(self, content: Any, name: str, classes: Sequence[str] | str | None = None,
                  evaluation: bool = False, invalid_boxes: str = 'error',
-                 allow_no_objects: bool = False, classes_by_name: bool = False) -> None:
+                 allow_no_objects: bool = False, classes_by_name: bool = False,
+                 findings: Sequence[Finding] = ()) -> None:
+        #: What was examined.
+        self.content = content
         self.name = name
         self.evaluation = evaluation
         self.invalid_boxes = invalid_boxes
-        self.findings: list[Finding] = []
+        self.findings: list[Finding] = [*findings]
 
         #: The sound images, categories and annotations; of the categories, those in use.
         self.images: list[dict] = []

@@ -158,7 +158,8 @@ def _rehearse(kind: type, options: Mapping, classes: int, with_masks: bool) -> s
     """Let a metric without a file evaluate a made-up prediction; say how it fails."""
     with tempfile.TemporaryDirectory() as folder, _silence():
         changes = {key: value for key, value in dict(
-            ann_file=None, outfile_prefix=f'{folder}/results').items() if key in options}
+            ann_file=None, dataset=None, outfile_prefix=f'{folder}/results').items()
+            if key in options}
         try:
             metric = kind(**{**options, **changes})
             metric.dataset_meta = dict(classes=tuple(f'class {i}' for i in range(classes)))
@@ -166,7 +167,7 @@ def _rehearse(kind: type, options: Mapping, classes: int, with_masks: bool) -> s
             metric.compute_metrics(metric.results)
         except Exception as error:
             shown = ', '.join(f'{key}={value!r}' for key, value in options.items()
-                              if key != 'ann_file')
+                              if key not in ('ann_file', 'dataset'))
             return (f'{kind.__name__}({shown}) cannot evaluate: {type(error).__name__}: '
                     f'{first_line(error)}; correct these options')
     return None

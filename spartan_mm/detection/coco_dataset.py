@@ -13,9 +13,11 @@ from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.logging import print_log
 
 from ..datasets.coco_file import NOTHING_LEFT, CocoFile, no_garbage_collection, read_json
-from ..datasets.data_errors import DataError
+from ..datasets.data_errors import DataError, Finding
 from ..datasets.images import BadImages, LoadCheckedImage, with_checked_loader
+from ..datasets.part import Part, check_part, take_part
 from ..datasets.settings import find_argument_faults, raise_first, with_class_names
+from ..engine.data_order import surrounded
 from ..text import printable
 
 
@@ -56,6 +58,8 @@ class CheckedCocoDataset(CocoDataset):
             another image in training and log a warning; None for 'stop' in test mode and 'replace'
             in training. A missing image always stops.
         max_bad_images: The share of the images that may be replaced before training stops.
+        part: The part of the images to take, where one file is for training and validation, see
+            :func:`.take_part`; None for all.
 
     Raises:
         FileNotFoundError: There is no annotation file.
@@ -68,13 +72,16 @@ class CheckedCocoDataset(CocoDataset):
 
     def __init__(self, *args: Any, invalid_boxes: str = 'error', allow_no_objects: bool = False,
                  classes_by_name: bool = False, bad_images: str | None = None,
-                 max_bad_images: float = 0.01, test_mode: bool = False, **kwargs: Any) -> None:
+                 max_bad_images: float = 0.01, part: Part = None, test_mode: bool = False,
+                 **kwargs: Any) -> None:
         if invalid_boxes not in ('error', 'drop'):
             raise ValueError(f"invalid_boxes={invalid_boxes!r} must be 'error' or 'drop'.")
         self.invalid_boxes = invalid_boxes
         raise_first(find_argument_faults(
             type(self), dict(kwargs, test_mode=test_mode, allow_no_objects=allow_no_objects,
                              classes_by_name=classes_by_name), type(self).__name__))
+        check_part(part)
+        self.part = part
         kwargs['metainfo'] = with_class_names(kwargs.get('metainfo'))
         kwargs['pipeline'] = with_checked_loader(kwargs.get('pipeline', ()))
         # mmdet's default names no folder of images.
@@ -129,22 +136,41 @@ class CheckedCocoDataset(CocoDataset):
             for image, image_annotations in zip(file.images, per_image, strict=True)
         ]
 
-    def examine(self) -> CocoFile:
-        """Read the annotation file and look for everything that is wrong with it.
+    @property
+    def source(self) -> str:
+        """What the annotations are read from, for messages."""
+        return self.ann_file
+
+    def read_annotations(self) -> tuple[Any, list[Finding]]:
+        """Read the annotations as a COCO file has them, unexamined; and what else is to be said.
 
         Raises:
             MissingDataError: There is no annotation file.
             DataError: It is no JSON file.
         """
-        return CocoFile(read_json(self.ann_file, self.backend_args), self.ann_file,
-                        self._metainfo.get('classes'), self.test_mode, self.invalid_boxes,
-                        self.allow_no_objects, self.classes_by_name)
+        return read_json(self.ann_file, self.backend_args), []
+
+    def examine(self, **options: Any) -> CocoFile:
+        """Read the annotations and look for everything that is wrong with them.
+
+        Args:
+            options: Arguments of :class:`.CocoFile` that are to be others than the dataset's.
+
+        Raises:
+            MissingDataError: There is no annotation file.
+            DataError: It is no JSON file.
+        """
+        content, findings = self.read_annotations()
+        return CocoFile(take_part(content, self.part, self.source), self.source, **dict(
+            classes=self._metainfo.get('classes'), evaluation=self.test_mode,
+            invalid_boxes=self.invalid_boxes, allow_no_objects=self.allow_no_objects,
+            classes_by_name=self.classes_by_name, findings=findings) | options)
 
     def filter_data(self) -> list[dict]:
         """Filter images by ``filter_cfg``; an error if none is left."""
         kept = super().filter_data()
         if not kept:
-            raise DataError(f'{self.ann_file}: {NOTHING_LEFT.format(self.filter_cfg)}')
+            raise DataError(f'{self.source}: {NOTHING_LEFT.format(self.filter_cfg)}')
         return kept
 
     def prepare_data(self, idx: int) -> Any:
@@ -154,14 +180,15 @@ class CheckedCocoDataset(CocoDataset):
             DataError: The image, or too many of them, cannot be decoded, or it has not the
                 annotated size.
         """
-        return self.bad_images.fetch(super().prepare_data, idx, len(self))
+        with surrounded(self, range(len(self))):
+            return self.bad_images.fetch(super().prepare_data, idx, len(self))
 
     def get_data_info(self, idx: int) -> dict:
         """Get what the pipeline starts from, with the name of the annotation file for messages."""
-        return dict(super().get_data_info(idx), ann_file=self.ann_file)
+        return dict(super().get_data_info(idx), ann_file=self.source)
 
     def _log(self, message: str) -> None:
-        print_log(printable(f'{self.ann_file}: {message}'), logger='current')
+        print_log(printable(f'{self.source}: {message}'), logger='current')
 
 
 # Its name is mmdet's, too.

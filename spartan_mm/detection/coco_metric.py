@@ -1,7 +1,7 @@
 """COCO's metrics, of predictions that are checked, by pycocotools or by the same in C++."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from types import ModuleType
@@ -11,7 +11,7 @@ import numpy as np
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation import CocoMetric
 from mmdet.evaluation.metrics import coco_metric as mmdet_metric
-from mmdet.registry import METRICS
+from mmdet.registry import DATASETS, METRICS
 from mmengine.logging import print_log
 
 from ..datasets.coco_file import CocoFile, read_json
@@ -34,8 +34,10 @@ class CheckedCocoMetric(CocoMetric):
     NOTE: Annotations are numbered anew: to pycocotools, an object with the id 0 is never found.
 
     Args:
-        ann_file: The annotation file; None to take the ground truth from the data samples, which
-            leaves nothing to compare the images with.
+        ann_file: The annotation file; None to take the ground truth from `dataset`, or else from
+            the data samples, which leaves nothing to compare the images with.
+        dataset: A dataset of this package, or its config, whose annotations are the ground truth,
+            where they are in no file of COCO's format.
         missing_images: What to do if images of the file have no predictions: 'error' to stop,
             'leave_out' to evaluate the others alone and log their number, for a dataset with
             ``indices``.
@@ -52,7 +54,7 @@ class CheckedCocoMetric(CocoMetric):
     """
 
     def __init__(self, ann_file: str | None = None, missing_images: str = 'error',
-                 backend: str = 'pycocotools', **kwargs: Any) -> None:
+                 backend: str = 'pycocotools', dataset: Any = None, **kwargs: Any) -> None:
         if missing_images not in ('error', 'leave_out'):
             raise ValueError(f"missing_images={missing_images!r} must be 'error' or 'leave_out'.")
         if kwargs.get('sort_categories'):
@@ -72,11 +74,20 @@ class CheckedCocoMetric(CocoMetric):
         self.backend = backend
         self.missing_images = missing_images
         self.ann_file = ann_file
-        if ann_file is not None:
-            content = read_json(ann_file, self.backend_args)
-            file = CocoFile(content, ann_file, evaluation=True, invalid_boxes='keep')
-            file.raise_errors()
-            self._coco_api = _index(content)
+        strict = dict(evaluation=True, invalid_boxes='keep')
+        if ann_file is not None and dataset is not None:
+            raise ValueError('ann_file and dataset both name the ground truth: give one of them.')
+        if dataset is not None:
+            if isinstance(dataset, Mapping):
+                dataset = DATASETS.build(dict(dataset, pipeline=[], lazy_init=True))
+            file = dataset.examine(classes=None, classes_by_name=False, **strict)
+            self.ann_file = file.name
+        elif ann_file is not None:
+            file = CocoFile(read_json(ann_file, self.backend_args), ann_file, **strict)
+        else:
+            return
+        file.raise_errors()
+        self._coco_api = _index(file.content)
 
     @property
     def dataset_meta(self) -> dict | None:

@@ -252,11 +252,7 @@ class AntialiasedResize(Resize):
         new_width, new_height = results['scale']
         if self.keep_ratio:
             new_width, new_height = mmcv.rescale_size((width, height), results['scale'])
-        pixels = torch.from_numpy(_contiguous(image)).permute(2, 0, 1)[None]  # (1, C, H, W)
-        resized = functional.interpolate(pixels, size=(new_height, new_width), mode='bilinear',
-                                         antialias=True)
-        # In planes behind the view of pixels, which is what gets packed in the end: no copy.
-        results['img'] = resized[0].permute(1, 2, 0).numpy()
+        results['img'] = resize_antialiased(image, new_height, new_width)
         results['img_shape'] = (new_height, new_width)
         results['scale_factor'] = (new_width / width, new_height / height)
         results['keep_ratio'] = self.keep_ratio
@@ -264,6 +260,14 @@ class AntialiasedResize(Resize):
     def __repr__(self) -> str:
         return (f'{type(self).__name__}(scale={self.scale}, keep_ratio={self.keep_ratio}, '
                 f'clip_object_border={self.clip_object_border})')
+
+
+def resize_antialiased(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize an image (H, W, C) uint8 bilinearly, smoothing before it shrinks."""
+    pixels = torch.from_numpy(_contiguous(image)).permute(2, 0, 1)[None]  # (1, C, H, W)
+    resized = functional.interpolate(pixels, size=(height, width), mode='bilinear', antialias=True)
+    # In planes behind the view of pixels, which is what gets packed in the end: no copy.
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _contiguous(image: np.ndarray) -> np.ndarray:

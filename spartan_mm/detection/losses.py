@@ -37,15 +37,20 @@ class IoUAwareVarifocalLoss(nn.Module):
             quality: (...,), IoU with the matched ground truth, no gradient.
         """
         logits = logits.float()
-        matched = _one_hot(labels, logits.shape[-1])
-        target = matched * quality[..., None]
+        # NOTE: F.one_hot would make the host wait for the largest label.
+        matched = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+        target, weight = self.of_matched(quality[..., None])
         negative = self.alpha * logits.detach().sigmoid() ** self.gamma
         return self.loss_weight * F.binary_cross_entropy_with_logits(
-            logits, target, torch.where(matched, target, negative), reduction='none')
+            logits, matched * target, torch.where(matched, weight, negative), reduction='none')
+
+    def of_matched(self, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Target and weight of a matched class."""
+        return quality, quality
 
 
 @MODELS.register_module()
-class MatchabilityAwareLoss(nn.Module):
+class MatchabilityAwareLoss(IoUAwareVarifocalLoss):
     """Varifocal loss that takes poor matches seriously.
 
     Sources: `DEIM <https://arxiv.org/abs/2412.04234>`_, section 3.3. The target of the matched
@@ -61,31 +66,11 @@ class MatchabilityAwareLoss(nn.Module):
     """
 
     def __init__(self, gamma: float = 1.5, alpha: float = 1.0, loss_weight: float = 1.0):
-        super().__init__()
-        self.gamma = gamma
-        self.alpha = alpha
-        self.loss_weight = loss_weight
+        super().__init__(alpha, gamma, loss_weight)
 
-    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
-        """The term of every query and class, (..., C), in float32.
-
-        Args:
-            logits: (..., C), class logits.
-            labels: (...,), matched class, C where there is none.
-            quality: (...,), IoU with the matched ground truth, no gradient.
-        """
-        logits = logits.float()
-        matched = _one_hot(labels, logits.shape[-1])
-        target = matched * quality[..., None] ** self.gamma
-        negative = self.alpha * logits.detach().sigmoid() ** self.gamma
-        return self.loss_weight * F.binary_cross_entropy_with_logits(
-            logits, target, negative.masked_fill(matched, 1.), reduction='none')
-
-
-def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Where the matched classes are, (..., C)."""
-    # NOTE: F.one_hot would make the host wait for the largest label.
-    return labels[..., None] == torch.arange(num_classes, device=labels.device)
+    def of_matched(self, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Target and weight of a matched class."""
+        return quality ** self.gamma, torch.ones_like(quality)
 
 
 def paired_overlaps(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Source: `DETRs Beat YOLOs on Real-time Object Detection <https://arxiv.org/abs/2
 import copy
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -116,10 +117,12 @@ class RTDETRDecoder(BaseModule):
         ffn_dims: Width of the feed-forward network.
         dropout: Drop probability.
         act: 'relu' or 'silu', between linear layers.
+        query_pos_layers: Linear layers between a box and its query's position: 2, the first of them
+            twice as wide, or 3 as wide as the queries, as DEIM's RT-DETRs have it.
         init_cfg: See mmengine's BaseModule.
 
     Raises:
-        ValueError: `eval_idx` names no layer.
+        ValueError: `eval_idx` names no layer, or `query_pos_layers` is another number.
     """
 
     deploy = False
@@ -128,8 +131,10 @@ class RTDETRDecoder(BaseModule):
     def __init__(self, in_channels: Sequence[int] = (256, 256, 256), embed_dims: int = 256,
                  num_layers: int = 6, eval_idx: int = -1, num_heads: int = 8,
                  num_points: int | Sequence[int] = 4, ffn_dims: int = 1024, dropout: float = 0.,
-                 init_cfg: dict | None = None, act: str = 'relu'):
+                 init_cfg: dict | None = None, act: str = 'relu', query_pos_layers: int = 2):
         super().__init__(init_cfg)
+        if query_pos_layers not in (2, 3):
+            raise ValueError(f'RTDETRDecoder: query_pos_layers={query_pos_layers} must be 2 or 3')
         if not -num_layers <= eval_idx < num_layers:
             raise ValueError(f'RTDETRDecoder: eval_idx={eval_idx} names none of the {num_layers} '
                              f'layers; use {-num_layers} to {num_layers - 1}')
@@ -137,9 +142,10 @@ class RTDETRDecoder(BaseModule):
         self.num_layers = num_layers
         self.eval_idx = eval_idx % num_layers
         self.input_projs = nn.ModuleList(ConvNorm(c, embed_dims) for c in in_channels)
-        self.query_pos_head = nn.Sequential(
-            nn.Linear(4, 2 * embed_dims), ACTIVATIONS[act](),
-            nn.Linear(2 * embed_dims, embed_dims))
+        hidden = [2 * embed_dims] if query_pos_layers == 2 else [embed_dims] * 2
+        self.query_pos_head = nn.Sequential(nn.Linear(4, hidden[0]))
+        for inputs, outputs in pairwise([*hidden, embed_dims]):
+            self.query_pos_head.extend([ACTIVATIONS[act](), nn.Linear(inputs, outputs)])
         layer = self.make_layer(embed_dims, num_heads, len(in_channels), num_points, ffn_dims,
                                 dropout, act)
         # As in the official code all layers start from the same weights.
@@ -151,7 +157,7 @@ class RTDETRDecoder(BaseModule):
 
     def init_weights(self) -> None:
         """Xavier for the query positions; everything else keeps the weights of its constructor."""
-        for linear in (self.query_pos_head[0], self.query_pos_head[2]):
+        for linear in self.query_pos_head[::2]:
             nn.init.xavier_uniform_(linear.weight)
         super().init_weights()
 
@@ -192,8 +198,11 @@ class RTDETRDecoder(BaseModule):
             reference = box.detach()
             query_pos = self.query_pos_head(reference.to(query.dtype))
             query = layer(query, query_pos, memory, reference, spatial_shapes, attn_mask)
-            # The layer itself sees a detached box, its correction is added to the attached one.
-            box = (reg_branch(query).float() + inverse_sigmoid(box)).sigmoid()
+            # The layer itself sees a detached box. Its correction is added to the attached one of
+            # the layer before it, which has no gradient to those before that one.
+            correction, attached = reg_branch(query).float(), box
+            box = (correction + inverse_sigmoid(reference)).sigmoid()
             states.append(query)
-            boxes.append(box)
+            boxes.append((correction + inverse_sigmoid(attached)).sigmoid() if self.training
+                         else box)
         return Decoded(states, boxes)

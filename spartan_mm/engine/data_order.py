@@ -4,8 +4,9 @@ A run that goes on in the middle of an epoch then sees the same pictures, change
 as one that was never interrupted, and decodes none that it has seen.
 """
 
-from collections.abc import Iterator
-from itertools import islice
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,33 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .random_state import own_random_numbers
 
-# Index of an item, and its place: epoch, batch and position in the batch, all from 0.
-PlacedIndex = tuple[int, tuple[int, int, int]]
+#: How many items a worker had last are told to those that it makes.
+RECENT = 50
+
+# Index of an item; its place: epoch, batch and position in the batch, all from 0; and the indices
+# of the last items that its worker has had, those of its batch among them.
+PlacedIndex = tuple[int, tuple[int, int, int], tuple[int, ...]]
+
+# What an item that is being made may take others from.
+_surroundings: list[tuple[Any, Sequence[int]]] = []
+
+
+@contextmanager
+def surrounded(dataset: Any, indices: Sequence[int]) -> Iterator[None]:
+    """Tell the transforms of an item which others there are; what is told first counts."""
+    _surroundings.append((dataset, indices))
+    try:
+        yield
+    finally:
+        _surroundings.pop()
+
+
+def surroundings() -> tuple[Any, Sequence[int]]:
+    """The dataset of the item that is being made, and the indices in it to draw others from.
+
+    None and no indices if nobody has told.
+    """
+    return _surroundings[0] if _surroundings else (None, ())
 
 
 class PlacedBatches:
@@ -23,21 +49,29 @@ class PlacedBatches:
 
     Args:
         batch_sampler: The batch sampler; attributes not found here are looked up in it.
+        num_workers: Number of workers, which take turns at the batches.
 
     Attributes:
         epoch: The epoch that the next iteration is of, from 0.
         first: Number of its batches to leave out.
     """
 
-    def __init__(self, batch_sampler: Any) -> None:
+    def __init__(self, batch_sampler: Any, num_workers: int = 0) -> None:
         self.batch_sampler = batch_sampler
+        self.num_workers = num_workers
         self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[list[PlacedIndex]]:
         """Iterate over the rest of the epoch."""
         epoch, first = self.epoch, self.first
-        for number, batch in enumerate(islice(self.batch_sampler, first, None), first):
-            yield [(index, (epoch, number, place)) for place, index in enumerate(batch)]
+        recent = [deque(maxlen=RECENT) for _ in range(max(1, self.num_workers))]
+        for number, batch in enumerate(self.batch_sampler):
+            of_worker = recent[number % len(recent)]
+            of_worker.extend(batch)
+            if number >= first:
+                nearby = tuple(of_worker)
+                yield [(index, (epoch, number, place), nearby)
+                       for place, index in enumerate(batch)]
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch."""
@@ -66,8 +100,8 @@ class PlacedDataset(Dataset):
 
     def __getitem__(self, placed: PlacedIndex) -> Any:
         """Make an item."""
-        index, place = placed
-        with own_random_numbers(*self._entropy, *place):
+        index, place, nearby = placed
+        with own_random_numbers(*self._entropy, *place), surrounded(self.dataset, nearby):
             return self.dataset[index]
 
     def __len__(self) -> int:
@@ -99,7 +133,7 @@ def place_batches(loader: DataLoader, seed: int) -> None:
     keep_apart(loader)
     # Behind the back of a check: torch would have both set from the beginning.
     vars(loader).update(dataset=PlacedDataset(loader.dataset, seed, get_rank()),
-                        batch_sampler=PlacedBatches(loader.batch_sampler))
+                        batch_sampler=PlacedBatches(loader.batch_sampler, loader.num_workers))
 
 
 def keep_apart(loader: DataLoader) -> None:

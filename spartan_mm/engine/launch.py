@@ -45,6 +45,9 @@ VISUALIZATION_HOOKS = {
     'VisualizationHook': ('enable', 'out_dir'),
 }
 
+#: What the whole config is called in a work dir whose own config lies there.
+WHOLE_CONFIG = 'whole_config.py'
+
 #: How long one process waits for another before it gives up, in seconds, unless the config's
 #: env_cfg.dist_cfg.timeout says otherwise. The evaluation of a large dataset in one process, which
 #: the others wait for, has to fit in.
@@ -91,6 +94,10 @@ def load_config(path: str, work_dir: str | None = None, options: dict[str, Any] 
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
+    elif _is_own(cfg):
+        # mmengine's runner writes the whole config under this name.
+        object.__setattr__(cfg, '_filename', str(Path(cfg.work_dir, WHOLE_CONFIG)))
+        cfg.setdefault('experiment_name', Path(cfg.work_dir).name)
     return cfg
 
 
@@ -439,12 +446,21 @@ def _check_work_dir(cfg: Config) -> None:
     """Check that there is a work dir, and that the config that goes there replaces no other."""
     source = Path(cfg.filename or 'config.py')
     target = check_writable(Path(cfg.work_dir, source.name))
-    if target.exists() and source.exists() and target.samefile(source):
-        # A config that a run wrote has none of these.
-        written = ('_base_', '#', 'import ', 'from ')
-        if any(line.startswith(written) for line in source.read_text('utf-8').splitlines()):
-            raise UsageError(f'work dir {cfg.work_dir}: the whole config, which is kept there, '
-                             f'would replace {source}; name another folder')
+    if target.exists() and source.exists() and target.samefile(source) and _is_written(source):
+        raise UsageError(f'work dir {cfg.work_dir}: the whole config, which is kept there, '
+                         f'would replace {source}; name another folder')
+
+
+def _is_own(cfg: Config) -> bool:
+    """Whether a config that somebody wrote lies in the work dir that it names."""
+    source = Path(cfg.filename)
+    return Path(cfg.work_dir).resolve() == source.resolve().parent and _is_written(source)
+
+
+def _is_written(source: Path) -> bool:
+    """Whether a config was written by somebody: one that a run wrote has none of these."""
+    return any(line.startswith(('_base_', '#', 'import ', 'from '))
+               for line in source.read_text('utf-8').splitlines())
 
 
 def _prepare_distributed(cfg: Config) -> None:

@@ -43,6 +43,7 @@ def make_app(batcher: Batcher, score_threshold: float = 0.3, top: int = 5) -> Fa
     """
     model, limits, metrics = batcher.model, batcher.limits, Metrics()
     bodies = _Bodies(batcher)
+    key = 'detections' if model.task == 'detection' else 'predictions'
 
     @asynccontextmanager
     async def run_batches(app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +68,9 @@ def make_app(batcher: Batcher, score_threshold: float = 0.3, top: int = 5) -> Fa
                 content = await _take_file(request, body)
                 picture, found = await _race(batcher(content), _leave(request),
                                              seconds=limits.seconds)
+            records = model.describe(found, **dict(dict(score=score_threshold, top=top), **options))
+            # NaN cannot be written.
+            return JSONResponse({'width': picture.width, 'height': picture.height, key: records})
         except ClientDisconnect:
             return Response(status_code=GONE)
         except TimeoutError:
@@ -78,9 +82,6 @@ def make_app(batcher: Batcher, score_threshold: float = 0.3, top: int = 5) -> Fa
             print(printable(f'error: {type(error).__name__}: {first_line(error)}'),
                   file=sys.stderr, flush=True)
             raise Refusal(500, f'the model fails on this picture: {first_line(error)}') from error
-        records = model.describe(found, **dict(dict(score=score_threshold, top=top), **options))
-        key = 'detections' if model.task == 'detection' else 'predictions'
-        return JSONResponse({'width': picture.width, 'height': picture.height, key: records})
 
     # Each task has its own parameter.
     if model.task == 'detection':

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..text import count
+from ..errors import InputError
+from ..text import count, first_line
 from .limits import Limits, Refusal
 from .models import Prepared, ServedModel, check_picture
 
@@ -48,11 +49,16 @@ class Batcher:
         """Run the model on a picture in batches of every size.
 
         Raises:
-            ValueError: The model takes no such batches, or fails.
+            InputError: It fails.
         """
         size, picture = 1, self.model.prepare(content)
         while size <= self._most:
-            self.model.find([picture] * size)
+            try:
+                self.model.find([picture] * size)
+            except Exception as error:  # of any library
+                remedy = f'; set --batch-size {size // 2}' if size > 1 else ''
+                raise InputError(f'{self.model.name} fails on {count(size, "picture")} in a batch: '
+                                 f'{first_line(error)}{remedy}') from error
             size *= 2
 
     async def __call__(self, content: bytes) -> tuple[Prepared, Any]:

@@ -34,7 +34,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._deadline = self.loop.time() + HEAD_SECONDS
+        self._close_in_time()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -44,10 +45,6 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         self._deadline = self.loop.time() + HEAD_SECONDS
         super().on_response_complete()
-
-    def _expect_head(self) -> None:
-        self._deadline = self.loop.time() + HEAD_SECONDS
-        self._close_in_time()
 
     def _close_in_time(self) -> None:
         # The timer that uvicorn stops when data come.
@@ -111,7 +108,7 @@ def serve(model: ServedModel, taken: socket.socket, limits: Limits, score_thresh
         top: Number of classes of a classifier, unless a request says otherwise.
 
     Raises:
-        ValueError: The model fails on a picture.
+        InputError: The model does not run.
     """
     batcher, blank = Batcher(model, limits), io.BytesIO()
     Image.new('RGB', (640, 640)).save(blank, 'PNG')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.transforms import Compose
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 import spartan_mm.detection  # noqa: F401
 from spartan_mm.datasets import make_digits
 from spartan_mm.detection.hybrid_encoder import RepVGGBlock
+from spartan_mm.engine.optim import NORM_LAYERS
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
 # Parameters (official denoising table of 81 rows, frozen BatchNorms counted), backbone's of these.
@@ -26,6 +28,18 @@ SIZES = {'rtdetr_r18vd': (20_184_464, 11_199_968), 'rtdetr_r34vd': (31_441_668, 
          'rtdetr_spartan_t': (22_177_836, 3_820_296 - 257_000),
          'rtdetr_spartan_xt': (20_619_756, 2_222_792 - 193_000)}
 COCO = sorted(SIZES)
+# Newer recipes: epochs, first epochs of the stages, learning rates of the backbone and of all else.
+RECIPES = {
+    'rtdetrv2_spartan_t': (120, [117], 5e-5, 1e-4), 'rtdetrv2_spartan_xt': (120, [117], 5e-5, 1e-4),
+    'rtdetrv2_r18vd': (120, [117], 1e-4, 1e-4), 'rtdetrv2_r34vd': (120, [117], 5e-5, 1e-4),
+    'rtdetrv2_r50vd_m': (84, [81], 1e-5, 1e-4), 'rtdetrv2_r50vd': (72, [71], 1e-5, 1e-4),
+    'deim_rtdetr_spartan_t': (74, [36, 72], 1e-4, 2e-4),
+    'deim_rtdetr_spartan_xt': (74, [36, 72], 1e-4, 2e-4),
+    'deim_rtdetr_r18vd': (120, [4, 64, 117], 2e-4, 2e-4),
+    'deim_rtdetr_r34vd': (120, [4, 64, 117], 1e-4, 2e-4),
+    'deim_rtdetr_r50vd_m': (60, [4, 34, 58], 2e-5, 2e-4),
+    'deim_rtdetr_r50vd': (60, [4, 34, 58], 2e-5, 2e-4),
+    'deim_rtdetr_r101vd': (60, [4, 34, 58], 2e-6, 2e-4)}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +60,7 @@ def build(name):
 
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
-        *COCO, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
+        *COCO, *RECIPES, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
         'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
@@ -152,14 +166,54 @@ def test_recipe(name):
                                                736, 768, 800]
 
 
+@pytest.mark.parametrize('name', RECIPES)
+def test_newer_recipe(name):
+    """Its stages and what they change at the same time, its model's groups of parameters."""
+    config, (epochs, stages, backbone_lr, lr) = load(name), RECIPES[name]
+    assert config.train_cfg.max_epochs == epochs
+    hooks = [hook for hook in config.custom_hooks if 'Switch' in hook.type]
+    assert [hook.switch_epoch for hook in hooks] == stages
+    for pipeline in (config.train_dataloader.dataset.pipeline,
+                     *(hook.switch_pipeline for hook in hooks)):
+        Compose(pipeline)
+    augments = config.model.data_preprocessor.batch_augments or []
+    deim = name.startswith('deim')
+    half = stages[-2] if deim else None
+    assert {augment.type: augment.get('stop_epoch') for augment in augments} == (
+        {} if name == 'rtdetrv2_r18vd' else
+        dict(BatchMixUp=half) if deim and 'spartan' in name else
+        dict(BatchMixUp=half, BatchRandomResize=stages[-1]) if deim else
+        dict(BatchRandomResize=stages[-1]))
+    schedule, = config.param_scheduler
+    assert schedule.type == ('FlatCosineLR' if deim else 'LinearLR')
+    assert not deim or (schedule.flat, schedule.tail) == (half, epochs - stages[-1])
+
+    config.model.backbone.init_cfg = None
+    model = MODELS.build(config.model)
+    assert type(model.bbox_head.loss_cls).__name__ == (
+        'MatchabilityAwareLoss' if deim else 'IoUAwareVarifocalLoss')
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    found = {parameter: (group['lr'], group['weight_decay'])
+             for group in groups for parameter in group['params']}
+    biases_decay = deim or 'r18' in name or 'r50' in name
+    for owner_name, owner in model.named_modules():
+        for leaf, parameter in owner.named_parameters(owner_name, recurse=False):
+            norm, backbone = isinstance(owner, NORM_LAYERS), leaf.startswith('backbone.')
+            if parameter.requires_grad:
+                plain = norm or 'bias' in leaf and not biases_decay and not backbone
+                assert found[parameter] == pytest.approx((
+                    backbone_lr if backbone and not (norm and deim) else lr,
+                    0. if plain else 1e-4)), leaf
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*COCO, 'rtdetr_spartan_xt_digits'])
+@pytest.mark.parametrize('name', [*COCO, 'deim_rtdetr_r18vd', 'rtdetr_spartan_xt_digits'])
 def test_takes_a_training_step(name):
     """Through the data preprocessor with its batch resize, and the optimizer."""
     from mmdet.structures import DetDataSample
     config = load(name)
     if config.model.data_preprocessor.get('batch_augments'):
-        config.model.data_preprocessor.batch_augments[0].sizes = (96, )
+        config.model.data_preprocessor.batch_augments[-1].sizes = (96, )
     config.model.backbone.init_cfg = None  # no downloads
     model = MODELS.build(config.model).train()
     model.init_weights()

@@ -105,7 +105,7 @@ class TestBeforeTheRun:
     @pytest.mark.parametrize('backbone, in_channels, message', [
         (SMALL_SWIN, None,
          r"TIMMFeatures swin_tiny_patch4_window7_224 does not take images of 64x96 pixels: Input "
-         r"height \(64\) doesn't match model \(224\)\.?; if it has these arguments, give it "
+         r"height \(64\) doesn't match model \(224\); if it has these arguments, give it "
          r'img_size=\(64, 96\), or strict_img_size=False; else resize'),
         (timm_of('efficientformerv2_s0', embed_dims=(8, 16, 16, 16), depths=(1, 1, 1, 1)), None,
          r'.* efficientformerv2_s0 does not take images of 64x96 pixels: .* img_size=\(64, 96\)'),

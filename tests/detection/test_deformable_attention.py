@@ -1,3 +1,8 @@
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention as MMCVAttention
@@ -7,6 +12,8 @@ from spartan_mm.detection import MultiScaleDeformableAttention
 from spartan_mm.detection.deformable_attention import sample_multi_scale
 
 SHAPES = [(6, 9), (3, 5), (2, 3)]
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
+META = json.loads((GOLDEN / 'rtdetrv2_attention.json').read_text())['meta']
 LENGTH = sum(height * width for height, width in SHAPES)
 
 
@@ -106,3 +113,57 @@ def test_gpu_equals_cpu():
     expected = module(*tensors, SHAPES)
     found = module.cuda()(*(x.cuda() for x in tensors), SHAPES)
     assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def golden():
+    """What RT-DETRv2's attention computes."""
+    return {name: torch.from_numpy(value)
+            for name, value in np.load(GOLDEN / 'rtdetrv2_attention.npz').items()}
+
+
+@pytest.mark.parametrize('form', ['bags', 'gather'])
+@pytest.mark.parametrize('number', [number for number, case in enumerate(META['cases'])
+                                    if case['method'] == 'default'])
+def test_samples_as_version_2(golden, number, form):
+    case = META['cases'][number]
+    leaves = [golden[f'c{number}_{name}'].clone().requires_grad_()
+              for name in ('value', 'locations', 'weights')]
+    output = sample_multi_scale(leaves[0], [*map(tuple, case['maps'])], *leaves[1:], form,
+                                case['points'])
+    assert_close(output, golden[f'c{number}_output'], rtol=1e-5, atol=1e-6)
+    output.square().sum().backward()
+    for leaf, name in zip(leaves, ('value', 'locations', 'weights'), strict=True):
+        assert_close(leaf.grad, golden[f'c{number}_grad_{name}'], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', ['bags', 'gather'])
+def test_points_by_level_are_version_2_s(golden, form):
+    case = META['modules'][0]
+    module = MultiScaleDeformableAttention(case['dims'], case['heads'], 2, case['points'])
+    assert_close(module.sampling_offsets.bias, golden['m0_initial_offsets_bias'])
+    module.form = form
+    fill = runpy.run_path(str(GOLDEN / 'fill.py'))['fill_state_dict']
+    module.load_state_dict({name.removeprefix('m0.'): torch.from_numpy(value)
+                            for name, value in fill(case['shapes']).items()})
+    query, reference, value = (golden[f'm0_{name}'] for name in ('query', 'reference', 'value'))
+    for deploy in (False, True):
+        if deploy:
+            module.switch_to_deploy()
+        output = module(query, torch.zeros(()), value, reference[:, :, 0],
+                        [*map(tuple, case['maps'])], residual=False)
+        assert_close(output, golden['m0_output'], rtol=1e-5, atol=1e-5)
+
+
+def test_as_many_points_on_each_level_are_version_1():
+    tensors, outputs = inputs(), []
+    for points in (4, [4, 4, 4]):
+        torch.manual_seed(0)
+        module = MultiScaleDeformableAttention(16, 4, 3, points)
+        outputs.append(module(*tensors, SHAPES))
+    assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_a_number_of_points_for_each_level():
+    with pytest.raises(ValueError, match=r'num_points=\(3, 6\) .* the 3 maps'):
+        MultiScaleDeformableAttention(num_points=[3, 6])

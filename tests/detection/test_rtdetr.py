@@ -197,8 +197,8 @@ def test_boxes_look_forward_twice(decoder, reg_branches):
         boxes[layer].sum().backward(retain_graph=True)
         reached = [branch.bias.grad is not None and bool(branch.bias.grad.any())
                    for branch in reg_branches]
-        # Its own correction, and through the boxes that it corrects those before it.
-        assert reached == [index <= layer for index in range(4)]
+        # Its own correction, and that of the layer before it, whose boxes it corrects.
+        assert reached == [index in (layer - 1, layer) for index in range(4)]
 
 
 def test_layers_start_with_equal_weights(decoder):

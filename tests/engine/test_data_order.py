@@ -82,7 +82,7 @@ def test_every_place_draws_its_own_numbers(monkeypatch):
 
 def test_an_item_that_comes_twice_is_drawn_twice():
     dataset = PlacedDataset(Drawing(), 3, 0)
-    first, second, again = (dataset[5, place] for place in [(0, 0, 0), (0, 0, 1), (0, 0, 0)])
+    first, second, again = (dataset[5, place, ()] for place in [(0, 0, 0), (0, 0, 1), (0, 0, 0)])
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
 

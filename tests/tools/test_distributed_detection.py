@@ -30,6 +30,7 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
 val_evaluator = dict(ann_file='{data}/annotations/val.json')
 default_hooks = dict(logger=dict(interval=1))
+model = dict(bbox_head=dict(loss_cls=dict(_delete_=True, type='{loss}')))
 """
 
 HOOK = """
@@ -70,7 +71,8 @@ def two_ranks_see(which, path):
 def test_two_processes(tmp_path, empty):
     data = make_digits(tmp_path / 'digits', 12, 2, progress=False).root
     two_ranks_see(empty, data / 'annotations' / 'train.json')
-    (tmp_path / 'own.py').write_text(CONFIG.format(root=ROOT, data=data))
+    loss = 'IoUAwareVarifocalLoss' if empty == 'no' else 'MatchabilityAwareLoss'
+    (tmp_path / 'own.py').write_text(CONFIG.format(root=ROOT, data=data, loss=loss))
     (tmp_path / 'rank_weights.py').write_text(HOOK)
     work_dir = tmp_path / 'run'
     arguments = [str(tmp_path / 'own.py'), '--work-dir', str(work_dir)]

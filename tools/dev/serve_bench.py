@@ -33,7 +33,7 @@ from spartan_mm.text import markdown
 
 
 def main() -> int:
-    """Start the server, load it twice, and stop it."""
+    """Start the server, load it three times, and stop it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='+', metavar='FILE', help='what the command serve takes')
@@ -52,7 +52,7 @@ def main() -> int:
             return 1
         place = match[1], int(match[2])
         lost = 0
-        for kind in ('alone', 'among hostile clients'):
+        for kind in ('alone', 'among hostile clients', 'among them again'):
             with contextlib.ExitStack() as stack:
                 hostile = stack.enter_context(attack(place)) if kind != 'alone' else None
                 memory = stack.enter_context(watch_memory(process.pid))

@@ -74,16 +74,23 @@ CONFIGS = {
 custom_imports = dict(imports=['spartan_mm.detection'])
 default_scope = 'mmdet'
 """ + _SPARTAN + """
+load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+end = [dict(type='Resize', scale=(64, 64), keep_ratio=False), dict(type='PackDetInputs')]
+dense_pipeline = [
+    *load,
+    dict(type='RandomChoice', transforms=[[dict(type='DenseMosaic', side=32)],
+                                          [dict(type='RandomZoomOut')]]),
+    dict(type='FilterSmallBoxes'),
+    *end,
+]
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
+    *load,
     dict(type='RandomPhotometricDistort', prob=0.5),
     dict(type='RandomZoomOut', prob=0.5),
     dict(type='RandomIoUCrop', prob=0.8),
     dict(type='FilterSmallBoxes'),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='Resize', scale=(64, 64), keep_ratio=False),
-    dict(type='PackDetInputs'),
+    *end,
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -98,7 +105,7 @@ dataset = dict(type='CheckedCocoDataset', ann_file={root!r} + '/annotations.json
 train_dataloader = dict(
     batch_size=3, num_workers={workers}, persistent_workers={workers} > 0,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(dataset, pipeline=train_pipeline, filter_cfg=dict(filter_empty_gt=False)))
+    dataset=dict(dataset, pipeline=dense_pipeline, filter_cfg=dict(filter_empty_gt=False)))
 val_dataloader = dict(
     batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(dataset, pipeline=test_pipeline, test_mode=True))
@@ -109,12 +116,14 @@ model = dict(
     type='RTDETR', num_queries=20,
     data_preprocessor=dict(
         type='DetDataPreprocessor', mean=[0] * 3, std=[255] * 3, bgr_to_rgb=True,
-        batch_augments=[dict(type='BatchRandomResize', sizes=(32, 64))]),
+        batch_augments=[dict(type='BatchMixUp', prob=0.5, stop_epoch=1),
+                        dict(type='BatchRandomResize', sizes=(32, 64))]),
     backbone=backbone,
     neck=dict(type='HybridEncoder', in_channels=[16, 24, 32], embed_dims=32, ffn_dims=32,
               expansion=0.5, num_blocks=1),
     decoder=dict(in_channels=[32, 32, 32], embed_dims=32, num_layers=2, num_heads=4, ffn_dims=32),
-    bbox_head=dict(type='RTDETRHead', num_classes=2, embed_dims=32),
+    bbox_head=dict(type='RTDETRHead', num_classes=2, embed_dims=32,
+                   loss_cls=dict(type='MatchabilityAwareLoss')),
     dn_cfg=dict(num_queries=8),
     train_cfg=dict(assigner=dict(
         type='HungarianAssigner',
@@ -124,7 +133,12 @@ model = dict(
             dict(type='IoUCost', iou_mode='giou', weight=2.0),
         ])),
     test_cfg=dict(max_per_img=20))
-""" + _RUN,
+""" + _RUN + """
+custom_hooks.append(dict(type='CheckedPipelineSwitchHook', switch_epoch=1,
+                         switch_pipeline=train_pipeline))
+param_scheduler = [dict(type='FlatCosineLR', by_epoch=True, convert_to_iter_based=True, warmup=1,
+                        flat=1, tail=0.5)]
+""",
     'classification': """
 custom_imports = dict(imports=['spartan_mm.classification'])
 default_scope = 'mmpretrain'

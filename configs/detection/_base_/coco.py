@@ -21,6 +21,8 @@ train_pipeline = [
     dict(type='FilterSmallBoxes'),
     dict(type='PackDetInputs'),
 ]
+# Without what changes images much: flip and resize are left, for the last epochs of newer recipes.
+bare_pipeline = train_pipeline[:2] + train_pipeline[6:]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     test_resize,

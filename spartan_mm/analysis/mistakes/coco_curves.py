@@ -80,13 +80,13 @@ class CocoResults:
         return self.curve(iou, area).mean(0)
 
 
-def evaluate(results: DetectorResults, ann_file: str | Path) -> CocoResults:
+def evaluate(results: DetectorResults, truth: Any) -> CocoResults:
     """Evaluate detections the way COCO does.
 
     Args:
         results: Predictions with their dataset, which has the file's classes. Images of the file
             without a prediction are left out.
-        ann_file: Annotations in COCO's format.
+        truth: Annotations in COCO's format, or a dataset that gives them.
 
     Raises:
         FileNotFoundError: There is no annotation file.
@@ -96,7 +96,8 @@ def evaluate(results: DetectorResults, ann_file: str | Path) -> CocoResults:
     """
     from ...detection import CheckedCocoMetric
     with _quiet_evaluators() as evaluators:
-        metric = CheckedCocoMetric(ann_file=str(ann_file), proposal_nums=(1, 10, 100),
+        source = dict(ann_file=str(truth)) if isinstance(truth, str | Path) else dict(dataset=truth)
+        metric = CheckedCocoMetric(**source, proposal_nums=(1, 10, 100),
                                    missing_images='leave_out')
         metric.dataset_meta = dict(classes=results.classes)
         metric.compute_metrics([

@@ -255,11 +255,13 @@ class DetectorReport(RunReport):
         metrics = self.run.config.get('test_evaluator') or []
         metrics = [metrics] if isinstance(metrics, Mapping) else metrics
         files = [metric['ann_file'] for metric in metrics if metric.get('ann_file')]
-        ann_file = files[0] if files else getattr(self.results.dataset, 'ann_file', None)
-        if not ann_file:
+        dataset = self.results.dataset
+        own = hasattr(dataset, 'examine') and not files
+        truth = files[0] if files else dataset if own else getattr(dataset, 'ann_file', None)
+        if not truth:
             raise ValueError("AP needs annotations in COCO's format: set ann_file in "
                              'test_evaluator of the config')
-        return evaluate(self.results, ann_file)
+        return evaluate(self.results, truth)
 
     def measure(self) -> dict[str, str]:
         summary = self._evaluation.summary

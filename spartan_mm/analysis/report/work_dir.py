@@ -82,7 +82,8 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the config, else of the folder."""
-        named = [path for path in _by_time(self.folder, '*.py') if path.stem != 'config']
+        named = [path for path in _by_time(self.folder, '*.py')
+                 if path.name not in ('config.py', launch.WHOLE_CONFIG)]
         return named[-1].stem if named else self.folder.resolve().name
 
     @property

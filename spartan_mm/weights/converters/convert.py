@@ -9,6 +9,7 @@ from ..loading import find_classes, find_meta, find_state_dict
 from ..safe_load import read_foreign
 from ..saving import save_checkpoint
 from ..stored_config import find_test_dataset, read_config
+from .backbones import ORIGINALS, convert_backbone, export_backbone
 from .huggingface import (
     HUGGINGFACE_FILES,
     convert_huggingface,
@@ -27,14 +28,15 @@ KINDS = {
     'spartan': "the authors' code of SpaRTAN, a classifier",
     'official': 'the official code of RT-DETR, D-FINE or DEIM',
     'huggingface': 'transformers, a folder of RTDetrForObjectDetection',
-}
+} | {name: f"the authors' code of {original.backbone.__name__}, a classifier"
+     for name, original in ORIGINALS.items()}
 
 # Where the weights lie in files of each kind, in order of preference.
 _ENTRIES = {
     'mm': ('state_dict', ),
     'spartan': ('model', 'state_dict'),
     'official': ('ema.module', 'model', 'state_dict'),
-}
+} | dict.fromkeys(ORIGINALS, ('model_ema', 'model', 'state_dict'))
 
 # What names of tensors begin with in each kind, some of them.
 _BEGINNINGS = {
@@ -42,6 +44,11 @@ _BEGINNINGS = {
     'huggingface': ('model.backbone.model.', ),
     'spartan': ('conv.', 'layers.', 'linear.'),
     'official': ('backbone.', 'encoder.', 'decoder.'),
+    'moganet': ('patch_embed1.projection.', ),
+    'unireplknet': ('downsample_layers.', ),
+    'casvit': ('network.0.0.local_perception.', ),
+    'lsnet': ('patch_embed.0.c.', ),
+    'affnet': ('conv_1.block.', ),
 }
 
 NOTHING_TO_DO = 'it has the names of this package already; nothing is to be converted'
@@ -88,8 +95,8 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
     if kind is None and found is None:
         raise CheckpointError('it is no checkpoint of this package, of the authors of SpaRTAN, of '
                               'the official codes of RT-DETR, D-FINE and DEIM, or of '
-                              'transformers; its tensors are '
-                              f'{", ".join([*weights][:5])} ...')
+                              f'transformers, nor a known backbone ({", ".join(ORIGINALS)}); its '
+                              f'tensors are {", ".join([*weights][:5])} ...')
     return Source(path, kind or found, weights, checkpoint)
 
 
@@ -120,13 +127,15 @@ def convert(source: Source, dst: str | Path, to: str) -> str:
 
 
 def _to_ours(source: Source, dst: str | Path) -> str:
-    classes = None
+    classes, deploy = None, False
     if source.kind == 'huggingface':
         weights, arch, classes = convert_huggingface(source.weights, source.checkpoint)
+    elif source.kind in ORIGINALS:
+        weights, arch, deploy = convert_backbone(source.kind, source.weights)
     else:
         convert = convert_spartan if source.kind == 'spartan' else convert_rtdetr
         weights, arch = convert(source.weights)
-    meta = dict(arch=arch)
+    meta = dict(arch=arch) | (dict(deploy=True) if deploy else {})
     if classes:
         # Where mmdet's inferencers look.
         meta['dataset_meta'] = dict(classes=tuple(classes))
@@ -136,7 +145,8 @@ def _to_ours(source: Source, dst: str | Path) -> str:
 
 def _from_ours(source: Source, dst: str | Path, to: str) -> str:
     meta = find_meta(source.checkpoint)
-    if meta.get('deploy'):
+    deploy = bool(meta.get('deploy'))
+    if deploy and to != 'unireplknet':  # whose authors have such a form, too
         raise CheckpointError(f'{source.path} was merged for inference, which nothing undoes; '
                               'convert the checkpoint that it was made from')
     config = read_config(source.checkpoint, source.path) or {}
@@ -144,8 +154,12 @@ def _from_ours(source: Source, dst: str | Path, to: str) -> str:
     if to == 'huggingface':
         return _to_huggingface(source.weights, settings, find_classes(source.checkpoint), config,
                                dst)
-    weights, arch = (export_spartan(source.weights) if to == 'spartan' else
-                     export_rtdetr(source.weights, settings))
+    if to in ORIGINALS:
+        weights, arch = export_backbone(to, source.weights, deploy)
+    elif to == 'spartan':
+        weights, arch = export_spartan(source.weights)
+    else:
+        weights, arch = export_rtdetr(source.weights, settings)
     # A safetensors file has no entries; the official loaders read .pth files only.
     is_flat = Path(dst).suffix == '.safetensors'
     save_checkpoint(weights if is_flat else dict(model=weights), dst)

@@ -107,6 +107,8 @@ def export_huggingface(state_dict: Mapping[str, Tensor], settings: Mapping | Non
             problems.append(f'{part} {given}: it has {known}')
     if not isinstance(decoder['num_points'], int):
         problems.append(f'decoder.num_points={decoder["num_points"]}: it has one number for all')
+    if layout.deep_position:
+        problems.append('decoder.query_pos_layers=3: it has 2')
     if neck['num_blocks'] != 3:
         problems.append(f'neck.num_blocks={neck["num_blocks"]}: it has 3')
     eval_idx = decoder.get('eval_idx', -1) % layout.layers

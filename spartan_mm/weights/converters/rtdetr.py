@@ -116,7 +116,7 @@ def export_rtdetr(state_dict: Mapping[str, Tensor],
                     _export_hgnet(strip_prefix(state_dict, _TIMM), frozen))
     exported |= table.from_ours(rest, table.tensor_names(layout, table.OFFICIAL), frozen)
     num_points = settings['decoder']['num_points']
-    if layout.distributions or not isinstance(num_points, int):
+    if layout.distributions or layout.deep_position or not isinstance(num_points, int):
         exported = _with_constants(exported, layout, num_points, settings)
     return exported, settings
 

@@ -113,6 +113,9 @@ _PARTS = dict(
         linear  decoder.query_pos_head.0  query_pos_head.layers.0  decoder.query_pos_head.layers.0
         linear  decoder.query_pos_head.2  query_pos_head.layers.1  decoder.query_pos_head.layers.1
         '''),
+    deep_position=(('', 'decoder.', 'model.'), '''
+        linear  decoder.query_pos_head.4  query_pos_head.layers.2  decoder.query_pos_head.layers.2
+        '''),
     layer=(_LAYER, '''
         attention  self_attn
         linear     linear1  linear1  fc1
@@ -161,6 +164,7 @@ class Layout(NamedTuple):
         gated: Whether its layers have gates.
         values: Whether its cross-attention projects values.
         inputs: Whether it projects the neck's maps.
+        deep_position: Whether query positions take three linear layers, as DEIM's RT-DETRs'.
     """
 
     depths: tuple[int, ...]
@@ -174,6 +178,7 @@ class Layout(NamedTuple):
     gated: bool = False
     values: bool = True
     inputs: bool = True
+    deep_position: bool = False
 
 
 @cache
@@ -218,7 +223,8 @@ def read_layout(names: Iterable[str], source: int) -> Layout:
         elan=elan, distributions=distributions,
         gated=any(find('gate', layer=number)),
         values=not distributions or any(find('values', layer=number)),
-        inputs=not distributions or any(find('decoder_input', level=number)))
+        inputs=not distributions or any(find('decoder_input', level=number)),
+        deep_position=any(find('deep_position')))
 
 
 def _modules(layout: Layout) -> Iterator[list[str]]:
@@ -257,6 +263,8 @@ def _modules(layout: Layout) -> Iterator[list[str]]:
                 yield from fill('fusion_block', step=step, path=path, block=block)
 
     yield from fill('queries')
+    if layout.deep_position:
+        yield from fill('deep_position')
     for layer in range(layout.layers):
         yield from fill('layer', layer=layer)
         yield from fill('gate' if layout.gated else 'residual', layer=layer)
@@ -370,6 +378,10 @@ def read_settings(state_dict: Mapping[str, Tensor], layout: Layout, neck_heads: 
                      num_layers=layout.layers, num_heads=decoder_heads, num_points=num_points,
                      ffn_dims=decoder_ffn),
         bbox_head=dict(num_classes=num_classes, embed_dims=decoder_dims))
+    if layout.deep_position:
+        # All that have it have other activations, too.
+        settings['decoder'] |= dict(query_pos_layers=3, act='silu')
+        settings['bbox_head']['act'] = 'silu'
     if layout.elan:
         settings['neck']['type'] = 'ELANEncoder'
     if layout.distributions:

@@ -1,0 +1,15 @@
+# RT-DETR with ConvNeXt-XT (ConvNeXt-T at half its width) and the R50 head, COCO, 70 epochs as
+# SpaRTAN's. Not measured.
+_base_ = ['../_base_/rtdetr.py', '../_base_/coco.py', '../_base_/schedule_72e.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='TIMMFeatures',
+        model_name='convnext_tiny',
+        dims=(48, 96, 192, 384),
+        normalize=True))
+train_cfg = dict(max_epochs=70)
+# No weights are published for this width.
+# NOTE: torch's conversion would lose the activations that many models of timm keep in their norms.
+sync_bn = None

@@ -1,0 +1,13 @@
+# RT-DETR with MogaNet-XT and the R50 head, COCO, 70 epochs as SpaRTAN's. Not measured.
+_base_ = ['../_base_/rtdetr.py', '../_base_/coco.py', '../_base_/schedule_72e.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='MogaNet',
+        arch='xt',
+        out_indices=(1, 2, 3),
+        # A classifier to start from: spartan-mm convert backbone moganet FILE CHECKPOINT
+        init_cfg=dict(type='CheckedPretrained', checkpoint='checkpoints/moganet_xt.pth',
+                      prefix='backbone.')))
+train_cfg = dict(max_epochs=70)
