@@ -19,8 +19,8 @@ def check_strides(backbone: nn.Module) -> None:
     """Check that maps are a pyramid, if the backbone publishes `out_channels` and `strides`.
 
     Raises:
-        ValueError: The finest map is coarser than stride 8, or another one has not twice the stride
-            of the one before it.
+        ValueError: The finest map is coarser than stride 8 (but for strides 16, 32 alone), or
+            another one has not twice the stride of the one before it.
     """
     strides, channels = (getattr(backbone, key, None) for key in ('strides', 'out_channels'))
     # Of mmdet's ResNet, strides are those of its stages, and there are no out_channels.
@@ -32,7 +32,8 @@ def check_strides(backbone: nn.Module) -> None:
         raise ValueError(f'the maps of {describe(backbone)} have strides {written}, and are no '
                          'pyramid, in which each has twice the stride of the one before, such as '
                          f'8, 16, 32: {remedy}')
-    if strides and strides[0] > 8:
+    # NOTE: Two maps from stride 16 on are D-FINE-N's, which trades small objects for speed.
+    if strides and strides[0] > 8 and tuple(strides) != (16, 32):
         raise ValueError(f'the finest map of {describe(backbone)} has stride {strides[0]} (of '
                          f'{written}), too coarse for small objects: the first has to have stride '
                          f'8 or less, as in 8, 16, 32; {remedy}')

@@ -41,6 +41,22 @@ RECIPES = {
     'deim_rtdetr_r50vd': (60, [4, 34, 58], 2e-5, 2e-4),
     'deim_rtdetr_r101vd': (60, [4, 34, 58], 2e-6, 2e-4)}
 
+# D-FINE's: parameters, backbone's of these, epochs, stages, learning rates as above.
+DFINE = {
+    'dfine_n': (3_782_691, 1_850_396, 160, [148], 4e-4, 8e-4),
+    'dfine_s': (10_321_875, 1_850_396, 132, [120], 1e-4, 2e-4),
+    'dfine_m': (19_590_062, 6_026_626, 132, [120], 2e-5, 2e-4),
+    'dfine_l': (31_289_846, 13_553_376, 80, [72], 1.25e-5, 2.5e-4),
+    'dfine_x': (62_715_478, 33_325_760, 80, [72], 2.5e-6, 2.5e-4),
+    'deim_dfine_n': (3_782_691, 1_850_396, 160, [4, 78, 148], 4e-4, 8e-4),
+    'deim_dfine_s': (10_321_875, 1_850_396, 132, [4, 64, 120], 2e-4, 4e-4),
+    'deim_dfine_m': (19_590_062, 6_026_626, 102, [4, 49, 90], 4e-5, 4e-4),
+    'deim_dfine_l': (31_289_846, 13_553_376, 58, [4, 29, 50], 2.5e-5, 5e-4),
+    'deim_dfine_x': (62_715_478, 33_325_760, 58, [4, 29, 50], 5e-6, 5e-4),
+    'dfine_spartan_t': (20_496_950, 3_563_296, 74, [36, 72], 1e-4, 2e-4),
+    'dfine_spartan_xt': (18_938_870, 2_029_792, 74, [36, 72], 1e-4, 2e-4),
+    'rtdetr_r18vd_fdr': (20_419_991, 11_199_968, 72, [], 1e-5, 1e-4)}
+
 
 @pytest.fixture(autouse=True)
 def mmdet_scope():
@@ -60,8 +76,8 @@ def build(name):
 
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
-        *COCO, *RECIPES, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits', 'rtdetr_timm',
-        'retinanet_spartan_t'}
+        *COCO, *RECIPES, *DFINE, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits',
+        'rtdetr_timm', 'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
 
@@ -237,6 +253,55 @@ def test_takes_a_training_step(name):
         unchanged = {n for n in unchanged if not n.startswith('backbone.')}
     # The coarsest map is a few pixels here: queries may lie wholly elsewhere. All else has moved.
     assert len(unchanged) <= 0.02 * len(before), sorted(unchanged)
+
+
+@pytest.mark.parametrize('name', DFINE)
+def test_dfine(name):
+    """Its size, its stages, and its model's groups of parameters."""
+    config, (size, of_backbone, epochs, stages, backbone_lr, lr) = load(name), DFINE[name]
+    model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert sum(p.numel() for p in model.backbone.parameters()) == of_backbone
+    assert config.train_cfg.max_epochs == epochs
+    assert [hook.switch_epoch for hook in config.custom_hooks if 'Switch' in hook.type] == stages
+    deim = 'deim' in name or 'spartan' in name
+    assert config.param_scheduler[0].type == ('FlatCosineLR' if deim else 'LinearLR')
+    assert type(model.bbox_head.loss_cls).__name__ == (
+        'MatchabilityAwareLoss' if deim else 'IoUAwareVarifocalLoss')
+    silu = any(isinstance(part, torch.nn.SiLU) for part in model.decoder.modules())
+    assert silu == ('deim' in name)
+
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    found = {p: (group['lr'], group['weight_decay']) for group in groups for p in group['params']}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith('.conv.weight') and parameter.requires_grad:
+            expected = backbone_lr if parameter_name.startswith('backbone.') else lr
+            assert found[parameter][0] == pytest.approx(expected), parameter_name
+            assert found[parameter][1] == config.optim_wrapper.optimizer.weight_decay
+    assert found[model.decoder.layers[0].norm1.weight] == pytest.approx((lr, 0.))
+    biases_decay = deim and 'spartan' in name or name[-1] in 'lx'
+    assert (found[model.bbox_head.base_branch[0].bias][1] > 0) == biases_decay
+    frozen = {p for p in model.backbone.parameters() if not p.requires_grad}
+    assert bool(frozen) == (name[-2:] in ('_l', '_x'))
+
+
+@pytest.mark.slow
+def test_dfine_takes_a_training_step():
+    from mmdet.structures import DetDataSample
+    config = load('dfine_n')
+    config.model.backbone.pretrained = False
+    model = MODELS.build(config.model).train()
+    model.init_weights()
+    sample = DetDataSample(
+        gt_instances=InstanceData(bboxes=torch.tensor([[10., 10., 50., 60.]]),
+                                  labels=torch.tensor([1])),
+        metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.)))
+    data = dict(inputs=[torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)] * 2,
+                data_samples=[sample, sample.clone()])
+    logs = model.train_step(data, build_optim_wrapper(model, config.optim_wrapper))
+    assert all(value.isfinite() for value in logs.values())
+    assert {'loss_fgl', 'd0.loss_ddf', 'pre_loss_bbox', 'd1.dn_loss_ddf', 'pre_dn_loss_cls'} <= {
+        *logs}
 
 
 def test_ema_decay_follows_the_official_curve():

@@ -280,3 +280,80 @@ def test_decoder_is_trained_as_officially(build_golden, monkeypatch, case, tag):
         assert_close(found['base_boxes'], golden['pre_boxes'], rtol=0, atol=1e-6)
         assert_close(torch.stack(found['corners'])[..., :33], golden['corners_first_edge'],
                      rtol=1e-5, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------ whole models
+
+DFINE = {'neck.type': 'ELANEncoder', 'decoder.type': 'DFINEDecoder', 'bbox_head.type': 'DFINEHead',
+         'decoder.num_points': [2, 4, 1], 'decoder.num_layers': 3}
+
+
+@pytest.fixture
+def dfine(build):
+    """A small model whose boxes differ from layer to layer."""
+    model = build(**DFINE)
+    for branch in (*model.bbox_head.reg_branches, model.bbox_head.base_branch):
+        nn.init.normal_(branch[-1].weight, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize('counts', [(3, 1), (0, 2), (0, 0), (30, 0)])
+def test_every_weight_has_a_gradient_whatever_the_objects(dfine, make_samples, counts):
+    losses = dfine(torch.rand(2, 3, 64, 64), make_samples(counts), mode='loss')
+    # 3 terms of 3 layers, base and encoder; those of layers and base again for denoising; FGL of
+    # 3 layers, DDF of 2, twice.
+    assert len(losses) == 3 * (5 + 4) + 2 * (3 + 2)
+    if not any(counts):
+        assert all(value == 0 for name, value in losses.items()
+                   if name.endswith(('bbox', 'iou', 'fgl')))
+    sum(losses.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in dfine.parameters()
+               if parameter.requires_grad)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_boxes_stay_float32_under_autocast(dfine, make_samples, dtype):
+    with torch.autocast('cpu', dtype):
+        found = dfine.forward_transformer(
+            dfine.extract_feat(torch.rand(2, 3, 64, 64)), make_samples([2, 1]))
+        losses = dfine.bbox_head.loss(**found, batch_data_samples=None)
+    for boxes, corners in zip(found['boxes'], found['corners'], strict=True):
+        assert boxes.dtype == corners.dtype == torch.float32
+        assert_close(boxes, distributions.refined_boxes(found['base_boxes'], corners, 4.),
+                     rtol=0, atol=0)
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+
+
+def test_a_nan_stays_one_and_is_called_by_its_name(dfine, make_samples):
+    """Where the official code makes it 0 and trains on."""
+    with torch.no_grad():
+        dfine.bbox_head.reg_branches[2][-1].bias[40] = torch.nan
+    losses = dfine(torch.rand(2, 3, 64, 64), make_samples([2, 1]), mode='loss')
+    broken = {name for name, value in losses.items() if value.isnan()}
+    # The last layer's own terms, and what it teaches.
+    assert broken == {*('loss_cls', 'loss_bbox', 'loss_iou', 'loss_fgl', 'd0.loss_ddf',
+                        'd1.loss_ddf'),
+                      *('dn_loss_cls', 'dn_loss_bbox', 'dn_loss_iou', 'dn_loss_fgl',
+                        'd0.dn_loss_ddf', 'd1.dn_loss_ddf')}
+
+
+def test_distributions_start_from_an_rtdetr(build):
+    changes = {'decoder.type': 'DFINEDecoder', 'bbox_head.type': 'DFINEHead',
+               'decoder.gate': False, 'decoder.project_values': True}
+    weights, model = build().state_dict(), build(**changes)
+    own = model.state_dict()
+    fits = {name for name, value in weights.items()
+            if name in own and own[name].shape == value.shape}
+    assert {*weights} - fits == {f'bbox_head.reg_branches.{layer}.4.{leaf}'
+                                 for layer in range(2) for leaf in ('weight', 'bias')}
+    assert all(re.search('base_branch|quality_branches|reg_branches', name)
+               for name in {*own} - fits)
+
+
+def test_settings_that_cannot_be(build):
+    for changes, words in (
+            ({'bbox_head.reg_max': 31}, r'reg_max=31 must be even'),
+            ({'decoder.num_points': [3, 6]}, r'num_points=\(3, 6\) must have a number for each of'),
+            ({'neck.block_channels': 8}, 'ELANEncoder takes no block_channels')):
+        with pytest.raises(ValueError, match=words):
+            build(**(DFINE | changes))

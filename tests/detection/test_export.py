@@ -8,6 +8,9 @@ from torch.testing import assert_close
 RESNET = {'backbone': dict(_delete_=True, type='ResNetVd', depth=18, out_indices=(1, 2, 3),
                            base_channels=8, stem_channels=8)}
 
+DFINE = {'decoder.type': 'DFINEDecoder', 'bbox_head.type': 'DFINEHead',
+         'decoder.num_points': [2, 4, 1]}
+
 
 class Infer(nn.Module):
     def __init__(self, model):
@@ -33,8 +36,10 @@ def infer(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [{}, RESNET], ids=['spartan', 'resnet_vd'])
-@pytest.mark.parametrize('deploy', [False, True], ids=['training form', 'deploy form'])
+@pytest.mark.parametrize('changes, deploy', [
+    pytest.param(changes, deploy, id=f'{name}, {"deploy" if deploy else "training"} form')
+    for name, changes in (('spartan', {}), ('resnet_vd', RESNET), ('dfine', DFINE))
+    for deploy in (False, True) if deploy or name != 'dfine'])
 @torch.no_grad()
 def test_batch_and_size_of_an_exported_detector_are_free(infer, changes, deploy):
     module = infer(changes, deploy)

@@ -410,7 +410,12 @@ def test_waiting_is_noticed(wait):
 
 RESNET = {'backbone': dict(_delete_=True, type='ResNetVd', depth=18, out_indices=(1, 2, 3),
                            base_channels=8, stem_channels=8)}
-CASES = {'spartan': {}, 'resnet_vd': RESNET, 'evaluated_before_the_last': {'decoder.eval_idx': 0}}
+DFINE = {'neck.type': 'ELANEncoder', 'decoder.type': 'DFINEDecoder', 'bbox_head.type': 'DFINEHead',
+         'decoder.num_points': [2, 4, 1], 'decoder.num_layers': 3}
+CASES = {'spartan': {}, 'resnet_vd': RESNET, 'evaluated_before_the_last': {'decoder.eval_idx': 0},
+         'dfine': DFINE, 'dfine_before_the_last': DFINE | {'decoder.eval_idx': 1},
+         'distributions_only': {'decoder.type': 'DFINEDecoder', 'bbox_head.type': 'DFINEHead',
+                                'decoder.gate': False, 'decoder.project_values': True}}
 
 
 @pytest.fixture(params=CASES)
@@ -491,7 +496,7 @@ def counter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [{}, RESNET])
+@pytest.mark.parametrize('changes', [{}, RESNET, DFINE])
 @torch.no_grad()
 def test_inference_compiles_to_one_graph(build, counter, changes):
     model = build(**changes).eval()

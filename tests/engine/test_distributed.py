@@ -127,9 +127,26 @@ def make_denoiser():
     return build('detection', dn_cfg=dict(num_queries=6, label_noise=0., box_noise=0.))
 
 
+def make_dfine():
+    """Its distillation compares means of each process' own queries, not sums of all."""
+    return build('detection', **DFINE, dn_cfg=dict(num_queries=0))
+
+
+def make_dfine_with_all():
+    """Its denoising differs with the process, too."""
+    return build('detection', **(DFINE | dict(
+        bbox_head=dict(type='DFINEHead', num_classes=2, embed_dims=32))),
+        dn_cfg=dict(num_queries=6))
+
+
 def make_classifier():
     return build('classification', train_cfg=None)
 
+
+DFINE = dict(
+    decoder=dict(type='DFINEDecoder', in_channels=[32] * 3, embed_dims=32, num_layers=2,
+                 num_heads=4, num_points=[2, 4, 1], ffn_dims=32),
+    bbox_head=dict(type='DFINEHead', num_classes=2, embed_dims=32, ddf_weight=0.))
 
 # NOTE: Shares have two images at least: from a single one, torch (2.13, on CPUs) computes wrong
 # gradients of a batch norm whose output is turned into tokens.
@@ -139,6 +156,8 @@ CASES = {
         (make_detector, make_detection_batch((3, 1, 2, 0, 0)), (3, 2)),
     'detector in three': (make_detector, make_detection_batch((1, 0, 0, 4, 1, 2, 3)), (2, 2, 3)),
     'denoising': (make_denoiser, make_detection_batch((2, 2, 2, 2, 2)), (3, 2)),
+    'D-FINE with a process without objects':
+        (make_dfine, make_detection_batch((3, 1, 2, 0, 0)), (3, 2)),
     'classifier': (make_classifier, make_classification_batch(6), (2, 2, 2)),
 }
 
@@ -150,6 +169,9 @@ def returned(tmp_path_factory):
     for count in (2, 3):
         functions = {name: in_shares(*case) for name, case in CASES.items()
                      if len(case[-1]) == count} | dict(exchange=exchange)
+        if count == 2:
+            functions['all of D-FINE'] = in_shares(
+                make_dfine_with_all, make_detection_batch((3, 0, 0, 0)), (2, 2))
         found |= run_ranks(tmp_path_factory.mktemp('ranks'), count, functions)
     return found
 
@@ -168,6 +190,13 @@ def test_the_gradient_is_the_joint_batch_s(returned, capsys, name):
         print(f'\n{name}, {" + ".join(map(str, shares))} images: gradients up to {largest:.3g} '
               f'differ by at most {difference:.1e}', end='')
     assert difference < 1e-5 * max(largest, 1)
+
+
+def test_processes_with_and_without_objects_have_the_same_graph(returned):
+    first, second, *_ = returned['all of D-FINE']
+    assert all(gradient is not None for gradient in first.values())
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
+    assert any(gradient.any() for gradient in first.values())
 
 
 def test_a_signal_is_known_to_all_one_exchange_later(returned):
