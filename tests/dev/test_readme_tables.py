@@ -127,8 +127,10 @@ def test_sizes_agree_with_the_papers(models):
                 difference = abs(pairs[key] / float(printed) - 1)
                 if difference > 0.03 and f'{pairs[key]:.{digits}f}' != printed:
                     beyond.add((name, key))
-    # Table V counts the parameters of another head.
-    assert beyond == {('table5_3x3', 'Parameters (M)'), ('table5_5x5', 'Parameters (M)')}
+    # Table V counts the parameters of another head; of the medium detectors the papers count the
+    # three decoder layers that only train.
+    assert beyond == {(name, 'Parameters (M)') for name in (
+        'table5_3x3', 'table5_5x5', 'rtdetrv2_r50vd_m', 'deim_rtdetr_r50vd_m')}
 
 
 def test_multiply_adds_of_table_8(models):
