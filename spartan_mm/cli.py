@@ -17,6 +17,7 @@ COMMANDS = {
     'serve': 'answer pictures over HTTP with boxes or classes',
     'demo': 'open a page to try a model on pictures',
     'check-data': 'check the datasets of a config before a long run',
+    'to-coco': "write YOLO's or Pascal VOC's labels as COCO files",
     'report': 'write the report of a training, one HTML page',
     'compare': 'compare models: sizes, speed, accuracy',
     'flops': 'count parameters and operations, module by module',

@@ -61,6 +61,35 @@ def read_boxes(config, split):
         for info in infos]
 
 
+@pytest.mark.parametrize('name', ['yolo', 'voc'])
+def test_labels_become_coco_files(sets, tmp_path, name):
+    from spartan_mm.cli import main
+    assert main(['to-coco', str(sets[name]), '--out-dir', str(tmp_path)]) == 0
+    for split in ('train', 'val'):
+        found = []
+        for folder, file in ((sets[name], tmp_path / f'{split}.json'),
+                             (sets['coco'], f'annotations/instances_{split}2017.json')):
+            content = json.loads(Path(sets['coco'], file).read_text())
+            assert all((folder / image['file_name']).is_file() for image in content['images']
+                       if folder != sets['coco'])
+            names = {item['id']: item['name'] for item in content['categories']}
+            images = {item['id']: Path(item['file_name']).name for item in content['images']}
+            found.append((sorted(images.values()), sorted(
+                (images[item['image_id']], names[item['category_id']], *item['bbox'])
+                for item in content['annotations'])))
+        assert found[0] == found[1] and found[0][1]
+
+
+def test_pictures_without_boxes_are_not_converted(tmp_path, capsys):
+    from spartan_mm.cli import main
+    for place in ('train/cat', 'train/dog', 'val/cat', 'val/dog'):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / place / 'a.png')
+    assert main(['to-coco', str(tmp_path), '--out-dir', str(tmp_path / 'out')]) == 2
+    assert 'there are no boxes to write' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FORMATS[1:])
 def test_formats_are_equal(trained, name):
