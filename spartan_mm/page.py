@@ -29,7 +29,7 @@ from .inference import (
     draw_detections,
 )
 from .requirements import require
-from .runtime import Runtime, RuntimeFileError
+from .runtime import Runtime
 from .serving.limits import Limits
 from .serving.models import check_picture
 from .text import count, printable, shorten
@@ -328,7 +328,7 @@ def _explained(function: Callable, outputs: int, place: int) -> Callable:
     def answer(*args: Any) -> tuple[Any, ...]:
         try:
             return function(*args)
-        except (ExplainedError, RuntimeFileError) as error:
+        except ExplainedError as error:
             message = printable(error)
             for path in (arg for arg in args if isinstance(arg, str)):
                 message = message.replace(path, Path(path).name)

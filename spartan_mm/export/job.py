@@ -26,7 +26,6 @@ from .check import Run, check_export, print_check
 from .formats import find_format
 from .graph import Classify, Detect, make_graph
 from .metadata import MIN_SIDE, MULTIPLE, as_properties, describe, find_size
-from .model import explained
 from .onnx import write_onnx
 from .pictures import Pictures, find_pictures
 from .preprocessing import describe_resize
@@ -106,7 +105,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
         CheckpointError: Checkpoint and config do not fit.
         RequirementError: What the format needs is not installed.
         CheckError: What was written gives something else than the model; the file is not there.
-        InputError: What runs the file is missing or doesn't take it.
+        RuntimeFileError: What runs the file is missing or doesn't take it.
     """
     target, dynamic = find_format(to, precision, dynamic)
     if accuracy:
@@ -128,10 +127,9 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
     with _workplace(out_dir) as folder:
         job = Job(model, graph, cfg, folder / final.name, size, dynamic, precision, metadata,
                   calibration)
-        with explained():
-            run = target.load('write')(job)
-            if check is not None:
-                metadata['check'] = _check(job, run, check)
+        run = target.load('write')(job)
+        if check is not None:
+            metadata['check'] = _check(job, run, check)
         final = final.with_name(job.path.name)
         set_metadata = target.load('set_metadata')
         set_metadata(job.path, as_properties(metadata))

@@ -2,8 +2,7 @@
 
 The config's own data loader, test pipeline and evaluator do the rest.
 """
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import nn
 
 from ..datasets.classes import classes_of
 from ..engine.class_order import Match, find_order
-from ..errors import CheckpointError, InputError, UsageError
-from ..runtime import Runtime, RuntimeFileError
+from ..errors import CheckpointError, UsageError
+from ..runtime import Runtime
 from ..text import count
 from .pictures import to_rgb
 
@@ -47,15 +46,14 @@ class ExportedModel(nn.Module):
         task: What the config is for, 'detection' or 'classification'.
 
     Raises:
-        InputError: The file cannot be run.
+        RuntimeFileError: The file cannot be run.
         UsageError: It is for the other task, or without post-processing.
     """
 
     def __init__(self, path: str, task: str) -> None:
         super().__init__()
         self.path = path
-        with explained():
-            self.runtime = Runtime(path)
+        self.runtime = Runtime(path)
         metadata = self.runtime.metadata
         if metadata['task'] != task:
             raise UsageError(f'{path} is for {metadata["task"]}, and the config for {task}: name '
@@ -96,8 +94,7 @@ class ExportedModel(nn.Module):
         step = len(images) if together else 1
         for start in range(0, len(images), step):
             part = slice(start, start + step)
-            with explained():
-                found = self.runtime.run(np.stack(images[part]), np.array(sizes[part], np.int64))
+            found = self.runtime.run(np.stack(images[part]), np.array(sizes[part], np.int64))
             for place, sample in enumerate(samples[part]):
                 self._fill(sample, {name: torch.from_numpy(np.asarray(values[place]))
                                     for name, values in found.items()})
@@ -146,15 +143,6 @@ class ExportedClassesHook(Hook):
         if model.order is None and None not in (theirs, ours) and len(theirs) != len(ours):
             raise CheckpointError(f'{model.path} has {count(len(theirs), "class")}, the test data '
                                   f'has {len(ours)}: they cannot be matched by number')
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Let what the runtime refuses end a command in a line."""
-    try:
-        yield
-    except RuntimeFileError as error:
-        raise InputError(str(error)) from error
 
 
 def _sides(shape: Sequence[int]) -> str:
