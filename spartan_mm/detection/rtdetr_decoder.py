@@ -198,11 +198,10 @@ class RTDETRDecoder(BaseModule):
             reference = box.detach()
             query_pos = self.query_pos_head(reference.to(query.dtype))
             query = layer(query, query_pos, memory, reference, spatial_shapes, attn_mask)
-            # The layer itself sees a detached box. Its correction is added to the attached one of
-            # the layer before it, which has no gradient to those before that one.
-            correction, attached = reg_branch(query).float(), box
-            box = (correction + inverse_sigmoid(reference)).sigmoid()
+            # A box carries the gradient to the layer before it, and to none before that one: what
+            # the next layer starts from is made of a detached one.
+            correction, start = reg_branch(query).float(), inverse_sigmoid(box)
+            box = (correction + start.detach()).sigmoid()
             states.append(query)
-            boxes.append((correction + inverse_sigmoid(attached)).sigmoid() if self.training
-                         else box)
+            boxes.append((correction + start).sigmoid() if self.training else box)
         return Decoded(states, boxes)
