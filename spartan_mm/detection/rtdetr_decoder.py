@@ -79,8 +79,11 @@ class RTDETRDecoderLayer(nn.Module):
         query = self.look(query, query_pos, memory, reference, spatial_shapes)
         mixed = self.linear2(self.dropout(self.act(self.linear1(query))))
         query = query + self.dropout(mixed)
-        # Long trainings have overflowed float16 here; no normal value reaches the bound.
-        return self.norm3(query.clamp(-65504, 65504))
+        # Long trainings have overflowed float16 here, and what is exported may run in it; no normal
+        # value reaches the bound.
+        if not self.training or mixed.dtype == torch.float16:
+            query = query.clamp(-65504, 65504)
+        return self.norm3(query)
 
     def look(self, query: Tensor, *where: Tensor | Sequence[tuple[int, int]]) -> Tensor:
         """Cross-attention, its residual and norm, see :class:`MultiScaleDeformableAttention`."""

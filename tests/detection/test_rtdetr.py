@@ -217,9 +217,11 @@ def test_mask_hides_queries(decoder, reg_branches):
     assert (outputs[0][:, :2] - outputs[1][:, :2]).abs().max() > 1e-3
 
 
-def test_overflow_is_clamped(decoder, reg_branches):
+@pytest.mark.parametrize('training', [False, True])
+def test_overflow_is_clamped(decoder, reg_branches, training):
     nn.init.constant_(decoder.layers[0].linear2.bias, 1e30)
-    states, _ = decode(decoder.eval(), reg_branches)
+    with torch.autocast('cpu', torch.float16, enabled=training):
+        states, _ = decode(decoder.train(training), reg_branches)
     assert states[-1].isfinite().all()
 
 
