@@ -1,8 +1,4 @@
-# SpaRTAN-XT with D-FINE's neck, decoder and distributions, trained as deim_rtdetr_spartan_xt.py:
-# with MAL and dense one-to-one, 74 epochs. Nobody has trained it on COCO.
-_base_ = './deim_rtdetr_spartan_xt.py'
+# SpaRTAN-XT with D-FINE's parts, trained as dfine_spartan_t.py. Nobody has trained it on COCO.
+_base_ = './dfine_spartan_t.py'
 
-model = dict(
-    neck=dict(type='ELANEncoder'),
-    decoder=dict(type='DFINEDecoder', num_points=(3, 6, 3)),
-    bbox_head=dict(type='DFINEHead', reg_max=32, reg_scale=4.0))
+model = dict(backbone=dict(arch='xt', init_cfg=dict(checkpoint='checkpoints/spartan_xt.pth')))

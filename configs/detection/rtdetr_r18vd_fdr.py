@@ -1,5 +1,6 @@
 # RT-DETR-R18 whose boxes are refined as distributions; all else is its own, COCO, 72 epochs. Nobody
-# has trained it. It can start from an RT-DETR-R18: --cfg-options load_from=FILE.
+# has trained it. It can start from an RT-DETR-R18, which lacks what is new:
+# --cfg-options model.init_cfg.type=Pretrained model.init_cfg.checkpoint=FILE
 _base_ = './rtdetr_r18vd.py'
 
 model = dict(

@@ -88,14 +88,15 @@ def probe(backbone: nn.Module, neck: nn.Module, size: tuple[int, int, int]) -> N
     Raises:
         UsageError: The backbone fails, or does not give what the neck takes.
     """
-    first = next(backbone.parameters())
+    first = next(backbone.parameters(), torch.zeros(()))
     image = torch.zeros(1, *size, dtype=first.dtype, device=first.device)
     training = [module for module in backbone.modules() if module.training]
     try:
         for module in training:
             module.training = False
         with torch.no_grad():
-            check_maps(backbone(image), neck, describe(backbone))
+            # Not by calling it: a compiled one would be compiled once more for this.
+            check_maps(backbone.forward(image), neck, describe(backbone))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any library

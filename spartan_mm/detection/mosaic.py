@@ -79,7 +79,7 @@ class DenseMosaic(BaseTransform):
         self.shift = shift
         self.scale = tuple(scale)
         self.load = Compose(load)
-        self._kept: OrderedDict[tuple[str, int], Picture] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Picture] = OrderedDict()
 
     @cache_randomness
     def _draw_others(self, count: int) -> list[int]:
@@ -132,7 +132,8 @@ class DenseMosaic(BaseTransform):
 
     def _keep(self, info: dict, loaded: bool = False) -> Picture:
         """Give an image resized, from those that are kept if it is among them."""
-        key = info.get('img_path'), info.get('sample_idx')
+        # Several annotation files may be of the same images.
+        key = tuple(info.get(name) for name in ('ann_file', 'img_path', 'sample_idx'))
         if key not in self._kept:
             self._kept[key] = self._resize(info if loaded else self.load(info))
         self._kept.move_to_end(key)

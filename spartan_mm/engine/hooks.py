@@ -23,6 +23,7 @@ from ..datasets.classes import (
 )
 from ..datasets.data_errors import DataError
 from ..errors import UsageError
+from ..text import first_line
 from ..weights.forms import switch_to_deploy
 from ..weights.loading import REMEDY, find_meta, find_state_dict, load_all_weights
 from ..weights.stored_config import find_test_dataset
@@ -43,10 +44,15 @@ class BackboneCheckHook(Hook):
             UsageError: The backbone fails, or does not give what the neck takes.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        message = [_find_backbone_fault(model, runner.cfg) if dist.is_main_process() else None]
+        message, error = [None], None
+        if dist.is_main_process():
+            try:
+                message = [_find_backbone_fault(model, runner.cfg)]
+            except Exception as other:  # such as no memory; nobody waits for this process then
+                message, error = [first_line(other)], other
         dist.broadcast_object_list(message)
         if message[0]:
-            raise UsageError(message[0])
+            raise error or UsageError(message[0])
 
     before_test = before_train
 

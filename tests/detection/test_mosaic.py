@@ -115,7 +115,16 @@ def test_joined_datasets_are_mixed(digits):
     joined = PlacedDataset(ConcatDataset([first, second]), 0, 0)
     joined[14, (0, 0, 0), (1, 14)]
     kept = second.pipeline.transforms[2]._kept
-    assert {index for _, index in kept} == {1, 2}
+    assert {index for *_, index in kept} == {1, 2}
+
+
+def test_annotation_files_of_the_same_images_are_kept_apart(digits):
+    dataset = make_dataset(digits)
+    dataset.full_init()
+    mosaic, info = dataset.pipeline.transforms[2], dataset.get_data_info(0)
+    boxes = [mosaic._keep(each).boxes for each in (
+        info, dict(info, ann_file='other.json', instances=[]))]
+    assert [len(each) > 0 for each in boxes] == [True, False]
 
 
 def test_an_undecodable_other_gives_way_to_the_own_image(tmp_path):
@@ -126,7 +135,7 @@ def test_an_undecodable_other_gives_way_to_the_own_image(tmp_path):
     Path(other).write_bytes(b'no image')
     dataset[0, (0, 0, 0), (1, )]
     assert dataset.bad_images.count == 0
-    assert [index for _, index in dataset.pipeline.transforms[2]._kept] == [0]
+    assert [index for *_, index in dataset.pipeline.transforms[2]._kept] == [0]
 
 
 def test_objects_lie_where_their_boxes_say(tmp_path):

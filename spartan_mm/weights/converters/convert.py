@@ -87,6 +87,9 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
     weights = find_state_dict(checkpoint, path, _ENTRIES[kind or 'official'])
     found = next((known for known, beginnings in _BEGINNINGS.items()
                   if any(name.startswith(beginnings) for name in weights)), None)
+    # D-FINE's official backbone has stages, too, as ours have; its neck is no neck.
+    if found == 'mm' and any(name.startswith('encoder.') for name in weights):
+        found = 'official'
     if found == 'huggingface':
         raise CheckpointError(f'{path} is a model of transformers; give the folder that it lies '
                               'in, with config.json')

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import spartan_mm.detection  # noqa: F401 - registers what conversions build
 from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.converters.convert import read_source
 from spartan_mm.weights.converters.rtdetr import convert_resnet_vd, convert_rtdetr, export_rtdetr
 
 # The same names, shapes, types and bits.
@@ -226,7 +227,7 @@ def dfine(**changes):
 
 
 @pytest.mark.parametrize('frozen', [False, True])
-def test_dfine_there_and_back(frozen):
+def test_dfine_there_and_back(frozen, tmp_path):
     """Constants and names are D-FINE's, and all bits come back."""
     settings = dfine()
     ours = filled(build_on_meta(**settings))
@@ -249,6 +250,9 @@ def test_dfine_there_and_back(frozen):
         assert name in exported
     assert not any('norm2' in name for name in exported if name.startswith('decoder'))
     assert ('backbone.stem.stem1.bn.num_batches_tracked' in exported) != frozen
+    names = dict.fromkeys(exported, torch.zeros(1))
+    torch.save(dict(model=names), tmp_path / 'official.pth')
+    assert read_source(tmp_path / 'official.pth').kind == 'official'
     converted, found = convert_rtdetr(exported)
     assert_identical(converted, ours)
     assert found == exported_settings
