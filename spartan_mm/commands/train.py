@@ -7,8 +7,8 @@ Data is a folder in the format of COCO, a Roboflow export, YOLO or Pascal VOC, o
 of pictures for each class; or a COCO file or YOLO's data.yaml. It is checked, and a config is
 written to config.py in the work dir, which is yours to edit and to train again.
 
-Checkpoints and logs go to the work dir. Given again after an interruption, the same command goes
-on from the last checkpoint.
+Checkpoints and logs go to the work dir. With --resume, the same command given again goes on from
+the last checkpoint; without, it begins anew and writes over them.
 """
 import os
 import sys

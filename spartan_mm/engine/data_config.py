@@ -150,7 +150,8 @@ def _make_settings(data: Data, base: Config, model: str, seed: int, deterministi
     settings: Settings = dict(
         _base_=_Name(f"__import__('spartan_mm').config_path({model!r})") if named else
         str(Path(model).absolute()),
-        work_dir='{{ fileDirname }}',
+        # Raw and in three quotes, as what is put there may have quotes of its own.
+        work_dir=_Name('r"""{{ fileDirname }}"""'),
         data_root=str(data.root),
         classes=data.classes,
         model={})

@@ -166,6 +166,13 @@ class TestConfig:
             prepare(sets['coco'], str(TINY), work_dir=tmp_path, epochs=5)
         assert path.read_text() == text
 
+    def test_folders_with_quotes(self, sets, tmp_path):
+        folder = tmp_path / "Ann's"
+        folder.symlink_to(sets['yolo'], target_is_directory=True)
+        path = prepare(folder, str(TINY), work_dir=tmp_path / "Bob's")
+        cfg = load_config(str(path), split='train')
+        assert (cfg.data_root, cfg.work_dir) == (str(folder), str(path.parent))
+
     def test_of_a_classifier(self, tmp_path, begin):
         for index in range(12):
             for split, name in (('train', 'disc'), ('train', 'square'), ('val', 'disc'),
