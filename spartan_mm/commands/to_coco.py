@@ -1,6 +1,6 @@
 """Write the labels of YOLO or Pascal VOC as COCO's files, for tools that read nothing else.
 
-    spartan-mm to-coco data/mine --out-dir data/mine/annotations
+    spartan-mm to-coco data/mine --out-dir annotations
 
 Training needs no conversion: `spartan-mm train data/mine` reads these formats. The pictures stay
 where they are, named by their paths in the folder.

@@ -7,8 +7,8 @@ Data is a folder in the format of COCO, a Roboflow export, YOLO or Pascal VOC, o
 of pictures for each class; or a COCO file or YOLO's data.yaml. It is checked, and a config is
 written to config.py in the work dir, which is yours to edit and to train again.
 
-Checkpoints and logs go to the work dir. Given again after an interruption, the same command goes
-on from the last checkpoint.
+Checkpoints and logs go to the work dir. With --resume, the same command given again goes on from
+the last checkpoint; without, it begins anew and writes over them.
 """
 import os
 import sys
@@ -72,12 +72,13 @@ def _add_flags_of_data(parser: ArgumentParser) -> None:
                        help='name of a model, or a config of it (default: rtdetr_spartan_t, for '
                             'folders of classes spartan_t)')
     group.add_argument('--epochs', type=positive, metavar='N',
-                       help='number of epochs (default: those of the recipe)')
+                       help='number of epochs (default: those of the recipe, of a classifier '
+                            'those of its config)')
     group.add_argument('--weights', metavar='FILE',
                        help="checkpoint to start from, a detector's or a classifier's")
     add(group, '--batch-size', type=_batch_size, metavar='auto|N',
-        help="images a step on each GPU, 'auto' for as many as fit (default: those of the model, "
-             'fewer of a small set)')
+        help="images a step on each GPU, 'auto' for as many as fit (default: those of the recipe, "
+             'of a classifier those of its config, fewer of a small set)')
     group.add_argument('--size', type=positive, metavar='S',
                        help='side of the images in pixels (default: that of the model)')
 

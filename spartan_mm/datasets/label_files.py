@@ -64,7 +64,7 @@ def list_pictures(folder: str | Path) -> list[str]:
     folder = Path(folder)
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*')
                   if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-                  and not path.name.startswith('.'))  # what macOS leaves on other disks
+                  and not _is_hidden(path.relative_to(folder)))
 
 
 def list_files(folder: str | Path, suffix: str) -> dict[str, Path]:
@@ -72,7 +72,13 @@ def list_files(folder: str | Path, suffix: str) -> dict[str, Path]:
     folder = Path(folder)
     return {path.relative_to(folder).with_suffix('').as_posix(): path
             for path in sorted(folder.rglob(f'*{suffix}'))
-            if path.name not in CLASS_FILES and not path.name.startswith('.') and path.is_file()}
+            if path.name not in CLASS_FILES and not _is_hidden(path.relative_to(folder))
+            and path.is_file()}
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file is one that macOS or a notebook leaves beside others."""
+    return any(part.startswith('.') for part in path.parts)
 
 
 def labels_of(pictures: str | PurePosixPath) -> PurePosixPath:

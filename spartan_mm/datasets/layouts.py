@@ -2,6 +2,7 @@
 
 Nothing is converted. What is found is told as the settings of datasets of this package.
 """
+import codecs
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +48,8 @@ class Data:
         root: Its folder.
         format: 'COCO', 'YOLO', 'Pascal VOC' or 'folders of classes'.
         classes: Names of the classes, in the order of the labels.
-        splits: Settings of a dataset for 'train' and for 'val', without ``data_root``, ``metainfo``
-            and ``pipeline``.
+        splits: Settings of a dataset for 'train' and for 'val', and for 'test' if there is one,
+            without ``data_root``, ``metainfo`` and ``pipeline``.
         notes: What to tell of it, a sentence each.
     """
 
@@ -93,11 +94,11 @@ def find_data(path: str | Path, seed: int = 0) -> Data:
     """
     path = Path(path)
     if path.is_file():
-        root = path.absolute().parent
-        candidates = [path.absolute()]
+        candidates = [Path(os.path.abspath(path))]
+        root = candidates[0].parent
         found = dict(COCO=candidates) if path.suffix == '.json' else dict(YOLO=candidates)
     else:
-        root = path.absolute()
+        root = Path(os.path.abspath(path))
         found = {name: files for name, find in (
             ('COCO', _find_coco_files), ('YOLO', _find_yolo), ('Pascal VOC', _find_voc))
             if (files := find(root))}
@@ -120,7 +121,6 @@ def find_data(path: str | Path, seed: int = 0) -> Data:
 
 def _hold_out(data: Data, seed: int) -> Data:
     """Share the pictures out, if there are none for validation."""
-    data.splits.pop('test', None)
     if 'val' not in data.splits:
         part = dict(share=VAL_SHARE, seed=seed)
         train = data.splits['train']
@@ -157,8 +157,7 @@ def _find_coco_files(root: Path) -> list[Path]:
              if not path.name.startswith('.')]
     # Beside them, COCO has captions and keypoints, which take long to read.
     found = [path for path in found if path.name.startswith('instances')] or found
-    contents = [path for path in found if _is_coco(path)]
-    return contents
+    return [path for path in found if _is_coco(path)]
 
 
 def _is_coco(path: Path) -> bool:
@@ -170,7 +169,7 @@ def _is_coco(path: Path) -> bool:
                 return True
             file.seek(-min(path.stat().st_size, 1 << 16), os.SEEK_END)
             end = file.read()
-        return b'"images"' in end or b'"annotations"' in end or b'"categories"' in end
+        return b'"images"' in end or b'"annotations"' in end
     except OSError:
         return False
 
@@ -245,16 +244,17 @@ def _find_yolo(root: Path) -> list[Path]:
              if is_data(path)]
     if named:
         return named
-    texts = [path for folder in _below(root, 3) for path in folder.glob('*.txt')
-             if path.name not in CLASS_FILES and _looks_like_yolo(path)][:1]
-    return texts
+    text = next((path for folder in _below(root, 3) for path in folder.glob('*.txt')
+                 if path.name not in CLASS_FILES and _looks_like_yolo(path)), None)
+    return [text] if text else []
 
 
 def _looks_like_yolo(path: Path) -> bool:
     """Whether a text begins with a line of numbers, as labels do; empty ones say nothing."""
     try:
         with open(path, 'rb') as file:
-            numbers = [*map(float, file.read(4096).split(b'\n')[0].split())]
+            line = file.read(4096).removeprefix(codecs.BOM_UTF8).split(b'\n')[0]
+        numbers = [*map(float, line.split())]
         return len(numbers) >= 5
     except (OSError, ValueError):
         return False
@@ -286,31 +286,45 @@ def _read_yolo(root: Path, files: Sequence[Path], path: Path) -> Data:
     base = root
     if content.get('path'):
         # What is written there is often the folder of another machine.
-        base = next((folder for folder in (root / str(content['path']), Path(str(content['path'])))
-                     if folder.is_dir()), root).absolute()
+        written = str(content['path'])
+        base = next((folder for name in (written, _slashed(written))
+                     for folder in (root / name, Path(name)) if folder.is_dir()), root)
+        base = Path(os.path.abspath(base))
     splits = {}
     for role in ('train', 'val', 'test'):
         given = content.get(role) or (content.get('valid') if role == 'val' else None)
         if not given:
             continue
-        if not isinstance(given, str):
-            raise DataError(f'{file}: {role} is {show(given)}, but must be a text, a folder of '
-                            'pictures or a list of them')
-        # Roboflow writes ../train/images for what lies in train/images.
-        place = next((found for name in (given, re.sub(r'^(\.\./)+', '', given))
-                      for found in (base / name, root / name) if found.exists()), None)
-        if place is None and role == 'test':
-            continue
-        if place is None:
-            labels = base / labels_of(given)
-            found = len(list_files(labels, '.txt')) if labels.is_dir() else 0
-            raise DataError(f'{file}: {role} is {given}, but there is no such folder or list in '
-                            f'{base}' + (f'; {_show(labels, base)} has '
-                                         f'{count(found, "file")} of labels' if found else ''))
-        splits[role] = _yolo_settings(base, place)
+        try:
+            splits[role] = _yolo_settings(base, _find_given(given, base, root, f'{file}: {role}'))
+        except DataError:
+            if role != 'test':  # no training needs it
+                raise
     if splits.get('train') == splits.get('val') and splits:
         del splits['val']
     return Data(base, 'YOLO', classes, splits)
+
+
+def _find_given(given: Any, base: Path, root: Path, what: str) -> Path:
+    """Find the folder or the list that a ``data.yaml`` names."""
+    if not isinstance(given, str):
+        raise DataError(f'{what} is {show(given)}, but must be a text, a folder of pictures or a '
+                        'list of them')
+    # Roboflow writes ../train/images for what lies in train/images.
+    names = (given, _slashed(given), re.sub(r'^(\.\./)+', '', _slashed(given)))
+    for name in names:
+        for place in (base / name, root / name):
+            if place.exists():
+                return place
+    labels = base / labels_of(given)
+    found = len(list_files(labels, '.txt')) if labels.is_dir() else 0
+    raise DataError(f'{what} is {given}, but there is no such folder or list in {base}' + (
+        f'; {_show(labels, base)} has {count(found, "file")} of labels' if found else ''))
+
+
+def _slashed(name: str) -> str:
+    """Write a path of Windows as others have them."""
+    return name.replace('\\', '/')
 
 
 def _yolo_settings(base: Path, place: Path) -> dict[str, Any]:
@@ -333,10 +347,13 @@ def _read_names(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     """Read the names of the classes, a list or a dict by number."""
     names, number = content.get('names'), content.get('nc')
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        numbers = [int(label) if isinstance(label, str) and label.isdecimal() else label
+                   for label in names]
+        if sorted(numbers, key=str) != sorted(range(len(names)), key=str):
             raise DataError(f'{file}: names has the numbers {join(names, 8)}, but must have all '
                             f'from 0 to {len(names) - 1}')
-        names = [names[label] for label in range(len(names))]
+        by_number = dict(zip(numbers, names.values(), strict=True))
+        names = [by_number[label] for label in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(f'{file}: names is {show(names)}, but must list the names of the classes')
     strange = [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]
@@ -381,7 +398,7 @@ def _read_bare_yolo(root: Path, example: Path, path: Path) -> Data:
         raise DataError(f'{path} has {count(len(list_files(root, ".txt")), "file")} of labels, but '
                         f'no pictures ({", ".join(PICTURE_SUFFIXES)})')
     roles = {_role(folder, root): folder for folder in folders}
-    if None in roles and len(folders) > 1:
+    if len(roles) < len(folders) or (None in roles and len(folders) > 1):
         raise DataError(f'{path} has pictures in {join(_show(item, root) for item in folders)}: '
                         'name a data.yaml that says which are for training')
     if None in roles:
@@ -406,37 +423,22 @@ def _is_voc(path: Path) -> bool:
 def _read_voc(root: Path, files: Sequence[Path], path: Path) -> Data:
     """Read annotations of VOC, with or without lists, or as Roboflow lays them out."""
     folders = [file.parent for file in files]
-    years = {folder.parent for folder in folders if folder.name == 'Annotations'}
     splits: dict[str, dict[str, Any]] = {}
-    if len(years) == 1 and len(folders) == 1:
-        [base] = years
-        pictures = base / 'JPEGImages' if (base / 'JPEGImages').is_dir() else None
-        if pictures is None:
-            pictures = next((folder for name in ('images', 'Images', 'imgs')
-                             if (folder := base / name).is_dir()), base / 'Annotations')
-        common = dict(type='CheckedVOCDataset', data_prefix=dict(
-            img=_show(pictures, root), xml=_show(base / 'Annotations', root)))
-        lists = {role: base / 'ImageSets' / 'Main' / f'{role}.txt'
-                 for role in ('train', 'val', 'test')}
-        lists = {role: file for role, file in lists.items() if file.is_file()}
+    if len(folders) == 1:
+        common = _voc_settings(folders[0], root)
+        lists = _find_voc_lists(_beside(folders[0]), root)
         splits = {role: dict(common, ann_file=_show(file, root)) for role, file in lists.items()}
         if not splits:
             splits = dict(train=common)
     else:
         for folder in folders:
             role = _role(folder, root)
-            if len(folders) == 1:
-                role = 'train'
             if role is None or role in splits:
                 raise DataError(f'{path} has annotations of Pascal VOC in '
                                 f'{join(_show(item, root) for item in folders)}, and it is not '
                                 'clear what for: expected is Annotations/ with JPEGImages/, or '
                                 'train/ and valid/ with pictures and annotations')
-            pictures = folder
-            if folder.name == 'Annotations' and (folder.parent / 'JPEGImages').is_dir():
-                pictures = folder.parent / 'JPEGImages'
-            splits[role] = dict(type='CheckedVOCDataset', data_prefix=dict(
-                img=_show(pictures, root), xml=_show(folder, root)))
+            splits[role] = _voc_settings(folder, root)
     for settings in splits.values():
         pictures = root / settings['data_prefix']['img']
         if not list_pictures(pictures):
@@ -451,6 +453,33 @@ def _read_voc(root: Path, files: Sequence[Path], path: Path) -> Data:
         for settings in splits.values():
             settings['first_pixel'] = 1
     return data
+
+
+def _beside(annotations: Path) -> Path:
+    """Name the folder in which pictures and lists are looked for."""
+    return annotations.parent if annotations.name.lower() == 'annotations' else annotations
+
+
+def _voc_settings(annotations: Path, root: Path) -> dict[str, Any]:
+    base = _beside(annotations)
+    near = {folder.name.lower(): folder for folder in sorted(base.iterdir()) if folder.is_dir()}
+    pictures = next((near[name] for name in ('jpegimages', 'images', 'imgs')
+                     if name in near and base != annotations), annotations)
+    return dict(type='CheckedVOCDataset', data_prefix=dict(
+        img=_show(pictures, root), xml=_show(annotations, root)))
+
+
+def _find_voc_lists(base: Path, root: Path) -> dict[str, Path]:
+    """Find the lists of pictures by what they are for, all in one folder."""
+    for folder in (base / 'ImageSets' / 'Main', base / 'ImageSets', base, root):
+        lists = {role: folder / f'{role}.txt' for role in ('train', 'val', 'test', 'trainval')}
+        lists = {role: file for role, file in lists.items() if file.is_file()}
+        both = lists.pop('trainval', None)
+        if both and 'train' not in lists and 'val' not in lists:
+            lists['train'] = both
+        if lists:
+            return lists
+    return {}
 
 
 def _read_voc_classes(root: Path, folders: Sequence[Path]) -> tuple[tuple[str, ...], int]:
@@ -491,7 +520,11 @@ def _read_folders(root: Path, path: Path, seed: int) -> Data:
     roles: dict[str, Path] = {}
     for item in subfolders:
         if item.name.lower() in _ROLES:
-            roles[_ROLES[item.name.lower()]] = item
+            role = _ROLES[item.name.lower()]
+            if role in roles:
+                raise DataError(f'{path} has two folders for {role}, {roles[role].name} and '
+                                f'{item.name}: put them together, or move one out of it')
+            roles[role] = item
     classes = {role: _class_folders(folder) for role, folder in roles.items()}
     if not roles:
         classes = dict(train=_class_folders(root))

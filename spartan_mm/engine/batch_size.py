@@ -9,6 +9,7 @@ from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS, DefaultScope
 
+from ..errors import UsageError
 from ..weights.initialize import without_pretrained
 
 # The share of the free memory that a step may take: images differ in their number of objects.
@@ -47,14 +48,24 @@ def choose(step: Callable[[int], int], limit: int, most: int) -> int:
         limit: Bytes that may be taken.
         most: The most images to take.
 
+    Raises:
+        UsageError: There is no memory for a single one.
+
     Example:
         >>> choose(lambda images: 100 + 50 * images, 420, 16)
         6
     """
-    first = step(1)
+    try:
+        first = step(1)
+    except torch.OutOfMemoryError as error:
+        raise UsageError('the memory of the GPU is too small for a step of one image: give a '
+                         'smaller --size or --model, or free some memory') from error
     if most == 1:
         return 1
-    growth = max(1, step(2) - first)
+    try:
+        growth = max(1, step(2) - first)
+    except torch.OutOfMemoryError:
+        return 1
     size = max(1, min(most, 1 + (limit - first) // growth))
     while size > 1:
         try:

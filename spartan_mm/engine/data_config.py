@@ -1,6 +1,7 @@
 """From a folder of data to a config: short, complete, and its reader's to edit."""
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,13 @@ def prepare(data: str | Path, model: str | None = None, *, work_dir: str | Path 
     check_writable(target)
     reports = _check(Config.fromstring(write_text(settings), '.py'))
     pictures = {report.split: len(report.content.infos) for report in reports}
-    _set_batches(settings, base, pictures, batch_size, gpus, notes)
+    told = _set_batches(settings, base, pictures, batch_size, gpus, target)
     head = [f'{_name_of(found)}, {found.format}: {count(pictures["train"], "picture")} to train '
             f'on, {pictures["val"]} to validate on.', *notes,
             'Written by `spartan-mm train`, and yours to edit: `spartan-mm train` takes this file.']
     text = ''.join(f'# {line}\n' for line in _wrap(head)) + write_text(settings)
     _write(target, text)
-    _tell(found, reports, notes, target)
+    _tell(found, reports, [*notes, *told], target)
     return target
 
 
@@ -150,7 +151,8 @@ def _make_settings(data: Data, base: Config, model: str, seed: int, deterministi
     settings: Settings = dict(
         _base_=_Name(f"__import__('spartan_mm').config_path({model!r})") if named else
         str(Path(model).absolute()),
-        work_dir='{{ fileDirname }}',
+        # Raw and in three quotes, as what is put there may have quotes of its own.
+        work_dir=_Name('r"""{{ fileDirname }}"""'),
         data_root=str(data.root),
         classes=data.classes,
         model={})
@@ -330,8 +332,12 @@ def _set_epochs(settings: Settings, base: Config, epochs: int) -> None:
 
 
 def _set_batches(settings: Settings, base: Config, pictures: Mapping[str, int],
-                 batch_size: int | str | None, gpus: int, notes: list[str]) -> None:
-    """Set the batch sizes, so that an epoch has some steps."""
+                 batch_size: int | str | None, gpus: int, target: Path) -> list[str]:
+    """Set the batch sizes, so that an epoch has some steps; return what to tell of it.
+
+    It stays out of the config, as the free memory is another one each time.
+    """
+    told = []
     loader = settings['train_dataloader']
     of_model = loader.pop('batch_size', base.train_dataloader.get('batch_size', 1))
     most = max(1, pictures['train'] // gpus // _STEPS, min(2, pictures['train'] // gpus))
@@ -343,13 +349,26 @@ def _set_batches(settings: Settings, base: Config, pictures: Mapping[str, int],
     else:
         loader['batch_size'] = min(of_model, most)
         if batch_size == 'auto':
-            total = (base.get('auto_scale_lr') or {}).get('base_batch_size', of_model)
-            cfg = Config.fromstring(write_text(settings), '.py')
-            found, how = find_batch_size(cfg, min(most, max(1, total // gpus)))
+            found, how = _read_batch_size(target), f'as {target} says, which is there'
+            if found is None:
+                total = (base.get('auto_scale_lr') or {}).get('base_batch_size', of_model)
+                cfg = Config.fromstring(write_text(settings), '.py')
+                found, how = find_batch_size(cfg, min(most, max(1, total // gpus)))
             loader['batch_size'] = found or loader['batch_size']
-            notes.append(f'a batch has {count(loader["batch_size"], "image")}: {how}')
+            told.append(f'a batch has {count(loader["batch_size"], "image")}: {how}')
     settings['val_dataloader'].setdefault('batch_size', min(
         base.val_dataloader.get('batch_size', 1), pictures['val']))
+    return told
+
+
+def _read_batch_size(target: Path) -> int | None:
+    """Read what was found to fit when the same command was given before.
+
+    The config is not run for it: an edited one is refused.
+    """
+    text = target.read_text('utf-8', 'replace') if target.is_file() else ''
+    found = re.search(r'^train_dataloader = .*?\bbatch_size=(\d+)', text, re.M | re.S)
+    return int(found[1]) if found else None
 
 
 def _check(cfg: Config) -> list[Report]:

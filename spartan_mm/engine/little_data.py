@@ -51,7 +51,9 @@ class StepsAwareEMAHook(EMAHook):
 class ResumableEarlyStoppingHook(EarlyStoppingHook):
     """Ends a training that gets no better; a resumed one ends where it would have.
 
-    NOTE: mmengine's hook counts anew in a training that is resumed.
+    NOTE: mmengine's hook counts anew in a training that is resumed. It counts from the first
+    validation on, too, and may end a training that starts from random weights, whose AP stays at 0
+    for many epochs; here a score that is to grow is waited for until it first reaches `min_delta`.
     """
 
     #: Ahead of the checkpoint hook, which may write a checkpoint behind the same validation.
@@ -67,6 +69,13 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
             self.wait_count, self.best_score = state['wait_count'], state['best_score']
             # It may have ended, and be resumed all the same.
             runner.train_loop.stop_training = self.wait_count >= self.patience
+
+    def _check_stop_condition(self, current_score: float) -> tuple[bool, str]:
+        nothing_yet = self.best_score < self.min_delta and (
+            -math.inf < current_score < self.min_delta)
+        if self.rule == 'greater' and nothing_yet:
+            return False, ''
+        return super()._check_stop_condition(current_score)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Count, and end the training if it is time to."""

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from spartan_mm.datasets.data_errors import DataError
+from spartan_mm.datasets.label_files import list_pictures
 from spartan_mm.datasets.layouts import find_data, is_data
 from spartan_mm.datasets.part import choose_part
 
@@ -74,6 +75,17 @@ LAYOUTS = {
          'train.txt': './images/train/a.png\n', 'images/train/a.png': None,
          'labels/train/a.txt': LABEL, 'images/val/b.png': None, 'labels/val/b.txt': LABEL},
         'CheckedYOLODataset', dict(img='', labels=''), dict(img='images/val', labels='labels/val')),
+    'YOLO of Windows': (
+        {'data.yaml': 'path: C:\\me\ntrain: images\\t\nval: .\\images\\v\ntest: [x, y]\n'
+                      'names: {"1": dog, "0": cat}\n', 'images/t/a.png': None,
+         'labels/t/a.txt': LABEL, 'images/v/b.png': None, 'labels/v/b.txt': LABEL},
+        'CheckedYOLODataset', dict(img='images/t', labels='labels/t'),
+        dict(img='images/v', labels='labels/v')),
+    'YOLO, no yaml, from Label Studio': (
+        {'classes.txt': '\ufeffcat\ndog\n', 'notes.json': '{"categories": [], "info": {}}',
+         'images/a.png': None, 'images/b.png': None, 'labels/a.txt': '\ufeff' + LABEL},
+        'CheckedYOLODataset', dict(img='images', labels='labels'),
+        dict(img='images', labels='labels')),
     'YOLO, no yaml': (
         {'classes.txt': 'cat\ndog\n', 'images/a.png': None, 'images/b.png': None,
          'labels/a.txt': LABEL}, 'CheckedYOLODataset', dict(img='images', labels='labels'),
@@ -84,6 +96,10 @@ LAYOUTS = {
              'VOC2007/ImageSets/Main/cat_train.txt': 'a 1\n'}, 'CheckedVOCDataset',
             dict(img='VOC2007/JPEGImages', xml='VOC2007/Annotations'),
             dict(img='VOC2007/JPEGImages', xml='VOC2007/Annotations')),
+    'VOC of Kaggle': (
+        {'annotations/a.xml': xml(), 'annotations/b.xml': xml('dog'), 'images/a.png': None,
+         'images/b.png': None}, 'CheckedVOCDataset', dict(img='images', xml='annotations'),
+        dict(img='images', xml='annotations')),
     'VOC of Roboflow': (
         {**TWO, 'train/a.xml': xml(), 'train/b.xml': xml('dog'), 'valid/c.xml': xml()},
         'CheckedVOCDataset', dict(img='train', xml='train'), dict(img='valid', xml='valid')),
@@ -101,7 +117,7 @@ def test_layouts(folder, name):
     assert {settings['type'] for settings in data.splits.values()} == {kind}
     assert [data.splits[split]['data_prefix'] for split in ('train', 'val')] == [train, val]
     # What is for both is shared out.
-    shared = {split: settings.get('part') for split, settings in data.splits.items()}
+    shared = {split: data.splits[split].get('part') for split in ('train', 'val')}
     whole = train != val or 'valid' in str(files) or 'ImageSets' in str(files)
     assert shared == (dict(train=None, val=None) if whole else {
         split: dict(name=split, share=0.2, seed=0) for split in shared})
@@ -118,6 +134,29 @@ def test_pixels_of_pascal_count_from_1(folder):
         'Annotations/a.xml': xml(database=source), 'Annotations/b.xml': xml(database=source),
         'JPEGImages/a.png': None, 'JPEGImages/b.png': None}))
     assert data.splits['train']['first_pixel'] == 1
+
+
+@pytest.mark.parametrize('names, lists', [
+    (['ImageSets/train.txt', 'ImageSets/val.txt'], ['ImageSets/train.txt', 'ImageSets/val.txt']),
+    (['train.txt', 'trainval.txt', 'val.txt'], ['train.txt', 'val.txt']),
+    (['ImageSets/Main/test.txt', 'ImageSets/Main/trainval.txt'],
+     ['ImageSets/Main/trainval.txt'] * 2)])
+def test_lists_of_voc(folder, names, lists):
+    data = find_data(folder(files={
+        'Annotations/a.xml': xml(), 'JPEGImages/a.png': None, **dict.fromkeys(names, 'a\n')}))
+    assert [data.splits[split]['ann_file'] for split in ('train', 'val')] == lists
+
+
+def test_paths_have_no_dots(folder):
+    root = folder(files={'sub/data.yaml': 'path: ..\n' + YAML.format('i', 'i'), 'i/a.png': None,
+                         'i/b.png': None, 'i/a.txt': LABEL})
+    for path in (root / 'sub' / 'data.yaml', root / 'i' / '..' / 'sub'):
+        assert find_data(path).root == root
+
+
+def test_hidden_folders_have_no_pictures(folder):
+    root = folder(files={'a.png': None, '.ipynb_checkpoints/b.png': None, 'x/._c.png': None})
+    assert list_pictures(root) == ['a.png']
 
 
 @pytest.mark.parametrize('files, split', [
@@ -171,6 +210,13 @@ WRONG = {
                            'two lists of classes: train has folders for cat, dog, and val for cat'),
     'names that are none': ({'data.yaml': 'train: i\nval: i\nnames: [yes, no]', 'i/a.png': None},
                             'the class True is no text; YAML reads words such as no, on and'),
+    'folders of one role, YOLO': (
+        {'classes.txt': 'cat', 'images/train/a.png': None, 'images/train/x/b.png': None,
+         'labels/train/a.txt': LABEL},
+        'has pictures in images/train, images/train/x: name a data.yaml'),
+    'folders of one role': (dict.fromkeys(f'{split}/{name}/a.png' for name in ('cat', 'dog')
+                                          for split in ('train', 'val', 'valid')),
+                            'has two folders for val, val and valid: put them together'),
     'names twice': ({'data.yaml': 'train: i\nval: i\nnames: [cat, cat]', 'i/a.png': None},
                     'names the class cat twice'),
     'numbers with a gap': ({'data.yaml': 'train: i\nval: i\nnames: {0: cat, 2: dog}'},

@@ -27,7 +27,8 @@ RECIPE = ROOT / 'configs' / 'detection' / '_base_' / 'finetune.py'
 SHORT = """
 custom_hooks = [
     dict(type='StepsAwareEMAHook', update_buffers=True, priority=49),
-    dict(type='ResumableEarlyStoppingHook', monitor='coco/bbox_mAP', patience=2, min_delta=0.5),
+    dict(type='ResumableEarlyStoppingHook', monitor='coco/bbox_mAP', rule='less', patience=2,
+         min_delta=0.5),  # 'less', as one that is to grow is waited for until it is 0.5
     dict(type='PlainEndHook', share=0.6),
     dict(type='BatchNormEvalHook'),
 ]
@@ -106,6 +107,20 @@ def test_counter_goes_on_where_it_was(hub, patience, stopped):
     assert runner.train_loop.stop_training is stopped
     hook.after_val_epoch(runner, dict(AP=0.1))
     assert runner.train_loop.stop_training
+
+
+def test_nothing_is_counted_before_anything_is_learned(hub):
+    runner = SimpleNamespace(message_hub=hub, train_loop=Loop(9), logger=LOGGER)
+    stopped = []
+    for score in (0., 0.0009, 0., 0., 0.002, 0., 0.):
+        # Resumed before each validation.
+        hook = HOOKS.build(dict(type='ResumableEarlyStoppingHook', monitor='coco/bbox_mAP',
+                                min_delta=0.001, patience=2))
+        hook.before_train(runner)
+        hook.after_val_epoch(runner, {'coco/bbox_mAP': score})
+        stopped.append(runner.train_loop.stop_training)
+    assert stopped == [False] * 6 + [True]
+    assert hub.get_info('early_stopping') == dict(wait_count=2, best_score=0.002)
 
 
 @pytest.mark.parametrize('epochs, share, first', [(50, 0.1, 45), (10, 0.1, 9), (3, 0.1, 2),

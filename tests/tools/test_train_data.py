@@ -10,6 +10,8 @@ from mmengine.registry import DATASETS, METRICS, DefaultScope
 from PIL import Image
 
 import spartan_mm
+from spartan_mm.detection.to_coco import write_coco
+from spartan_mm.engine.batch_size import choose
 from spartan_mm.engine.data_config import prepare
 from spartan_mm.engine.launch import load_config
 from spartan_mm.engine.train import find_best, train_config
@@ -90,6 +92,38 @@ def test_pictures_without_boxes_are_not_converted(tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+def test_parts_for_a_test_are_written_outside_the_data(sets, tmp_path):
+    shutil.copytree(sets['yolo'], tmp_path / 'mine')
+    for name in ('images', 'labels'):
+        shutil.copytree(tmp_path / 'mine' / name / 'val', tmp_path / 'mine' / name / 'test')
+    with (tmp_path / 'mine' / 'data.yaml').open('a') as file:
+        file.write('\ntest: images/test\n')
+    with pytest.raises(UsageError, match='would then have labels of two formats'):
+        write_coco(tmp_path / 'mine', tmp_path / 'mine' / 'annotations')
+    assert not (tmp_path / 'mine' / 'annotations').exists()
+    files = write_coco(tmp_path / 'mine', tmp_path / 'out')
+    val, test = (json.loads(files[split].read_text()) for split in ('val', 'test'))
+    assert val['annotations'] == test['annotations'] and [*files] == ['train', 'val', 'test']
+
+
+@pytest.mark.parametrize('fitting, most, size', [(16, 8, 8), (5, 8, 4), (1, 8, 1), (1, 1, 1)])
+def test_batches_that_fit(fitting, most, size):
+    def step(images):
+        if images > fitting:
+            raise torch.OutOfMemoryError
+        return images
+
+    assert choose(step, 100, most) == size
+
+
+def test_not_one_image_fits():
+    def step(images):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UsageError, match='too small for a step of one image: give a smaller --si'):
+        choose(step, 100, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FORMATS[1:])
 def test_formats_are_equal(trained, name):
@@ -166,6 +200,13 @@ class TestConfig:
             prepare(sets['coco'], str(TINY), work_dir=tmp_path, epochs=5)
         assert path.read_text() == text
 
+    def test_folders_with_quotes(self, sets, tmp_path):
+        folder = tmp_path / "Ann's"
+        folder.symlink_to(sets['yolo'], target_is_directory=True)
+        path = prepare(folder, str(TINY), work_dir=tmp_path / "Bob's")
+        cfg = load_config(str(path), split='train')
+        assert (cfg.data_root, cfg.work_dir) == (str(folder), str(path.parent))
+
     def test_of_a_classifier(self, tmp_path, begin):
         for index in range(12):
             for split, name in (('train', 'disc'), ('train', 'square'), ('val', 'disc'),
@@ -180,7 +221,7 @@ class TestConfig:
         assert runner.model.head.num_classes == 2
 
     @pytest.mark.parametrize('classifier', [True, False])
-    def test_weights(self, sets, tmp_path, begin, classifier):
+    def test_weights(self, sets, tmp_path, begin, capsys, classifier):
         """A classifier's are for the backbone, a detector's for all."""
         name = 'user_classifier.py' if classifier else 'user_detector.py'
         model = spartan_mm.get_model(Config.fromfile(TINY.with_name(name)))
@@ -192,8 +233,18 @@ class TestConfig:
             assert runner.cfg.model.backbone.init_cfg.prefix == 'backbone.'
         else:
             assert runner.cfg.load_from == str(tmp_path / 'weights.pth')
-        text = (tmp_path / 'out' / 'config.py').read_text()
-        assert torch.cuda.is_available() or 'a batch has 2 images: without a GPU' in text
+        said = capsys.readouterr().out
+        assert torch.cuda.is_available() or 'a batch has 2 images: without a GPU' in said
+
+    def test_batch_size_is_found_once(self, sets, tmp_path, monkeypatch):
+        """Or the same command would be refused when another number fits."""
+        answers = iter([(5, 'in the 80 GiB that are free')])
+        monkeypatch.setattr('spartan_mm.engine.data_config.find_batch_size',
+                            lambda *_: next(answers))
+        for _ in range(2):
+            path = prepare(sets['yolo'], str(TINY), work_dir=tmp_path, batch_size='auto')
+        assert Config.fromfile(path).train_dataloader.batch_size == 5
+        assert 'GiB' not in path.read_text()
 
     def test_pictures_of_one_file_are_shared_out(self, sets, tmp_path, begin):
         folder = tmp_path / 'one'
