@@ -1093,8 +1093,8 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
             follow: Callable[[float], Callable[[Detections], Detections]] | None = None) -> Report:
     """Process images, a video, a camera or a stream; write results and pictures.
 
-    One batch after the other is read, processed and written: no more is held in memory. Ctrl-C ends
-    what is live, and keeps what was seen.
+    One batch after the other is read, processed and written: no more is held in memory. Ctrl-C or
+    SystemExit ends what is live, and keeps what was seen.
 
     Args:
         model: A :class:`Runtime`, or another with its `task`, `classes` and `files`, which can
@@ -1133,6 +1133,8 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
             found = model([image for _, image in batch], batch_size)
             seconds += time.perf_counter() - begin
             for (name, image), each in zip(batch, found, strict=True):
+                # JSON has no other numbers.
+                each = each.select(np.isfinite(each.boxes).all(1)) if detects else each
                 yield name, image, (track(each) if track else each.above(score_threshold)
                                     if detects else each.top(top))
 
@@ -1164,7 +1166,7 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
                 report.objects = report.objects + len(found.scores) if detects else None
                 report.speed = _show(start, report.images, video.length if video else
                                      len(source.images))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             if video is None or not video.live:
                 raise
     report.model_ms = 1000 * seconds / max(report.images, 1)
