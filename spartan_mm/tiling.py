@@ -77,7 +77,7 @@ class TiledDetector:
                              else image[..., ::-1], batch_size) for image in images]
 
     def _detect(self, image: np.ndarray, batch_size: int) -> Detections:
-        # sahi takes Pillow's limit of pixels away for good.
+        # sahi takes Pillow's limit of pixels away and does not bring it back.
         with any_size():
             found = get_sliced_prediction(
                 image, self._model, self._tile, self._tile, batch_size=batch_size, verbose=0,

@@ -475,11 +475,12 @@ class TestCommand:
         assert run(model, video, '--json', tmp_path / 'found.json') == 1
         assert 'breaks off after' in capsys.readouterr().err
 
-    def test_camera_ends_with_ctrl_c(self, model, tmp_path, monkeypatch):
+    @pytest.mark.parametrize('wish', [KeyboardInterrupt, SystemExit(143)], ids=str)
+    def test_camera_ends_with_a_signal(self, model, tmp_path, monkeypatch, wish):
         """What was seen until then is written."""
         def go_on():
             yield from [np.full((60, 80, 3), 255, np.uint8)] * 3
-            raise KeyboardInterrupt
+            raise wish
 
         use_camera(monkeypatch, go_on())
         assert run(model, 7, '--out-dir', tmp_path / 'out') == 0
