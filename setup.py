@@ -36,7 +36,7 @@ EXTRAS = {
     # Curves and pictures of a training in TensorBoard or MLflow.
     'loggers': ['tensorboard>=2.12', 'mlflow-skinny>=2.10'],
     # Tracks, tiles of large pictures, results for supervision.
-    'video': ['supervision>=0.25', 'trackers>=2.0', 'sahi>=0.11.20'],
+    'video': ['supervision>=0.25', 'trackers>=2.1', 'sahi>=0.12'],
     # The page to try a model on, and the server.
     'web': ['gradio>=6.0', 'fastapi>=0.110', 'uvicorn>=0.25', 'python-multipart>=0.0.13'],
     # Weights from and to the Hugging Face Hub.

@@ -223,9 +223,9 @@ def infer(model: Detector | Classifier | Runtime, source: Source, out_dir: str |
     detects = model.task == 'detection'
     if not detects and (track or tile):
         raise UsageError('a classifier gives no boxes: tracks and tiles are for detectors')
-    files = find_writers(formats, Path(out_dir), source, detects, ann_file)
+    files = find_writers(formats, Path(out_dir), source, detects, ann_file, model.classes)
     if tile:
-        require('sahi', '0.11.20', 'video')
+        require('sahi', '0.12', 'video')
         from .tiling import TiledDetector
         model = TiledDetector(model, tile, min(WEAKEST, score_threshold) if track
                               else score_threshold)

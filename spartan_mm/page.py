@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -223,7 +224,7 @@ def make_page(viewer: Viewer, threshold: float = 0.3, examples: Sequence[str | P
                 picture = gradio.Image(show_label=False, height=430, placeholder=(
                     '#Drop a picture here\nor click to choose one'))
                 # Nobody opens it before our own checks do.
-                picture.preprocess = lambda upload: upload and upload.path
+                picture.preprocess = partial(_take_upload, picture.GRADIO_CACHE)
                 slider = gradio.Slider(0., 1., threshold, step=0.01, visible=viewer.detects,
                                        label='Least score', buttons=[])
             with gradio.Column(min_width=320), gradio.Tabs():
@@ -336,6 +337,22 @@ def _explained(function: Callable, outputs: int, place: int) -> Callable:
             return *(f'<p class="error">{message}</p>' if number == place else None
                      for number in range(outputs)),
     return answer
+
+
+def _take_upload(folder: str, upload: Any) -> str | None:
+    """Take the path of an upload, and no other.
+
+    NOTE: gradio lets a client name any path that it does not mark as a file's.
+
+    Raises:
+        UsageError: It is not in the folder of uploads.
+    """
+    if not upload or not upload.path:
+        return None
+    path = os.path.realpath(upload.path)
+    if Path(os.path.realpath(folder)) not in Path(path).parents or not os.path.isfile(path):
+        raise UsageError('this is no upload')
+    return path
 
 
 def _shrink(image: np.ndarray) -> tuple[np.ndarray, float]:

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,13 +81,20 @@ def _label_file(name: str, frame: str = '') -> str:
     return name.with_name(f'{name.stem}{frame}.txt').as_posix()
 
 
-def _coco_writer(ann_file: str | Path, source: Source) -> Writer:
+def _coco_writer(ann_file: str | Path, source: Source, classes: Sequence[str]) -> Writer:
     """Make what writes COCO's results, with the ids of an annotation file.
 
     Raises:
-        UsageError: An image of the source is not in it.
+        UsageError: An image of the source is not in it, or a class of the model; or either has no
+            name of its own.
         DataError: It cannot be read.
     """
+    if source.video is not None:
+        raise UsageError('COCO results name images by their ids, and the frames of a video have '
+                         'none: choose json, jsonl or csv')
+    if not classes:
+        raise UsageError('COCO results need the names of the classes, and the model does not know '
+                         'them: choose json, jsonl or csv')
     content = read_json(str(ann_file))
     try:
         images = {image['file_name']: image['id'] for image in content['images']}
@@ -94,16 +102,15 @@ def _coco_writer(ann_file: str | Path, source: Source) -> Writer:
     except (KeyError, TypeError):
         raise UsageError(f'{ann_file} is no annotation file of COCO: it lacks images with their '
                          'file_name and id, or categories with their name and id') from None
-    lost = [name for name in (map(source.name_of, source.images) if source.video is None
-                              else [source.video_name]) if name not in images]
+    lost = [name for name in map(source.name_of, source.images) if name not in images]
     if lost:
         raise UsageError(f'{ann_file} has no image {join(lost, 3)}: COCO results name images by '
                          'their ids in it')
+    if strange := [name for name in classes if name not in categories]:
+        raise UsageError(f'{ann_file} has no category {join(strange, 3)}, as the model has')
 
     @contextmanager
     def write(path: Path, head: Mapping[str, Any], failures: Mapping[str, str]) -> Iterator[Add]:
-        if strange := [name for name in head['classes'] if name not in categories]:
-            raise UsageError(f'{ann_file} has no category {join(strange, 3)}, as the model has')
         with write_array(path, '[', lambda: '\n]\n') as add_result:
             def add(record: Mapping[str, Any]) -> None:
                 for found in record['detections']:
@@ -125,7 +132,8 @@ FILES = {'json': 'results.json', 'jsonl': 'results.jsonl', 'csv': 'results.csv',
 
 
 def find_writers(formats: Sequence[str], out_dir: Path, source: Source, detects: bool,
-                 ann_file: str | Path | None = None) -> dict[Path, Writer]:
+                 ann_file: str | Path | None = None, classes: Sequence[str] = ()
+                 ) -> dict[Path, Writer]:
     """Find what writes results.
 
     Args:
@@ -134,6 +142,7 @@ def find_writers(formats: Sequence[str], out_dir: Path, source: Source, detects:
         source: What is processed.
         detects: Whether results are boxes.
         ann_file: Says COCO's ids of images and categories.
+        classes: Names of the model's classes, which COCO's results need.
 
     Raises:
         UsageError: A format is not for such results, or lacks what it needs.
@@ -145,10 +154,14 @@ def find_writers(formats: Sequence[str], out_dir: Path, source: Source, detects:
         raise UsageError('COCO results need the annotation file that says the ids of images and '
                          'categories (ann_file, --ann-file), and no other results do')
     if 'yolo' in formats:
-        names = [_label_file(name) for name in map(source.name_of, source.images)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f'two images would share the YOLO labels {twice[0]}: rename one')
+        own = Path(FILES['yolo']).name
+        names = Counter([own, *map(_label_file, map(source.name_of, source.images))])
+        if twice := sorted(name for name, times in names.items() if times > 1):
+            raise UsageError(
+                f'the YOLO labels of an image would overwrite {own}, the names of the classes: '
+                'rename the image' if twice[0] == own else
+                f'two images would share the YOLO labels {twice[0]}: rename one')
     writers = dict(json=write_results, jsonl=write_lines, csv=write_table, yolo=write_yolo)
     if 'coco' in formats:
-        writers['coco'] = _coco_writer(ann_file, source)
+        writers['coco'] = _coco_writer(ann_file, source, classes)
     return {out_dir / FILES[each]: writers[each] for each in formats}

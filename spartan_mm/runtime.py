@@ -27,6 +27,7 @@ import re
 import secrets
 import stat
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,9 @@ FORMAT = 1
 
 #: Of the files that it runs.
 SUFFIXES = ('.onnx', '.xml')
+
+#: What Pillow calls the formats that are read, and no others: some decoders start programs.
+FORMATS = ('BMP', 'JPEG', 'PNG', 'TIFF', 'WEBP')
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
@@ -166,16 +170,35 @@ def read_image(value: Any, upright: bool = True) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(take_array(value)[..., ::-1]))
 
 
+_any_size, _lock, _limit = 0, threading.Lock(), Image.MAX_IMAGE_PIXELS
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Take Pillow's own limit of pixels away, which nobody can raise without touching the program.
+
+    Several threads may do so at a time: the last one brings it back.
+    """
+    global _any_size, _limit
+    with _lock:
+        if not _any_size:
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _any_size += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _any_size -= 1
+            if not _any_size:
+                Image.MAX_IMAGE_PIXELS = _limit
+
+
 def _decode(content: bytes, name: str) -> Image.Image:
     """Open an image without decoding it, unless it claims to be enormous."""
     if not content:
         raise InputError(f'{name} is empty')
-    # Pillow's own limit, which nobody can raise without touching the program, is off meanwhile.
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        image = Image.open(io.BytesIO(content))
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with any_size():
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     pixels = math.prod(image.size)
     most = int(os.environ.get(MAX_PIXELS_VARIABLE) or MAX_PIXELS)
     if pixels > most:
@@ -1070,8 +1093,8 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
             follow: Callable[[float], Callable[[Detections], Detections]] | None = None) -> Report:
     """Process images, a video, a camera or a stream; write results and pictures.
 
-    One batch after the other is read, processed and written: no more is held in memory. Ctrl-C ends
-    what is live, and keeps what was seen.
+    One batch after the other is read, processed and written: no more is held in memory. Ctrl-C or
+    SystemExit ends what is live, and keeps what was seen.
 
     Args:
         model: A :class:`Runtime`, or another with its `task`, `classes` and `files`, which can
@@ -1110,6 +1133,8 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
             found = model([image for _, image in batch], batch_size)
             seconds += time.perf_counter() - begin
             for (name, image), each in zip(batch, found, strict=True):
+                # JSON has no other numbers.
+                each = each.select(np.isfinite(each.boxes).all(1)) if detects else each
                 yield name, image, (track(each) if track else each.above(score_threshold)
                                     if detects else each.top(top))
 
@@ -1141,7 +1166,7 @@ def process(model: Any, source: Source, out_dir: Path, files: Mapping[Path, Writ
                 report.objects = report.objects + len(found.scores) if detects else None
                 report.speed = _show(start, report.images, video.length if video else
                                      len(source.images))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             if video is None or not video.live:
                 raise
     report.model_ms = 1000 * seconds / max(report.images, 1)

@@ -10,7 +10,7 @@ from sahi.predict import get_sliced_prediction
 from sahi.prediction import ObjectPrediction
 from sahi.utils.compatibility import fix_full_shape_list, fix_shift_amount_list
 
-from .runtime import Detections
+from .runtime import Detections, any_size
 
 
 class SahiModel(DetectionModel):
@@ -77,14 +77,11 @@ class TiledDetector:
                              else image[..., ::-1], batch_size) for image in images]
 
     def _detect(self, image: np.ndarray, batch_size: int) -> Detections:
-        # sahi takes Pillow's limit of pixels away for good.
-        limit = Image.MAX_IMAGE_PIXELS
-        try:
+        # sahi takes Pillow's limit of pixels away and does not bring it back.
+        with any_size():
             found = get_sliced_prediction(
                 image, self._model, self._tile, self._tile, batch_size=batch_size, verbose=0,
-            ).object_prediction_list
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+                force_postprocess_type=True).object_prediction_list
         return Detections(
             np.array([each.bbox.to_xyxy() for each in found], np.float32).reshape(-1, 4),
             np.array([each.category.id for each in found], int),

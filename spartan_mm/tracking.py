@@ -26,7 +26,7 @@ class Tracker:
     """
 
     def __init__(self, score_threshold: float, rate: float) -> None:
-        tracker = require('trackers', '2.0', 'video').ByteTrackTracker
+        tracker = require('trackers', '2.1', 'video').ByteTrackTracker
         self._threshold = score_threshold
         self._tracker = tracker(frame_rate=rate, track_activation_threshold=score_threshold,
                                 high_conf_det_threshold=score_threshold)

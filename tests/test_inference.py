@@ -734,17 +734,40 @@ class TestFormats:
         (dict(images=[]), dict(formats=['coco']), r'has no image b\.png, none\.png, sub/a\.png: C'),
         (dict(categories=[]), dict(formats=['coco']), 'has no category blob'),
         (dict(images=[{}]), dict(formats=['coco']), 'is no annotation file of COCO'),
-        (None, dict(formats=['yolo']), r'two images would share the YOLO labels b\.txt')])
+        ('b.bmp', dict(formats=['yolo']), r'two images would share the YOLO labels b\.txt'),
+        ('classes.png', dict(formats=['yolo']), r'overwrite classes\.txt, .*: rename the')])
     def test_refused(self, blobs, tmp_path, change, options, message):
         path = tmp_path / 'truth.json'
-        if change:
+        if isinstance(change, str):
+            shutil.copy(blobs / 'b.png', blobs / change)
+        elif change:
             path.write_text(json.dumps(json.loads(path.read_text()) | change))
             options = dict(options, ann_file=path)
-        elif change is None:
-            shutil.copy(blobs / 'b.png', blobs / 'b.bmp')
         with pytest.raises(UsageError, match=message):
             infer(Blobs(), find_source(blobs, tmp_path / 'out'), tmp_path / 'out', **options)
         assert not [*(tmp_path / 'out').glob('*')]
+
+    def test_coco_needs_names_and_images(self, blobs, tmp_path):
+        out, model = tmp_path / 'out', Blobs()
+        video = TestVideo.write(tmp_path / 'film.avi', [np.zeros((64, 64, 3), np.uint8)] * 2)
+        options = dict(formats=['jsonl', 'coco'], ann_file=tmp_path / 'truth.json')
+        with pytest.raises(UsageError, match='the frames of a video have none: choose json'):
+            infer(model, find_source(video, out), out, **options)
+        model.classes = ()
+        with pytest.raises(UsageError, match='names of the classes, and the model does not know'):
+            infer(model, find_source(blobs, out), out, **options)
+        assert not out.exists()
+
+    def test_boxes_without_a_place_are_left_out(self, blobs, tmp_path):
+        class Lost(Blobs):
+            def __call__(self, images, batch_size=1):
+                return [Detections(np.array([[0, 0, np.nan, 9], [0, 0, 9, 9], [0, 0, np.inf, 9]]),
+                                   np.zeros(3, int), np.ones(3), self.classes) for _ in images]
+
+        report = infer(Lost(), find_source(blobs, tmp_path / 'out'), tmp_path / 'out')
+        assert report.objects == report.images == 3
+        for result in read_results(tmp_path / 'out')['results']:
+            assert [each['bbox'] for each in result['detections']] == [[0, 0, 9, 9]]
 
     def test_lines_are_there_while_it_runs(self, blobs, tmp_path, monkeypatch):
         seen, out = [], tmp_path / 'out'

@@ -1,5 +1,6 @@
 """The page to try a model on, in a browser without a screen."""
 
+import os
 import re
 import runpy
 import shutil
@@ -19,7 +20,7 @@ from mmengine.config import Config
 from spartan_mm import cli, demo, get_model
 from spartan_mm.errors import UsageError
 from spartan_mm.inference import load_model
-from spartan_mm.page import Viewer, serve
+from spartan_mm.page import Viewer, _take_upload, make_page, serve
 from spartan_mm.runtime import Runtime
 from spartan_mm.weights.publish import publish
 
@@ -205,6 +206,35 @@ class TestViewer:
         found = Runtime(path)(str(pictures / 'square.png'))
         np.testing.assert_allclose(look.found.boxes, found.boxes)
         assert viewer.exported and '3 detections' in viewer.show(look, 0.)[1]
+
+
+class TestUploads:
+
+    @pytest.mark.parametrize('way', ['another path', 'up', 'a link', 'the folder', 'missing'])
+    def test_nothing_else_is_read(self, tmp_path, way):
+        uploads, secret = tmp_path / 'uploads', tmp_path / 'secret.png'
+        uploads.mkdir()
+        secret.write_bytes(b'mine')
+        (uploads / 'link.png').symlink_to(secret)
+        path = {'another path': secret, 'up': uploads / '..' / 'secret.png', 'the folder': uploads,
+                'a link': uploads / 'link.png', 'missing': uploads / 'none.png'}[way]
+        with pytest.raises(UsageError, match='this is no upload'):
+            _take_upload(str(uploads), SimpleNamespace(path=str(path)))
+
+    def test_of_gradio(self, viewer, pictures):
+        blocks = make_page(viewer)
+        picture, = (block for block in blocks.blocks.values()
+                    if getattr(block, 'placeholder', None))
+        upload = Path(picture.GRADIO_CACHE, 'test_of_uploads', 'square.png')
+        upload.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copy(pictures / 'square.png', upload)
+            assert picture.preprocess(SimpleNamespace(path=str(upload))) == os.path.realpath(upload)
+        finally:
+            shutil.rmtree(upload.parent)
+        assert picture.preprocess(None) is picture.preprocess(SimpleNamespace(path=None)) is None
+        with pytest.raises(UsageError):
+            picture.preprocess(SimpleNamespace(path=str(pictures / 'square.png')))
 
 
 class TestCommand:

@@ -262,6 +262,24 @@ class TestImages:
         with pytest.raises(InputError, match=message):
             Runtime(model)(value)
 
+    @pytest.mark.parametrize('kind', ['EPS', 'GIF', 'PPM'])
+    def test_no_other_formats(self, kind):
+        """Of some, the decoders start programs."""
+        content = io.BytesIO()
+        Image.new('RGB', (9, 8)).save(content, kind)
+        with pytest.raises(InputError, match='the bytes is of no known image format, or damaged'):
+            runtime.read_image(content.getvalue())
+
+    def test_threads_leave_the_limit_of_pillow(self):
+        limit, content = Image.MAX_IMAGE_PIXELS, io.BytesIO()
+        Image.new('RGB', (9, 8)).save(content, 'PNG')
+        with runtime.any_size():
+            with runtime.any_size():
+                assert Image.MAX_IMAGE_PIXELS is None
+            runtime.read_image(content.getvalue())
+            assert Image.MAX_IMAGE_PIXELS is None
+        assert Image.MAX_IMAGE_PIXELS == limit
+
     def test_too_many_pixels(self, photos, monkeypatch):
         monkeypatch.setenv(runtime.MAX_PIXELS_VARIABLE, '30000')
         with pytest.raises(InputError, match=r'30,500 pixels.* set SPARTAN_MM_MAX_PIXELS=30500 in'):
@@ -457,11 +475,12 @@ class TestCommand:
         assert run(model, video, '--json', tmp_path / 'found.json') == 1
         assert 'breaks off after' in capsys.readouterr().err
 
-    def test_camera_ends_with_ctrl_c(self, model, tmp_path, monkeypatch):
+    @pytest.mark.parametrize('wish', [KeyboardInterrupt, SystemExit(143)], ids=str)
+    def test_camera_ends_with_a_signal(self, model, tmp_path, monkeypatch, wish):
         """What was seen until then is written."""
         def go_on():
             yield from [np.full((60, 80, 3), 255, np.uint8)] * 3
-            raise KeyboardInterrupt
+            raise wish
 
         use_camera(monkeypatch, go_on())
         assert run(model, 7, '--out-dir', tmp_path / 'out') == 0

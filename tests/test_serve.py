@@ -1,5 +1,6 @@
 """The server: real sockets, a small model, and clients of all kinds."""
 import asyncio
+import gc
 import http.client
 import io
 import json
@@ -14,7 +15,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ from spartan_mm.errors import InputError
 from spartan_mm.inference import Classifier, Detector
 from spartan_mm.runtime import Runtime
 from spartan_mm.serving import Limits, load_served, server
+from spartan_mm.serving.batching import READERS, Batcher
 from spartan_mm.serving.models import Prepared, ServedModel
 
 
@@ -250,6 +252,28 @@ class TestBatches:
         with server.bind('127.0.0.1', 0) as taken, pytest.raises(
                 InputError, match='echo fails on 4 pictures in a batch: division .* 2$'):
             server.serve(model, taken, Limits())
+
+    def test_what_nobody_waits_for_is_not_kept(self):
+        async def leave():
+            batcher, start = Batcher(Echo(), Limits()), threading.Event()
+            for _ in range(READERS):
+                batcher._readers.submit(start.wait)
+            content = bytes(1000)
+            before = sys.getrefcount(content)
+            task = asyncio.ensure_future(batcher(content))
+            await asyncio.sleep(0)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            del task
+            gc.collect()
+            try:
+                assert sys.getrefcount(content) == before and batcher.in_work == 0
+            finally:
+                start.set()
+                batcher.close()
+
+        asyncio.run(leave())
 
     def test_full_queue(self):
         with serving(Echo(seconds=0.5), queue=2, batch_size=1) as ask:

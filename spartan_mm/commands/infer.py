@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..engine.launch import choose_device
 from ..errors import UsageError
-from ..files import check_writable
+from ..files import check_writable, clean_up_on_sigterm
 from ..inference import find_source, infer, load_model
 from ..results import FILES
 from ..runtime import SUFFIXES, Runtime
@@ -53,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Infer, and say what was found."""
+    clean_up_on_sigterm()
     source = find_source(args.input, args.out_dir)
     for each in args.results:
         check_writable(args.out_dir / FILES[each], args.config)

@@ -19,8 +19,11 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
 from ..errors import InputError
-from ..runtime import MAX_PIXELS, MAX_PIXELS_VARIABLE, take_array
+from ..runtime import FORMATS, MAX_PIXELS, MAX_PIXELS_VARIABLE, any_size, take_array
 from .data_errors import DataError, MissingDataError, UndecodableError, show
+
+# Also what else OpenCV reads, so that its size is looked at. No decoder of these starts programs.
+_FORMATS = (*FORMATS, 'DIB', 'GIF', 'JPEG2000', 'PPM', 'SUN')
 
 #: What to do about images that do not exist.
 MISSING_REMEDY = ('check `data_root` and `data_prefix` (or `split`) of the dataset in the config, '
@@ -82,10 +85,9 @@ def open_picture(content: bytes) -> Iterator[Image.Image | None]:
     Raises:
         UndecodableError: It has more pixels than :func:`find_max_pixels` says.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
+    with any_size():
         try:
-            picture = Image.open(io.BytesIO(content))
+            picture = Image.open(io.BytesIO(content), formats=_FORMATS)
         except Exception:  # Pillow has many; OpenCV may take what it refuses
             picture = None
         width, height = picture.size if picture else (0, 0)
@@ -96,8 +98,6 @@ def open_picture(content: bytes) -> Iterator[Image.Image | None]:
                 f'{most:,} are read; if it is what it should be, set '
                 f'{MAX_PIXELS_VARIABLE}={width * height} in the environment')
         yield picture
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def decode_image(content: bytes, flag: str = 'color', backend: str | None = None) -> np.ndarray:
@@ -127,8 +127,11 @@ def decode_image(content: bytes, flag: str = 'color', backend: str | None = None
         with open_picture(content) as picture:
             # Pillow's own reading of 16 bits; of a kind that it doesn't know, OpenCV may.
             deep = picture is not None and picture.mode.startswith('I')
-            image = mmcv.imfrombytes(content, flag=flag,
-                                     backend='cv2' if deep and backend == 'pillow' else backend)
+            if picture is None and (backend or mmcv.image.io.imread_backend) == 'pillow':
+                image = None
+            else:
+                image = mmcv.imfrombytes(content, flag=flag, backend=(
+                    'cv2' if deep and backend == 'pillow' else backend))
     except DataError:
         raise
     except Exception as error:  # each decoder has exceptions of its own

@@ -76,13 +76,17 @@ class Batcher:
                                'as it takes: try again in a second', {'Retry-After': '1'})
         loop = asyncio.get_running_loop()
         self.in_work += 1
+        # The threads' queue keeps what it was given, also when nobody waits for it any more.
+        held = [content]
+        del content
         try:
-            picture = await loop.run_in_executor(self._readers, self._read, content)
+            picture = await loop.run_in_executor(self._readers, self._read, held)
             result = loop.create_future()
             self._waiting.append((picture, result))
             self._arrived.set()
             return picture, await result
         finally:
+            held.clear()
             self.in_work -= 1
 
     def check_open(self) -> None:
@@ -120,7 +124,8 @@ class Batcher:
         for threads in (self._readers, self._runner):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, content: bytes) -> Prepared:
+    def _read(self, held: list[bytes]) -> Prepared:
+        content = held.pop()
         check_picture(content, self.limits.max_pixels)
         try:
             return self.model.prepare(content)

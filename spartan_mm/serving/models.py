@@ -12,12 +12,8 @@ from ..engine.class_order import Match
 from ..engine.launch import choose_device
 from ..errors import InputError, UsageError
 from ..inference import Classification, Detections, load_model
-from ..runtime import MAX_BATCHES, SUFFIXES, Runtime, RuntimeFileError
+from ..runtime import FORMATS, MAX_BATCHES, SUFFIXES, Runtime, RuntimeFileError
 from .limits import Refusal
-
-#: What Pillow calls the formats that are taken: those of ``spartan-mm infer``, and no others.
-#: NOTE: of others, some decoders start programs.
-FORMATS = ('BMP', 'JPEG', 'PNG', 'TIFF', 'WEBP')
 
 #: The most passes over a JPEG; a small file may have thousands, each as long as a whole picture.
 MAX_SCANS = 64

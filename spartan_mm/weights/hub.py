@@ -6,7 +6,7 @@ NOTE: ``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are hugg
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from http.client import responses
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,8 @@ _SUFFIXES = ('.safetensors', '.pth')
 
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+', re.ASCII)
 _ADDRESS = re.compile(rf'{SCHEME}({_REPOSITORY.pattern})(?:@([^/@]+))?(?:/(.+))?', re.ASCII)
+
+_PUBLISHED = re.compile(r'(.+)-[0-9a-f]{8}(\.\w+)')
 
 _LOG_IN = '`hf auth login`, or HF_TOKEN in the environment'
 
@@ -81,7 +83,8 @@ def fetch(address: str) -> Path:
             except Exception:  # of whatever carries the request
                 folder = Path(library.snapshot_download(repository, revision=revision,
                                                         local_files_only=True))
-                files = [path.name for path in folder.iterdir()]
+                files = [path.relative_to(folder).as_posix()
+                         for path in folder.rglob('*') if path.is_file()]
             file = _choose(address, files)
         return Path(library.hf_hub_download(repository, file, revision=revision))
 
@@ -119,13 +122,15 @@ def push(files: Sequence[Path], repository: str, card: str) -> str:
     """
     library = _import()
     api, add = library.HfApi(), library.CommitOperationAdd
-    older = [re.sub(r'-[0-9a-f]{8}(?=\.\w+$)', '-????????', path.name) for path in files]
+    # Eight digits may be a date, too.
+    older = [f'{re.escape(found[1])}-(?!(?:19|20)[0-9]{{6}})[0-9a-f]{{8}}{re.escape(found[2])}'
+             for path in files if (found := _PUBLISHED.fullmatch(path.name))]
     with _explained(repository, 'was not written'):
         api.create_repo(repository, exist_ok=True)
         there = api.list_repo_files(repository)
         changes: list[Any] = [add(path.name, path) for path in files]
         changes += [library.CommitOperationDelete(name) for name in there
-                    if any(fnmatch(name, pattern) for pattern in older)
+                    if any(re.fullmatch(pattern, name) for pattern in older)
                     and name not in [path.name for path in files]]
         if 'README.md' not in there:
             changes.append(add('README.md', card.encode()))
@@ -159,6 +164,16 @@ def _answers(library: ModuleType) -> tuple[type[Exception], ...]:
             errors.EntryNotFoundError, errors.HFValidationError)
 
 
+def _find_status(library: ModuleType, error: BaseException | None) -> int | None:
+    """Find the status, below 500, by which the Hub refused, behind an error."""
+    while error is not None:
+        answer = getattr(error, 'response', None)
+        if isinstance(error, library.errors.HfHubHTTPError) and answer is not None:
+            return answer.status_code if answer.status_code < 500 else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def _explained(name: str, failed: str) -> Iterator[None]:
     """Say in a sentence what is wrong, in place of huggingface_hub's errors."""
@@ -179,6 +194,11 @@ def _explained(name: str, failed: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f'{name} {failed}: the repository has no such revision') from error
     except errors.LocalEntryNotFoundError as error:
+        if status := _find_status(library, error):
+            raise CheckpointError(
+                f'{name} {failed}: the Hugging Face Hub answers {status} '
+                f'{responses.get(status, "")}, and the cache of this machine does not have it; try '
+                f'again later, or log in: {_LOG_IN}') from error
         raise CheckpointError(
             f'{name} {failed}: the Hugging Face Hub cannot be reached from here, and the cache of '
             'this machine does not have it; connect, or copy the file here and give its path'

@@ -1,10 +1,12 @@
 """Images are read up to a number of pixels, and what they are called helps to find them."""
+import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from spartan_mm.datasets.data_errors import DataError, UndecodableError, read_lines
 from spartan_mm.datasets.images import (
@@ -61,6 +63,15 @@ def test_the_limit_can_be_moved(tmp_path, bomb, monkeypatch):
     assert decode_image(open(path, 'rb').read()).shape == (10, 20, 3)
     with open_picture(open(bomb, 'rb').read()) as picture:  # beyond Pillow's own limit, too
         assert picture.size == (30_000, 40_000)
+
+
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_no_decoder_that_starts_programs(backend, monkeypatch):
+    content = io.BytesIO()
+    Image.new('RGB', (9, 8)).save(content, 'EPS')
+    monkeypatch.setattr('PIL.EpsImagePlugin.EpsImageFile.load', lambda *_: pytest.fail('it runs'))
+    with pytest.raises(UndecodableError, match='it is of no known image format, or damaged'):
+        decode_image(content.getvalue(), backend=backend)
 
 
 @pytest.mark.parametrize('value', ['many', '-1', '0'])

@@ -176,6 +176,21 @@ class TestLoading:
         with pytest.raises(CheckpointError, match='cannot be reached from here, and the cache'):
             local_file('hf://me/others')
 
+    def test_without_network_in_a_subfolder(self, server, trained, monkeypatch):
+        snapshot = Path(constants.HF_HUB_CACHE, 'models--me--deep', 'snapshots', 'a' * 40)
+        (snapshot / 'sub').mkdir(parents=True)
+        (snapshot.parents[1] / 'refs').mkdir()
+        (snapshot.parents[1] / 'refs' / 'main').write_text('a' * 40)
+        (snapshot / 'sub' / 'x.pth').write_bytes(trained.files.pth.read_bytes())
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        assert hub.fetch('hf://me/deep') == snapshot / 'sub' / 'x.pth'
+
+    @pytest.mark.parametrize('address', ['hf://me/x', 'hf://me/x/a.pth'])
+    def test_an_answer_that_is_a_no(self, server, monkeypatch, address):
+        monkeypatch.setattr(server, 'answer', lambda *_: (403, {}, {}))
+        with pytest.raises(CheckpointError, match='the Hugging Face Hub answers 403 Forbidden'):
+            hub.fetch(address)
+
     @pytest.mark.parametrize(('files', 'address', 'message'), [
         ({'a.pth': b'1', 'b.pth': b'2'}, 'me/x', 'several weights: .* a.pth, b.pth'),
         ({'README.md': b''}, 'me/x', 'no weights .* among its files: README.md'),
@@ -216,6 +231,16 @@ class TestPushing:
         assert files['README.md'] == b'mine'
         address = f'hf://me/shapes/{trained.files.safetensors.name}'
         assert weights_equal(trained.model, get_model(trained.config, pretrained=address))
+
+    def test_only_what_was_published_is_replaced(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
+        new, older = 'di[gt]s*-0123abcd.pth', 'di[gt]s*-89abcdef.pth'
+        kept = {f'di[gt]s*-{word}.pth' for word in ('finetune', '20251129', 'ABCDEF01')} | {
+            'digs*-89abcdef.pth', 'di[gt]s*s-89abcdef.pth', 'di[gt]s*-89abcdef.pth.txt'}
+        server.repositories['me/x'] = dict.fromkeys([older, *kept], b'')
+        (tmp_path / new).write_bytes(b'new')
+        hub.push([tmp_path / new], 'me/x', '')
+        assert {*server.repositories['me/x']} == kept | {new, 'README.md'}
 
     def test_nobody_is_logged_in(self, server, trained, tmp_path, capsys):
         assert cli.main(['publish', str(trained.files.pth), str(tmp_path / 'new'), '--push',
