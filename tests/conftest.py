@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from yapf.yapflib import yapf_api
 
@@ -35,8 +36,12 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def independent_tests():
-    """Same random numbers, and mmengine's own scope, whatever ran before."""
+    """Same random numbers, mmengine's own scope and logs that are open, whatever ran before."""
     torch.manual_seed(0)
+    # uvicorn, which gradio starts, closes the files of all logs.
+    for logger in MMLogger._instance_dict.values():
+        logger.handlers = [handler for handler in logger.handlers
+                           if handler.stream and not handler.stream.closed]
     with DefaultScope.overwrite_default_scope('mmengine'):
         yield
 

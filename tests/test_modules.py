@@ -73,9 +73,16 @@ def test_training_calls_every_module(model, batch):
 def test_evaluation_calls_every_module(model, batch):
     unused = set()
     if hasattr(model, 'decoder'):
-        # Denoising is for training alone, and so are the classes of layers before the last one.
-        unused = {'dn_query_generator.label_embedding'} | {
-            f'bbox_head.cls_branches.{layer}' for layer in range(model.decoder.eval_idx)}
+        # Denoising is for training alone; so are the classes of layers other than the one that
+        # predicts, and layers after it. The encoder's branches are the last.
+        last, layers = model.decoder.eval_idx, model.decoder.num_layers
+        names = {'decoder.layers': range(last + 1, layers),
+                 'bbox_head.reg_branches': range(last + 1, layers),
+                 **{f'bbox_head.{kind}_branches': {*range(layers)} - {last}
+                    for kind in ('cls', 'quality')}}
+        unused = {name for name in with_parameters(model) for part, numbers in names.items()
+                  if any(f'{name}.'.startswith(f'{part}.{number}.') for number in numbers)}
+        unused.add('dn_query_generator.label_embedding')
     assert find_uncalled(model.eval(), batch, 'predict') == unused
 
 

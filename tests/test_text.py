@@ -2,7 +2,6 @@
 import json
 import logging
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +59,7 @@ def test_names_are_drawn():
 def test_names_on_the_screen(tmp_path, monkeypatch, capsys):
     """Whatever the names of a folder, its files and a config are."""
     from spartan_mm.commands import infer as command
-    from spartan_mm.inference import InputError, take_image
+    from spartan_mm.inference import Detections, InputError, take_image
     root = tmp_path / HOSTILE.replace('.png', '')
     try:
         root.mkdir()
@@ -72,11 +71,14 @@ def test_names_on_the_screen(tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise InputError(f'{HOSTILE} describes neither')
 
-    model = SimpleNamespace(
-        kind='detector', doing='detecting', classes=(HOSTILE, ), read=take_image,
-        process=lambda images, **_: [(image, dict(detections=[])) for image in images])
+    class Model:
+        task, classes, files, read = 'detection', (HOSTILE, ), ('x', ), staticmethod(take_image)
+
+        def __call__(self, images, batch_size):
+            return [Detections(np.empty((0, 4)), np.empty(0, int), np.empty(0)) for _ in images]
+
     for load, message in ((refuse, f'error: {HARMLESS} describes neither'),
-                          (lambda *_: model, f'{HARMLESS} cannot be decoded as an image')):
+                          (lambda *_: Model(), f'{HARMLESS} cannot be decoded as an image')):
         monkeypatch.setattr(command, 'load_model', load)
         with pytest.raises(SystemExit) as stopped:
             raise SystemExit(cli.main(['infer', str(root), 'x', '--device', 'cpu', '--out-dir',

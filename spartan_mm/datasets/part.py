@@ -43,7 +43,7 @@ def choose_part(names: Sequence[str], part: Part) -> list[int]:
     Example:
         >>> names = ['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg']
         >>> [choose_part(names, dict(name=name, share=0.25, seed=0)) for name in ('train', 'val')]
-        [[0, 1, 2], [3]]
+        [[0, 2, 3], [1]]
     """
     if part is None:
         return [*range(len(names))]

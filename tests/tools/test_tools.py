@@ -121,7 +121,9 @@ class TestTrainAndTest:
     def test_no_such_config(self, fail_here, word, files):
         said, status = fail_here(word, 'none.py', *files)
         assert said == ("error: config none.py does not exist, and there is no model 'none.py'; "
-                        'see spartan_mm.list_models()') and status == 2
+                        'see spartan_mm.list_models()' + (
+                            '; there is no folder of data of this name, either'
+                            if word == 'train' else '')) and status == 2
 
     @pytest.mark.parametrize('word, arguments, message', [
         ('train', ['user_detector.py', '--resume', 'none.pth'],
@@ -252,7 +254,7 @@ class TestInfer:
     def test_folder(self, trained, user_project, run_here, tmp_path):
         output = run_here('infer', 'pictures', 'user_detector.py', trained / 'epoch_2.pth',
                           '--out-dir', tmp_path, '--score-thr', 0, '--batch-size', 3)
-        assert '80 detections in 4 pictures' in output
+        assert '80 detections in 4 images' in output
         assert {path.name for path in tmp_path.iterdir()} == {
             '0.png', '1.png', '2.png', '3.png', 'results.json'}
 
