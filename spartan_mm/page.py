@@ -1,6 +1,6 @@
 """A page to try a model on: drop a picture or take one, see what is found and where it looks.
 
-Everything that the page needs comes from this machine, and nothing leaves it.
+Everything that the page needs comes from this machine, and pictures stay on it.
 """
 import logging
 import os

@@ -71,6 +71,8 @@ class DFINEHead(RTDETRHead):
         ValueError: `reg_max` is odd or less than 4.
     """
 
+    final_branches = ('cls_branches', 'quality_branches')
+
     def __init__(self, num_classes: int, embed_dims: int = 256, num_pred_layer: int = 7,
                  reg_max: int = 32, reg_scale: float = 4., fgl_weight: float = 0.15,
                  ddf_weight: float = 1.5, temperature: float = 5., act: str = 'relu', **kwargs):

@@ -163,16 +163,13 @@ def trim_head(head: nn.Module, eval_idx: int) -> None:
         head: Changed in place.
         eval_idx: The decoder layer whose output is the prediction.
     """
-    for branches in (head.cls_branches, head.reg_branches):
-        del branches[eval_idx + 1:-1]
+    layers = len(head.reg_branches) - 1  # of the decoder; the last branch is the encoder's
+    for name in ('reg_branches', *head.final_branches):
+        del getattr(head, name)[eval_idx + 1:layers]
     # Boxes are refined in every layer, classes are read from the last alone.
-    rating = [head.cls_branches]
-    if hasattr(head, 'quality_branches'):
-        del head.quality_branches[eval_idx + 1:]
-        rating.append(head.quality_branches)
-    for branches in rating:
+    for name in head.final_branches:
         for layer in range(eval_idx):
-            branches[layer] = nn.Identity()
+            getattr(head, name)[layer] = nn.Identity()
 
 
 def joined(layers: Sequence[nn.Conv2d | nn.Linear]) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,8 @@ class RTDETRHead(BaseModule):
 
     deploy = False
     switch_to_deploy = trim_head
+    #: Branches of which a prediction takes those of one layer alone.
+    final_branches = ('cls_branches', )
     #: (cx, cy, w, h) to (x1, y1, x2, y2).
     to_corners = staticmethod(bbox_cxcywh_to_xyxy)
 
