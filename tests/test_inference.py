@@ -670,7 +670,9 @@ class TestTiles:
         assert report.objects == 4 and Image.MAX_IMAGE_PIXELS == limit
         np.testing.assert_allclose(sorted(each['bbox'] for each in found), sorted(boxes), atol=1)
 
-    def test_a_model_of_sahi(self):
+    def test_a_model_of_sahi(self, monkeypatch):
+        # sahi takes it away for the whole process.
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
         from sahi.predict import get_prediction
 
         from spartan_mm.tiling import SahiModel

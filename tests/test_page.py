@@ -157,7 +157,7 @@ class TestInABrowser:
 
     def test_errors_are_sentences_on_the_page(self, visit, site, pictures):
         page = visit(1280)
-        for name, message in (('bomb.png', 'the picture has more than 50,000,000 pixels'),
+        for name, message in (('bomb.png', 'no more than 50,000,000 are taken'),
                               (HOSTILE, 'what was sent is no BMP, JPEG, PNG, TIFF')):
             page.locator('input[type=file]').first.set_input_files(pictures / name)
             page.locator('#listed', has_text=message).wait_for()
