@@ -1,12 +1,18 @@
 """What SpaRTAN is given, checked: architecture, options, images, and the weights it loads."""
 import math
+import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .dcls import DCLS
+
 CONV_TYPES = ('full', 'depthwise')
+
+#: Of SMixers: plain ones by their size, and those whose weights find their places.
+LOW_FREQ_KERNELS = (3, 5, 7, 11, *DCLS)
 
 #: Keys that an arch dict may have beside the usual ones: widths inside the mixers of each stage.
 PRUNED_WIDTHS = ('hidden_channels', 'inner_channels')
@@ -72,6 +78,52 @@ def check_arch(arch: str | Mapping, conv_types: str | Sequence[str] | None,
     if min(arch.get('inner_channels', (2, ))) < 2:
         raise ValueError(f'arch: inner_channels={arch["inner_channels"]} must be at least 2')
     return arch
+
+
+def check_low_freq_kernels(kernels: int | str | Sequence[int | str], conv_types: Sequence[str]
+                           ) -> tuple[int | str, ...]:
+    """Return the low-frequency kernel of each stage, given one for all or one for each.
+
+    DCLS is depthwise: for all stages it means those of depthwise convolutions. A ValueError says
+    what is allowed.
+    """
+    if isinstance(kernels, Sequence) and not isinstance(kernels, str):
+        kernels = tuple(kernels)
+        if len(kernels) != len(conv_types):
+            raise ValueError(f'low_freq_kernel={kernels} has {len(kernels)} entries for '
+                             f'{len(conv_types)} stages; give one for each, or one for all')
+    else:
+        check_choice('low_freq_kernel', kernels, LOW_FREQ_KERNELS, 'or one of them for each stage')
+        if kernels in DCLS and 'depthwise' in conv_types:
+            return tuple(kernels if conv_type == 'depthwise' else 3 for conv_type in conv_types)
+        kernels = (kernels, ) * len(conv_types)
+    for stage, (kernel, conv_type) in enumerate(zip(kernels, conv_types, strict=True), start=1):
+        check_choice(f'low_freq_kernel of stage {stage}', kernel, LOW_FREQ_KERNELS)
+        if kernel in DCLS and conv_type != 'depthwise':
+            raise ValueError(f'low_freq_kernel={kernel!r} is depthwise, but the convolutions of '
+                             f'stage {stage} are {conv_type}: take a size for it, or set its '
+                             "conv_types to 'depthwise'")
+    return kernels
+
+
+def find_low_freq_kernels(shapes: Mapping[str, Sequence[int]]) -> dict[int, int | str]:
+    """The low-frequency kernel of each stage, from 0, by names and shapes of a backbone's tensors.
+
+    In the deploy form, in which no kernel of DCLS differs from another, it is 'dcls'.
+    """
+    kernels: dict[int, int | str] = {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r'stages\.(\d+)\.blocks\.0\.smixer\.low_freq\.(.*)', name)
+        stage, part = (int(match[1]), match[2]) if match else (0, '')
+        if part == '0.weight':
+            kernels[stage] = 3
+        elif part == 'conv.weight' and len(shape) == 4:
+            kernels[stage] = 'dcls' if shape[-1] == DCLS['dcls']['kernel_size'] else shape[-1]
+        elif part == 'conv.widths':
+            kernels[stage] = 'dcls_gaussian'
+        elif part == 'conv.positions':
+            kernels.setdefault(stage, 'dcls')
+    return kernels
 
 
 def wave_unit(group: int) -> int:
@@ -147,6 +199,11 @@ def check_state_dict(backbone: nn.Module, state_dict: MutableMapping[str, Any], 
         if (found := len({name.split('.')[3] for name in given
                           if name.startswith(f'stages.{i}.blocks.')})) not in (0, depth)
     ]
+    kernels = find_low_freq_kernels(given)
+    differences += [
+        f'stage {stage + 1} has low_freq_kernel={kernels[stage]!r} instead of {kernel!r}'
+        for stage, kernel in find_low_freq_kernels(expected).items()
+        if kernels.get(stage, kernel) != kernel]
     differences += [f'{prefix}{name} is {given[name]} instead of {shape}'
                     for name, shape in expected.items() if given.get(name, shape) != shape]
     if differences:

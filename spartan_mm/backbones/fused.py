@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .layers import DropPath
+from .dcls import DCLSConv2d
+from .layers import DropPath, is_hooked
 from .spartan import Block, CMixer, ConvNormAct, SMixer, SqueezeExcitation, fold_modulation
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def is_trained_here(x: Tensor) -> bool:
             and not nn.modules.module._has_any_global_hook())
 
 
-KNOWN = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GELU, nn.SiLU, ConvNormAct,
+KNOWN = (nn.Sequential, nn.Conv2d, DCLSConv2d, nn.BatchNorm2d, nn.GELU, nn.SiLU, ConvNormAct,
          SqueezeExcitation, SMixer, CMixer, DropPath)
 
 
@@ -101,8 +102,7 @@ def find_obstacle(block: Block) -> str:
     for name, part in parts:
         if type(part) not in KNOWN:
             return f'{name} is a {type(part).__name__}'
-        if (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                or part._backward_pre_hooks or 'forward' in part.__dict__):
+        if is_hooked(part):
             return f'{name} has a hook'
     modules = [id(part) for _, part in parts]
     if block.__dict__.get('checked') != modules:
@@ -114,9 +114,8 @@ def find_obstacle(block: Block) -> str:
         conv_type = 'full' if conv.groups == 1 else 'depthwise'
         options = dict(conv_type=conv_type, act=type(cmixer.act).__name__)
         group = cmixer.refine.conv.weight.shape[1] if type(cmixer.refine) is ConvNormAct else 1
-        stacked = type(smixer.low_freq) is nn.Sequential
         with torch.device('meta'):
-            usual = (SMixer(channels, low_freq_kernel=3 if stacked else 5,
+            usual = (SMixer(channels, low_freq_kernel=smixer.low_freq_kernel,
                             inner_channels=smixer.proj_in.out_channels, **options),
                      CMixer(channels, group, hidden_channels=hidden, **options))
         for mixer, like in zip((smixer, cmixer), usual, strict=True):
@@ -130,6 +129,11 @@ def branch(module: nn.Module) -> tuple[list[nn.Conv2d], nn.Module, nn.Module]:
     """The convolutions, the norm and the activation of a branch."""
     *convs, last = module if type(module) is nn.Sequential else [module]
     return [*convs, last.conv], last.norm, last.act
+
+
+def kernel_of(conv: nn.Conv2d) -> Tensor:
+    """What a convolution slides over a map, (R', R / groups, k, k)."""
+    return conv.make_kernel() if type(conv) is DCLSConv2d else conv.weight
 
 
 def lay_out(x: Tensor) -> Tensor:
@@ -336,7 +340,7 @@ def mix_space(mixer: SMixer, x: Tensor, residual: Tensor, layer_scale: Tensor,
         stack, norm, act = branch(module)
         convs.append(stack)
         tails.append(Tail(norm, act, samples))
-        tensors += [*(conv.weight for conv in stack), *Tail.parameters(norm, se)]
+        tensors += [*map(kernel_of, stack), *Tail.parameters(norm, se)]
     weight_in = weight * (1 + gamma.view(-1, 1, 1, 1))
     return MixSpace.apply(convs, tails, residual, bias, lay_out(x), weight_in, shift, weight_out,
                           *tensors)

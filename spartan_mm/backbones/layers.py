@@ -1,5 +1,5 @@
 """Layers that SpaRTAN uses and its paper takes as known, and the gradient of a superposition."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 
@@ -59,6 +59,80 @@ def fold_norm(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     conv.bias.add_(conv.weight.flatten(1) @ (norm.bias - norm.running_mean * slope))
     conv.weight.mul_(slope.view(-1, 1, 1))
     return nn.Identity()
+
+
+class FoldingSequential(nn.Sequential):
+    """Modules in turn; a batch norm that keeps its statistics is computed with its convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :func:`call_in_turn`."""
+        return call_in_turn(self, x)
+
+
+def call_in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Call modules one after the other, in tune mode where that is possible.
+
+    Tune mode (arXiv 2305.11624): a convolution and a batch norm in evaluation mode are one
+    convolution, whose weight is made anew in each step. The gradients of all parameters are those
+    of the two, but the map between them is neither computed nor stored.
+
+    It takes a gradient to record, and a pair of PyTorch's own modules without a hook on either.
+    """
+    modules, done = [*modules], 0
+    while done < len(modules):
+        pair = modules[done:done + 2]
+        if isinstance(x, Tensor) and is_foldable(pair):  # else a tracer is at work
+            x = call_folded(*pair, x)
+        else:
+            x, pair = pair[0](x), pair[:1]
+        done += len(pair)
+    return x
+
+
+def is_foldable(pair: list[nn.Module]) -> bool:
+    """Whether two modules are to be computed as one convolution, as things stand."""
+    kinds = [type(module) for module in pair]
+    if nn.Conv2d not in kinds or not {nn.BatchNorm2d, nn.SyncBatchNorm} & {*kinds}:
+        return False
+    conv, norm = pair if kinds[0] is nn.Conv2d else pair[::-1]
+    return (not norm.training and norm.running_var is not None and torch.is_grad_enabled()
+            and conv.weight.dtype in (torch.float32, torch.float64)
+            and (kinds[0] is nn.Conv2d or _mixes_channels_alone(conv))
+            # A compiler joins the norm with what follows anyway, and exporters know what it is.
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and not nn.modules.module._has_any_global_hook()
+            and not is_hooked(conv) and not is_hooked(norm))
+
+
+def _mixes_channels_alone(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know, or has changed, what a module computes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or 'forward' in module.__dict__)
+
+
+def call_folded(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """A convolution and a batch norm in evaluation mode, or the other way round, as one step."""
+    conv, norm = (first, second) if isinstance(first, nn.Conv2d) else (second, first)
+    slope = (norm.running_var + norm.eps).rsqrt()
+    if norm.affine:
+        slope = slope * norm.weight
+    shift = -norm.running_mean * slope
+    if norm.affine:
+        shift = shift + norm.bias
+    bias = conv.bias
+    if conv is first:
+        weight = conv.weight * slope.view(-1, 1, 1, 1)
+        bias = shift if bias is None else torch.addcmul(shift, bias, slope)
+    else:
+        weight = conv.weight * slope.view(-1, 1, 1)
+        # NOTE: not a product of matrices, which autocast would compute in half precision.
+        shift = (conv.weight.flatten(1) * shift).sum(1)
+        bias = shift if bias is None else bias + shift
+    return conv._conv_forward(x, weight, bias)
 
 
 class DropPath(nn.Module):

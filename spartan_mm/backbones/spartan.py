@@ -16,14 +16,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .arch import PRUNED_WIDTHS, check_arch, check_choice, check_state_dict
-from .layers import ACTIVATIONS, NORMS, DropPath, fold_norm, recompute, superpose
+from .arch import (
+    PRUNED_WIDTHS,
+    check_arch,
+    check_choice,
+    check_low_freq_kernels,
+    check_state_dict,
+)
+from .dcls import DCLS, DCLSConv2d
+from .layers import (
+    ACTIVATIONS,
+    NORMS,
+    DropPath,
+    FoldingSequential,
+    fold_norm,
+    recompute,
+    superpose,
+)
 from .staged import StagedBackbone
 
 torch.fx.wrap('superpose')  # A step that tracers take as a whole.
 
 
-class ConvNormAct(nn.Sequential):
+class ConvNormAct(FoldingSequential):
     """Convolution without bias, norm, activation; `kwargs` are the convolution's."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str = 'BN',
@@ -35,6 +50,8 @@ class ConvNormAct(nn.Sequential):
 
     def switch_to_deploy(self) -> None:
         """Fold a batch norm into the convolution; other norms look at the map and stay."""
+        if isinstance(self.conv, DCLSConv2d):
+            self.conv = self.conv.to_conv()
         if isinstance(self.norm, _BatchNorm):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
@@ -71,16 +88,18 @@ class SMixer(nn.Module):
         norm: Norm after each branch's convolution, a key of ``NORMS``.
         act: Activation after it, a key of ``ACTIVATIONS``.
         low_freq_kernel: 3 for the stacked pair of the low-frequency branch, 5 for one dilated 5x5
-            in its place (Table V).
+            in its place (Table V). NOTE: not the paper's are 7 and 11, larger ones of that kind,
+            and depthwise ones whose weights find their places, the keys of ``DCLS``.
         inner_channels: Channels of a branch, at least 2; None for half of those of the input.
     """
 
     def __init__(self, channels: int, conv_type: str = 'full', norm: str = 'BN', act: str = 'GELU',
-                 low_freq_kernel: int = 3, inner_channels: int | None = None):
+                 low_freq_kernel: int | str = 3, inner_channels: int | None = None):
         super().__init__()
         inner = inner_channels or channels // 2
         groups = inner if conv_type == 'depthwise' else 1
         conv = partial(ConvNormAct, inner, inner, norm=norm, act=act, groups=groups)
+        self.low_freq_kernel = low_freq_kernel
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.gamma = nn.Parameter(torch.empty(1, inner, 1, 1))
         self.high_freq = conv(3, padding=1)
@@ -89,8 +108,11 @@ class SMixer(nn.Module):
             self.low_freq = nn.Sequential(
                 nn.Conv2d(inner, inner, 3, padding=2, dilation=2, groups=groups, bias=False),
                 conv(3, padding=2, dilation=2))
+        elif low_freq_kernel in DCLS:
+            self.low_freq = conv(1)
+            self.low_freq.conv = DCLSConv2d(inner, **DCLS[low_freq_kernel])
         else:
-            self.low_freq = conv(5, padding=4, dilation=2)
+            self.low_freq = conv(low_freq_kernel, padding=low_freq_kernel - 1, dilation=2)
         self.low_se = SqueezeExcitation(inner, channels // 8)
         self.proj_out = nn.Conv2d(2 * inner, channels, 1)
 
@@ -289,7 +311,10 @@ class SpaRTAN(StagedBackbone):
             Stages after the last of these are not computed.
         spatial_mixer: 'smixer', or 'conv' (Table IV).
         channel_mixer: 'cmixer', or 'mlp' or 'mlp_se' (Table IV).
-        low_freq_kernel: 3 for the SMixer's stacked 3x3 pair, 5 for one 5x5 (Table V).
+        low_freq_kernel: 3 for the SMixer's stacked 3x3 pair, 5 for one 5x5 (Table V), or another of
+            ``LOW_FREQ_KERNELS``, see :class:`SMixer`; for all stages or one for each. 'dcls' and
+            'dcls_gaussian' for all stages means those of depthwise convolutions; full ones keep
+            the pair.
         conv_types: In place of what `arch` says, for all stages or one for each (Table VIII).
         stem_act: Activation in the stem (Table VI), 'GELU' or 'SiLU'. NOTE: the paper has SiLU in
             every patch embedding; the released weights were trained with GELU in this one.
@@ -330,7 +355,8 @@ class SpaRTAN(StagedBackbone):
 
     def __init__(self, arch: str | Mapping = 'xt', in_channels: int = 3,
                  out_indices: int | Sequence[int] = (3, ), spatial_mixer: str = 'smixer',
-                 channel_mixer: str = 'cmixer', low_freq_kernel: int = 3,
+                 channel_mixer: str = 'cmixer',
+                 low_freq_kernel: int | str | Sequence[int | str] = 3,
                  conv_types: str | Sequence[str] | None = None, stem_act: str = 'GELU',
                  patch_act: str = 'SiLU', block_act: str = 'GELU', conv_norm: str = 'BN',
                  block_norm: str = 'LN', drop_path_rate: float = 0.1, frozen_stages: int = -1,
@@ -343,7 +369,7 @@ class SpaRTAN(StagedBackbone):
         self.arch = arch
         check_choice('spatial_mixer', spatial_mixer, SPATIAL_MIXERS)
         check_choice('channel_mixer', channel_mixer, CHANNEL_MIXERS)
-        check_choice('low_freq_kernel', low_freq_kernel, (3, 5))
+        kernels = check_low_freq_kernels(low_freq_kernel, arch['conv_types'])
         for name, act in dict(stem_act=stem_act, patch_act=patch_act, block_act=block_act).items():
             check_choice(name, act, ACTIVATIONS)
         for name, norm in dict(conv_norm=conv_norm, block_norm=block_norm).items():
@@ -351,8 +377,8 @@ class SpaRTAN(StagedBackbone):
 
         options = dict(norm=conv_norm, act=block_act)
         make_smixer = partial(SPATIAL_MIXERS[spatial_mixer], **options)
-        if spatial_mixer == 'smixer':
-            make_smixer = partial(make_smixer, low_freq_kernel=low_freq_kernel)
+        low_freq = [dict(low_freq_kernel=kernel) if spatial_mixer == 'smixer' else {}
+                    for kernel in kernels]
         make_cmixer = partial(CHANNEL_MIXERS[channel_mixer], **options)
 
         down = partial(ConvNormAct, stride=2, norm=conv_norm)
@@ -362,12 +388,12 @@ class SpaRTAN(StagedBackbone):
         rates = iter([drop_path_rate * i / sum(depths) for i in range(sum(depths))])
         pruned = [self.arch.get(key, [None] * len(depths)) for key in PRUNED_WIDTHS]
         self.stages = nn.ModuleList()
-        for i, (depth, width, ratio, conv_type, hidden, inner) in enumerate(zip(
-                depths, channels, self.arch['expand_ratios'], self.arch['conv_types'], *pruned,
-                strict=True)):
+        for i, (depth, width, ratio, conv_type, kernel, hidden, inner) in enumerate(zip(
+                depths, channels, self.arch['expand_ratios'], self.arch['conv_types'], low_freq,
+                *pruned, strict=True)):
             embedding = down(channels[i - 1], width, 2, act=patch_act) if i else nn.Identity()
             self.stages.append(Stage(embedding, [
-                Block(width, make_smixer(width, conv_type, inner_channels=inner),
+                Block(width, make_smixer(width, conv_type, inner_channels=inner, **kernel),
                       make_cmixer(width, ratio, conv_type, hidden_channels=hidden),
                       block_norm, next(rates), with_cp) for _ in range(depth)]))
         self.apply(init_parameters)
@@ -381,7 +407,7 @@ class SpaRTAN(StagedBackbone):
 def init_parameters(module: nn.Module) -> None:
     """Set what `module` itself holds: convolutions normal with variance 2 / fan-out, biases 0."""
     if isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
+        fan_out = module.weight.numel() / module.in_channels
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -22,7 +22,8 @@ class StagedBackbone(BaseModule):
         out_indices: Stages whose maps are returned, ascending; negative ones count from the last.
         drop_path_rate: Greatest probability of dropping a branch, in [0, 1).
         frozen_stages: 0 freezes the stem, n > 0 the first n stages as well, -1 nothing.
-        norm_eval: Whether batch norms stay in evaluation mode.
+        norm_eval: Whether batch norms stay in evaluation mode, and so are trained within their
+            convolutions, see :func:`.call_in_turn`.
         init_cfg: See mmengine's BaseModule.
 
     Raises:

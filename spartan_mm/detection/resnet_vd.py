@@ -4,8 +4,42 @@ from operator import mul
 
 from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmdet.models.backbones import ResNetV1d
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmdet.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
+
+from ..backbones.layers import FoldingSequential, call_in_turn, recompute
+
+
+class FoldingBlock:
+    """What folds norms in mmdet's blocks, see :func:`call_in_turn`; the rest is theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        if getattr(self, 'with_plugins', False):  # which stand between the layers
+            return super().forward(x)
+        return self.relu(recompute(self, self.add, x) if self.with_cp else self.add(x))
+
+    def add(self, x: Tensor) -> Tensor:
+        """The residual and the shortcut, before the last activation."""
+        layers = [self.conv1, self.norm1, self.relu, self.conv2, self.norm2]
+        if self.expansion > 1:
+            layers += [self.relu, self.conv3, self.norm3]
+        y = call_in_turn(layers, x)
+        y += x if self.downsample is None else self.downsample(x)
+        return y
+
+
+class FoldingBasicBlock(FoldingBlock, BasicBlock):
+    """mmdet's block of depths 18 and 34."""
+
+
+class FoldingBottleneck(FoldingBlock, Bottleneck):
+    """mmdet's block of larger depths."""
+
+
+FORMS = {BasicBlock: FoldingBasicBlock, Bottleneck: FoldingBottleneck,
+         nn.Sequential: FoldingSequential}
 
 
 @MODELS.register_module()
@@ -33,6 +67,8 @@ class ResNetVd(ResNetV1d):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        for part in self.modules():
+            part.__class__ = FORMS.get(type(part), type(part))
         strides = [4 * stride for stride in accumulate(self.strides, mul)]  # the stem's is 4
         self.out_channels = tuple(
             self.base_channels * 2**stage * self.block.expansion for stage in self.out_indices)

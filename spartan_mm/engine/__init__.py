@@ -5,6 +5,7 @@ from .finetune import FineTuneHook
 from .hooks import (
     BackboneCheckHook,
     ChannelsLastHook,
+    ClampPositionsHook,
     ClassCountCheckHook,
     OneWriterLoggerHook,
     StrictCheckpointHook,
@@ -22,9 +23,9 @@ from .schedules import FlatCosineLR
 from .signals import LeaveOnSignalHook
 
 __all__ = [
-    'BackboneCheckHook', 'BatchNormEvalHook', 'ChannelsLastHook', 'ClassCountCheckHook',
-    'CompileHook', 'FineTuneHook', 'FiniteNumbersHook', 'FlatCosineLR', 'LeaveOnSignalHook',
-    'OneWriterLoggerHook', 'PlainEndHook', 'ResumableCheckpointHook', 'ResumableEarlyStoppingHook',
-    'ResumableTrainLoop', 'RuleOptimWrapperConstructor', 'StepsAwareEMAHook',
-    'StrictCheckpointHook', 'compile_model'
+    'BackboneCheckHook', 'BatchNormEvalHook', 'ChannelsLastHook', 'ClampPositionsHook',
+    'ClassCountCheckHook', 'CompileHook', 'FineTuneHook', 'FiniteNumbersHook', 'FlatCosineLR',
+    'LeaveOnSignalHook', 'OneWriterLoggerHook', 'PlainEndHook', 'ResumableCheckpointHook',
+    'ResumableEarlyStoppingHook', 'ResumableTrainLoop', 'RuleOptimWrapperConstructor',
+    'StepsAwareEMAHook', 'StrictCheckpointHook', 'compile_model'
 ]

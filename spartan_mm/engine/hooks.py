@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..backbones.dcls import DCLSConv2d
 from ..backbones.pyramid import probe
 from ..datasets.classes import (
     classes_of,
@@ -55,6 +56,26 @@ class BackboneCheckHook(Hook):
             raise error or UsageError(message[0])
 
     before_test = before_train
+
+
+@HOOKS.register_module()
+class ClampPositionsHook(Hook):
+    """Take the positions of DCLS kernels back into their windows after each step.
+
+    :func:`.train_config` has it in every training; one without such kernels is left alone.
+    """
+
+    priority = 'HIGHEST'  # Ahead of what averages or writes the weights.
+
+    def before_train(self, runner: Runner) -> None:
+        """Find these kernels."""
+        self._convs = [module for module in runner.model.modules()
+                       if isinstance(module, DCLSConv2d)]
+
+    def after_train_iter(self, *args, **kwargs) -> None:
+        """Take the positions back."""
+        for conv in self._convs:
+            conv.clamp_positions()
 
 
 def _find_backbone_fault(model: nn.Module, cfg: Config) -> str | None:

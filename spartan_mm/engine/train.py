@@ -19,7 +19,7 @@ from . import launch
 from .agreement import ResumeCheckHook
 from .data_config import prepare
 from .finetune import FineTuneHook
-from .hooks import BackboneCheckHook
+from .hooks import BackboneCheckHook, ClampPositionsHook
 from .loggers import add_loggers
 
 
@@ -66,6 +66,7 @@ def train_config(cfg: Config, *, amp: str | None = None, channels_last: bool = F
     runner.register_hook(ResumeCheckHook(overruled), priority='HIGHEST')
     runner.register_hook(PreflightHook(), priority='HIGHEST')
     runner.register_hook(BackboneCheckHook(), priority='HIGHEST')
+    runner.register_hook(ClampPositionsHook())
     if fused and get_device() == 'cpu':
         fuse(runner.model)
     # Here, since a schedule that counts in epochs cannot be built for epochs of no iterations.

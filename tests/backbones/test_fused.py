@@ -58,8 +58,9 @@ def make_pair(*args, **options):
 
 
 SETTINGS = [
-    dict(), dict(low_freq_kernel=5), dict(conv_types='full'), dict(conv_types='depthwise'),
-    dict(conv_types='depthwise', expand_ratios=(3, 1)),
+    dict(), dict(low_freq_kernel=5), dict(low_freq_kernel=(11, 'dcls')),
+    dict(low_freq_kernel='dcls_gaussian', with_cp=True), dict(conv_types='full'),
+    dict(conv_types='depthwise'), dict(conv_types='depthwise', expand_ratios=(3, 1)),
     dict(conv_types='full', expand_ratios=(1, 3)),
     dict(block_act='SiLU'), dict(block_norm='BN'), dict(block_norm='LN2d'), dict(norm_eval=True),
     dict(frozen_stages=0), dict(frozen_stages=1), dict(with_cp=True), dict(drop_path_rate=0.9),

@@ -439,7 +439,7 @@ def test_stages_after_the_last_wanted_are_not_computed():
     ('arch', 'b', "'xt', 't' or a dict with stem_channels, depths, "),
     ('spatial_mixer', 'attention', "'smixer', 'conv'"),
     ('channel_mixer', 'wave', "'cmixer', 'mlp', 'mlp_se'"),
-    ('low_freq_kernel', 7, '3, 5'),
+    ('low_freq_kernel', 9, "3, 5, 7, 11, 'dcls', 'dcls_gaussian' or one of them for each stage"),
     ('stem_act', 'ReLU', "'GELU', 'SiLU'"),
     ('patch_act', dict(type='SiLU'), "'GELU', 'SiLU'"),
     ('block_act', None, "'GELU', 'SiLU'"),

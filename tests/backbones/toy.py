@@ -11,8 +11,10 @@ TOY = dict(stem_channels=8, depths=(1, 1), channels=(16, 24), expand_ratios=(4, 
            conv_types=('full', 'depthwise'))
 # What the forms are compared under: each option, and mixers and norms that fold differently.
 OPTIONS = [
-    dict(), dict(low_freq_kernel=5), dict(conv_types='full'), dict(conv_types='depthwise'),
-    dict(conv_types='depthwise', expand_ratios=(3, 1)), dict(spatial_mixer='conv'),
+    dict(), dict(low_freq_kernel=5), dict(low_freq_kernel=(11, 'dcls')),
+    dict(low_freq_kernel='dcls_gaussian', conv_norm='LN'), dict(conv_types='full'),
+    dict(conv_types='depthwise'), dict(conv_types='depthwise', expand_ratios=(3, 1)),
+    dict(spatial_mixer='conv'),
     dict(channel_mixer='mlp'), dict(channel_mixer='mlp_se'),
     dict(spatial_mixer='conv', channel_mixer='mlp'), dict(block_norm='BN'),
     dict(block_norm='BN', channel_mixer='mlp'), dict(block_norm='LN2d'), dict(conv_norm='LN'),

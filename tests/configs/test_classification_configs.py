@@ -32,8 +32,9 @@ ABLATIONS = [f'ablations/{name}' for name in (
     'table7_bn_bn', 'table7_bn_ln', 'table7_ln_bn', 'table7_ln_ln',
     'table8_full', 'table8_depthwise', 'table8_hybrid')]
 EXTRA = ['spartan_xt_ema', 'spartan_xt_bce']
+KERNELS = {'spartan_xt_dcls_224': 9, 'spartan_xt_k7_224': 7, 'spartan_xt_k11_224': 11}
 PAPER = [*MAIN, *ABLATIONS]
-ALL = [*PAPER, *EXTRA]
+ALL = [*PAPER, *EXTRA, *KERNELS]
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,12 @@ def test_ablations_differ_in_what_the_tables_say_alone(name, changes):
     assert describe(build(f'ablations/{name}').backbone) == SHOWN | changes
 
 
+@pytest.mark.parametrize('name', KERNELS)
+def test_larger_kernels_differ_in_these_alone(name):
+    assert describe(build(name).backbone) == SHOWN | dict(kernels={3, KERNELS[name]})
+    assert load(name).train_pipeline[1].transforms[0].size == 224
+
+
 def test_backbone_of_the_recipe():
     assert describe(build('spartan_xt').backbone) == SHOWN
 
@@ -141,16 +148,25 @@ def groups(model, config):
             if parameter in names}
 
 
-@pytest.mark.parametrize('name', ALL)
-def test_parameter_groups(name):
-    """One-dimensional parameters, biases, norms and gamma do not decay, all others do."""
-    config, model = load(name), build(name)
+@pytest.mark.parametrize('name, options', [
+    *((name, {}) for name in ALL),
+    ('spartan_xt_dcls_224', {'model.backbone.low_freq_kernel': 'dcls_gaussian'})])
+def test_parameter_groups(name, options):
+    """One-dimensional parameters, biases, norms and gamma do not decay, all others do.
+
+    But the positions of DCLS kernels, which learn faster.
+    """
+    config = load(name)
+    config.merge_from_dict(options)
+    model = MODELS.build(config.model) if options else build(name)
     norms = (nn.modules.batchnorm._BatchNorm, GroupNorm1, nn.LayerNorm)
     expected = {}
     for module_name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            spared = (parameter.ndim == 1 or leaf in ('bias', 'gamma') or isinstance(module, norms))
-            expected[f'{module_name}.{leaf}'] = (2.5e-3, 0. if spared else 0.03)
+            spared = (parameter.ndim == 1 or isinstance(module, norms)
+                      or leaf in ('bias', 'gamma', 'positions', 'widths'))
+            rate = 2.5e-3 * (5 if leaf == 'positions' else 1)
+            expected[f'{module_name}.{leaf}'] = (rate, 0. if spared else 0.03)
     assert groups(model, config) == expected
 
 

@@ -18,6 +18,9 @@ optim_wrapper = dict(
     paramwise_cfg=dict(rules=[
         dict(norm=True, decay_mult=0.),
         dict(pattern=r'\.bias$|\.gamma$', decay_mult=0.),
+        # Where low_freq_kernel is 'dcls' or 'dcls_gaussian'; as its authors have it.
+        dict(pattern=r'\.positions$', lr_mult=5., decay_mult=0., optional=True),
+        dict(pattern=r'\.widths$', decay_mult=0., optional=True),
     ]))
 # For each whole epoch e: from 1e-4 up to 2.5e-3, and 1e-6 + 2.499e-3 (1 + cos(pi e / 300)) / 2
 # from e = 20 on. NOTE: The authors' loop sets an epoch's rate one epoch late, by a slip.

@@ -9,13 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..arch import check_choice
-from ..layers import fold_norm, recompute
+from ..layers import FoldingSequential, fold_norm, recompute
 from ..staged import StagedBackbone
 
 Norm = Callable[[int], nn.Module]
 
 
-class ConvNorm(nn.Sequential):
+class ConvNorm(FoldingSequential):
     """Convolution that keeps the size at stride 1, norm, and an activation if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
@@ -35,7 +35,7 @@ class ConvNorm(nn.Sequential):
             self.norm = nn.Identity()
 
 
-class NormConv(nn.Sequential):
+class NormConv(FoldingSequential):
     """A batch norm before a 1x1 convolution, which takes it up in the form for inference."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):

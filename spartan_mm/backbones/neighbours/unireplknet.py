@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import DropPath, LayerNorm2d
+from ..layers import DropPath, LayerNorm2d, call_in_turn
 from ..spartan import SqueezeExcitation
 from .base import ConvNorm, Neighbour, Stage, as_depthwise, depthwise, embed, make_stem
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        y = self.se(self.norm1(self.dwconv(x))).permute(0, 2, 3, 1)  # (N, H, W, C)
+        y = call_in_turn((self.dwconv, self.norm1, self.se), x).permute(0, 2, 3, 1)  # (N, H, W, C)
         y = self.fc2(self.grn(F.gelu(self.fc1(y)))).permute(0, 3, 1, 2)
         y = self.norm2(y)
         return x + self.drop_path(y if self.gamma is None else self.gamma.view(-1, 1, 1) * y)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...backbones import SpaRTAN
+from ...backbones.arch import find_low_freq_kernels
 from ...errors import CheckpointError
 from .names import (
     Names,
@@ -124,6 +125,11 @@ def export_spartan_backbone(state_dict: Mapping[str, Tensor],
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)
     depths = [depths.get(stage, 0) for stage in range(max(depths, default=-1) + 1)]
+    for stage, kernel in find_low_freq_kernels(
+            {name: value.shape for name, value in state_dict.items()}).items():
+        if kernel != 3:
+            raise CheckpointError(f'stage {stage + 1} has low_freq_kernel={kernel!r}; the layout '
+                                  'of the authors has names for 3, the stacked pair, alone')
     arch, expected = _read_arch(depths, partial(_shape, state_dict))
 
     numbers = itertools.count()

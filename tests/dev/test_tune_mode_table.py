@@ -1,0 +1,28 @@
+"""The table of what frozen statistics save: what is counted."""
+import torch
+from torch import nn
+from tune_mode import compare, count_kept
+
+from spartan_mm.backbones.layers import FoldingSequential
+
+
+def test_the_map_between_convolution_and_norm_is_not_kept():
+    model = FoldingSequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.GELU()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    (plain, folded), times = compare(nn.Sequential(Listed(model)), x, 1)
+    weights = 4 * (3 * 3 + 3)  # the folded weight, and what the weight is multiplied by
+    assert plain == 2 * x.nbytes and folded == x.nbytes + weights
+    assert min(times) > 0
+    with torch.no_grad():
+        assert count_kept(model, x) == 0
+
+
+class Listed(nn.Module):
+    """Gives its one map as backbones do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x),
