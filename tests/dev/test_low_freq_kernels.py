@@ -1,6 +1,6 @@
 """The table of low-frequency kernels: its data, a training, its rows."""
 import torch
-from low_freq_kernels import Classifier, count, load_digits, make_table, move, train
+from low_freq_kernels import Classifier, count, load_digits, make_table, train
 from torch.testing import assert_close
 
 
@@ -12,16 +12,8 @@ def test_digits_to_learn_from_and_to_test_on_are_others():
     assert torch.cdist(images[:, 0].flatten(1), others[:, 0].flatten(1)).min() > 0
 
 
-def test_moves_are_small():
-    dot = torch.zeros(64, 1, 48, 48)
-    dot[..., 23:25, 23:25] = 1
-    brightest = move(dot).flatten(1).argmax(1)
-    for place in (brightest // 48, brightest % 48):
-        assert 15 <= place.min() < 23 < place.max() <= 32
-
-
 def test_a_training_learns():
-    data = {split: (images[::2], labels[::2]) for split, (images, labels) in load_digits().items()}
+    data = {split: (images[::4], labels[::4]) for split, (images, labels) in load_digits().items()}
     assert train('dcls', 0, 1, data | dict(test=data['train'])) >= 5
 
 

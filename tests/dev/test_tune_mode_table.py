@@ -10,8 +10,8 @@ def test_the_map_between_convolution_and_norm_is_not_kept():
     model = FoldingSequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.GELU()).eval()
     x = torch.randn(2, 3, 16, 16)
     (plain, folded), times = compare(nn.Sequential(Listed(model)), x, 1)
-    weights = 4 * (3 * 3 + 3)  # the folded weight, and what the weight is multiplied by
-    assert plain == 2 * x.nbytes and folded == x.nbytes + weights
+    assert plain == 2 * x.nbytes
+    assert folded == x.nbytes + 4 * (9 + 3 * 3)  # a weight of nine numbers, made of three vectors
     assert min(times) > 0
     with torch.no_grad():
         assert count_kept(model, x) == 0

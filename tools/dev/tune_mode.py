@@ -85,11 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--threads', type=int, metavar='N', help="of the CPU (default: PyTorch's)")
-    parser.add_argument('--rounds', type=int, default=7, metavar='N',
+    parser.add_argument('--rounds', type=int, default=5, metavar='N',
                         help='steps of each way (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=2, metavar='N',
                         help='images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=320, metavar='N',
+    parser.add_argument('--size', type=int, default=256, metavar='N',
                         help='of an image (default: %(default)s)')
     args = parser.parse_args()
 
