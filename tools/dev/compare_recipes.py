@@ -79,8 +79,9 @@ def use_distributions(cfg: Config) -> None:
 
 
 def use_larger(cfg: Config) -> None:
-    """SpaRTAN-XT whole, a neck twice as wide, and twice the epochs."""
-    cfg.model.backbone.arch = 'xt'
+    """A backbone and a neck twice as wide, and twice the epochs."""
+    arch = cfg.model.backbone.arch
+    arch.update(stem_channels=32, channels=tuple(2 * width for width in arch.channels))
     cfg.model.neck.update(embed_dims=128, ffn_dims=256)
     cfg.model.decoder.in_channels = [128] * 3
     epochs = 2 * cfg.train_cfg.max_epochs
