@@ -46,18 +46,22 @@ class Visible:
         return x if self.mask is None else x.masked_fill(~self.at(x)[0], 0)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The visible positions of a map, (N, C, P, 1)."""
+        """The visible positions of a map, (N, C, 1, P).
+
+        NOTE: not (N, C, P, 1), of which PyTorch 2.13 computes wrong gradients on a CPU: a batch
+        norm's, its input with the channels last and the gradient of its output with them first.
+        """
         if self.mask is None:
             return x
         rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, self.at(x)[1])
-        return rows.view(len(x), -1, x.shape[1]).transpose(1, 2)[..., None]
+        return rows.view(len(x), 1, -1, x.shape[1]).permute(0, 3, 1, 2)
 
     def scatter(self, gathered: Tensor, like: Tensor) -> Tensor:
         """Put what was gathered back into a map of the size of `like`, zeros elsewhere."""
         if self.mask is None:
             return gathered
         count, channels, height, width = like.shape
-        rows = gathered[..., 0].transpose(1, 2).reshape(-1, channels)
+        rows = gathered.permute(0, 2, 3, 1).reshape(-1, channels)
         x = rows.new_zeros(count * height * width, channels).index_copy(0, self.at(like)[1], rows)
         return x.view(count, height, width, channels).permute(0, 3, 1, 2)
 
