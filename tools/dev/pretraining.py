@@ -32,8 +32,8 @@ from spartan_mm.zoo import get_model
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'classification'
 ARCH = dict(stem_channels=8, depths=(1, 1, 2, 1), channels=(8, 16, 32, 64),
             expand_ratios=(4, 4, 2, 2), conv_types=('full', 'full', 'depthwise', 'depthwise'))
-SIZE = 96  # 3 x 3 squares
-BATCH, STEPS = 20, 150  # of fine-tuning
+SIZE = 64  # 2 x 2 squares
+BATCH, STEPS = 20, 100  # of fine-tuning
 STARTS = ('random weights', 'SparK')
 SHOWN = 10  # pictures
 
@@ -46,7 +46,7 @@ def main() -> None:
                         help='pictures with labels of each class (default: 10)')
     parser.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2], metavar='N',
                         help='(default: 0 1 2)')
-    parser.add_argument('--epochs', type=int, default=12,
+    parser.add_argument('--epochs', type=int, default=8,
                         help='of pre-training (default: %(default)s)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/pretraining'))
     parser.add_argument('--docs', type=Path, metavar='FOLDER', help='that of the pages')

@@ -43,8 +43,9 @@ optim_wrapper = dict(
     # Train with `--amp` on a GPU.
     type='OptimWrapper',
     constructor='RuleOptimWrapperConstructor',
-    optimizer=dict(type='Lamb', lr=1.6e-3,  # 2e-4 for 512 images
-                   betas=(0.9, 0.95), weight_decay=0.04),
+    # 2e-4 for 512 images. NOTE: by default mmpretrain's LAMB clips at 1 besides.
+    optimizer=dict(type='Lamb', lr=1.6e-3, betas=(0.9, 0.95), weight_decay=0.04,
+                   max_grad_norm=5.0),
     clip_grad=dict(max_norm=5.0),
     # As in the recipe with labels; tokens don't decay, either.
     paramwise_cfg=dict(rules=[
