@@ -17,6 +17,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
 from .dfine_decoder import DFINEDecoder
 from .dfine_head import DFINEHead
+from .distillation import DetectorDistillation
 from .elan_encoder import ELANEncoder
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hooks import CheckedPipelineSwitchHook
@@ -34,8 +35,8 @@ from .rtdetr_head import RTDETRHead
 __all__ = [
     'AntialiasedResize', 'BatchMixUp', 'BatchRandomResize', 'CheckedCocoDataset',
     'CheckedCocoMetric', 'CheckedPipelineSwitchHook', 'CheckedVOCDataset', 'CheckedYOLODataset',
-    'DenoisingGenerator', 'DenseMosaic', 'DetInferencer', 'DFINEDecoder', 'DFINEHead',
-    'ELANEncoder', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
+    'DenoisingGenerator', 'DenseMosaic', 'DetectorDistillation', 'DetInferencer', 'DFINEDecoder',
+    'DFINEHead', 'ELANEncoder', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
     'LoadCheckedImage', 'MatchabilityAwareLoss', 'MultiScaleDeformableAttention',
     'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR',
     'RTDETRDecoder', 'RTDETRHead'

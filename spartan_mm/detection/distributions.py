@@ -131,3 +131,37 @@ def distillation_loss(corners: Tensor, teacher: Tensor, temperature: float) -> T
                         for x in (corners, teacher.detach().expand_as(corners)))
     return temperature ** 2 * F.kl_div(student.log_softmax(-1), teacher.softmax(-1),
                                        reduction='none').sum(-1)
+
+
+def moved_distributions(corners: Tensor, base: Tensor, reg_scale: float, own_base: Tensor,
+                        own_max: int, own_scale: float, temperature: float) -> Tensor:
+    """The distributions of the same edges, as distances from the edges of another box.
+
+    Each bin's probability goes to both bins of the other box around its place, by their shares, so
+    that the mean place of an edge stays; places beyond the outermost bins go to these. Of equal
+    boxes and bins nothing moves.
+
+    Args:
+        corners: (..., 4 * (R + 1)), logits.
+        base: (..., 4), the boxes (cx, cy, w, h) that they refine.
+        reg_scale: See :func:`edge_distances`.
+        own_base: (..., 4), the other boxes.
+        own_max: Number of their last bin.
+        own_scale: Their `reg_scale`.
+        temperature: Softens the distributions before they are moved.
+
+    Returns:
+        (..., 4 * (own_max + 1)), logits that need the same temperature; -inf where nothing went.
+    """
+    corners = corners.unflatten(-1, (4, -1)).float()  # (..., 4, R + 1)
+    steps = edge_distances(corners.shape[-1] - 1, reg_scale, device=corners.device)
+    center, size = base.float().unsqueeze(-2).chunk(2, -1)
+    outwards = (steps + 0.5 * reg_scale)[:, None] * size / reg_scale  # (..., R + 1, 2)
+    places = torch.cat([center - outwards, center + outwards], -1)
+    index, share = (x.transpose(-1, -2) for x in edge_labels(
+        own_base.float().unsqueeze(-2), places, own_max, own_scale))
+    probabilities = (corners / temperature).softmax(-1)
+    moved = corners.new_zeros(*corners.shape[:-1], own_max + 1)
+    moved.scatter_add_(-1, index, probabilities * (1 - share))
+    moved.scatter_add_(-1, index + 1, probabilities * share)
+    return (temperature * moved.log()).flatten(-2)

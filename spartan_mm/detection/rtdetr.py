@@ -112,6 +112,8 @@ class RTDETR(DetectionTransformer):
         test_cfg: `max_per_img`, handed to the head.
         data_preprocessor: See mmdet's DetDataPreprocessor.
         init_cfg: See mmengine's BaseModule.
+        distillation: What a teacher adds to the training, and to nothing else, see
+            :mod:`.distillation`.
 
     Raises:
         ValueError: Decoder and head differ in `embed_dims`, neck and decoder in channels, or neck
@@ -123,7 +125,8 @@ class RTDETR(DetectionTransformer):
     def __init__(self, backbone: dict, neck: dict, decoder: dict, bbox_head: dict,
                  num_queries: int = 300, dn_cfg: dict | None = None,
                  train_cfg: dict | None = None, test_cfg: dict | None = None,
-                 data_preprocessor: dict | None = None, init_cfg: dict | None = None):
+                 data_preprocessor: dict | None = None, init_cfg: dict | None = None,
+                 distillation: dict | None = None):
         self.dn_cfg = dict(dn_cfg or {})
         bbox_head = dict(bbox_head, num_pred_layer=decoder.get('num_layers', 6) + 1)
         super().__init__(
@@ -133,6 +136,8 @@ class RTDETR(DetectionTransformer):
             decoder=dict(decoder), bbox_head=bbox_head, num_queries=num_queries,
             train_cfg=train_cfg, test_cfg=test_cfg, data_preprocessor=data_preprocessor,
             init_cfg=init_cfg)
+        self.distillation = distillation and MODELS.build(
+            distillation, default_args=dict(student=self))
 
     def _build_neck(self, config: dict) -> nn.Module:
         """Build the neck for the maps of the backbone."""
@@ -279,6 +284,8 @@ class RTDETR(DetectionTransformer):
             raise RuntimeError("RTDETR computes losses in training mode only; call model.train() "
                                'before forward(mode="loss")')
         _check_samples(batch_inputs, batch_data_samples)
+        if self.distillation:
+            return self.distillation(self, batch_inputs, batch_data_samples)
         return super().loss(batch_inputs, batch_data_samples)
 
     def _forward(self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
@@ -330,9 +337,9 @@ class RTDETR(DetectionTransformer):
         """Take the form that only predicts: fewer layers and operations, the same outputs.
 
         BatchNorms are folded, parallel branches fused, and what no prediction comes from is
-        dropped: decoder layers after `eval_idx`, other layers' class branches, denoising. A
-        backbone (or neck) with a method of this name takes its own such form. Doing it again
-        changes nothing.
+        dropped: decoder layers after `eval_idx`, other layers' class branches, denoising and
+        distillation. A backbone (or neck) with a method of this name takes its own such form. Doing
+        it again changes nothing.
         """
         for part in (self.backbone, self.neck):
             if hasattr(part, 'switch_to_deploy'):
@@ -342,6 +349,7 @@ class RTDETR(DetectionTransformer):
         self.decoder.switch_to_deploy()
         self.bbox_head.switch_to_deploy(self.decoder.eval_idx)
         del self.dn_query_generator
+        self.distillation = None
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'RTDETR':
@@ -375,6 +383,16 @@ class RTDETR(DetectionTransformer):
             mode = None
         for part in (self.backbone, self.neck, self.decoder):
             part.compile(mode=mode, dynamic=dynamic, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Load what a checkpoint has, whatever its training was distilled from, if anything."""
+        part = f'{prefix}distillation.'
+        own = self.distillation.state_dict(prefix=part) if self.distillation else {}
+        for name in [name for name in state_dict if name.startswith(part) and name not in own]:
+            del state_dict[name]
+        for name, value in own.items():
+            state_dict.setdefault(name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict:
         # The compiled form would go on to run the weights of the model that it was made from.

@@ -93,10 +93,11 @@ class ClassCountCheckHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Check the training dataset, and already the validation dataset.
+        """Check the training dataset, already the validation dataset, and a teacher.
 
         Raises:
             DataError: The numbers of classes, or the classes of the two datasets, differ.
+            UsageError: The teacher does not fit, or has other classes.
         """
         train = self._check(runner, 'train')
         val = None if runner.val_loop is None else self._check(runner, 'val')
@@ -104,6 +105,9 @@ class ClassCountCheckHook(Hook):
             raise DataError(describe_other_classes(
                 train, f'the dataset of {_name(runner.train_dataloader, "train")}',
                 val, f'that of {_name(runner.val_dataloader, "val")}'))
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if distillation := getattr(model, 'distillation', None):
+            distillation.prepare(model, train)
 
     def before_val(self, runner: Runner) -> None:
         """Check the validation dataset."""

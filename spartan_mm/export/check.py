@@ -297,7 +297,7 @@ def check_file(reference: Reference, run: Run, pictures: Pictures, metadata: Map
                ) -> dict[str, Any]:
     """Compare a file with its model.
 
-    Pictures go through in batches of 1, 2 and 3 where the batch is free, and two more sizes follow
+    Pictures go through in batches of 1, 2 and 5 where the batch is free, and two more sizes follow
     where the size is. In float32 the first picture that is beyond a bound ends it; lower precisions
     have no bounds, see :func:`measure`.
 
@@ -529,15 +529,15 @@ def _batch(pictures: Pictures, places: Sequence[int], shape: tuple[int, int]
 
 
 def _split(number: int, free: bool) -> list[list[int]]:
-    """Split so many pictures into batches of 1, 2 and 3 in turns, or of 1.
+    """Split so many pictures into batches of 1, 2 and 5 in turns, or of 1.
 
     Too few for that go through more than once.
     """
     if not free:
         return [[place] for place in range(number)]
-    batches, places = [], [place % number for place in range(max(number, 6))]
+    batches, places = [], [place % number for place in range(max(number, 8))]
     while places:
-        size = len(batches) % 3 + 1
+        size = (1, 2, 5)[len(batches) % 3]
         batches.append(places[:size])
         del places[:size]
     return batches

@@ -36,15 +36,23 @@ def mmdet_scope():
 
 
 @pytest.fixture
-def build():
+def configure():
+    """Makes the config of the small RT-DETR with some settings of the model changed."""
+    def configure(**changes):
+        config = Config.fromfile(USER_DETECTOR)
+        config.merge_from_dict({f'model.{name}': value
+                                for name, value in (CHANGES | changes).items()})
+        return config
+    return configure
+
+
+@pytest.fixture
+def build(configure):
     """Builds the small RT-DETR with some settings changed, its weights initialized."""
     from mmdet.registry import MODELS
 
     def build(**changes):
-        config = Config.fromfile(USER_DETECTOR)
-        config.merge_from_dict({f'model.{name}': value
-                                for name, value in (CHANGES | changes).items()})
-        model = MODELS.build(config.model)
+        model = MODELS.build(configure(**changes).model)
         model.init_weights()
         return model
     return build

@@ -165,7 +165,7 @@ class TestFiles:
         run, shapes = as_file(model, metadata)
         result = check_file(Reference(model, metadata), run, pictures, metadata)
         assert [shape[:1] + shape[2:] for shape in shapes] == [
-            (1, 64, 64), (2, 64, 64), (3, 64, 64), (2, 32, 64), (2, 64, 96)]
+            (1, 64, 64), (2, 64, 64), (5, 64, 64), (2, 32, 64), (2, 64, 96)]
         assert 'photographs' in result['pictures']
         assert '32x64' in print_check(result)
 
