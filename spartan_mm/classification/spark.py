@@ -7,6 +7,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..text import count
 
 
 @MODELS.register_module()
@@ -16,8 +17,9 @@ class PyramidSparK(BaseSelfSupervisor):
     The maps of all stages go into the decoder, where each is normalized, gets a learnt token at
     hidden positions and is projected to the decoder's width (Sec. 3.2 and 3.3).
 
-    NOTE: mmpretrain's ``SparK`` halves the width from a stage to the one before, and is for images
-    of one size; SpaRTAN-XT's 192, 96, 64, 32 are no halves. Decoder, head and loss are mmpretrain's.
+    NOTE: mmpretrain's ``SparK`` takes backbones whose width doubles from stage to stage, which
+    SpaRTAN-XT's (32, 64, 96, 192) does not, and images of one size. Decoder, head and loss are
+    mmpretrain's.
 
     NOTE: batch norms look at the images of their own process, as in our training with labels;
     SparK's are synchronized, which `sync_bn='torch'` in a config does.
@@ -88,9 +90,9 @@ class PyramidSparK(BaseSelfSupervisor):
         kept = round(total * (1 - self.mask_ratio))
         if not 0 < kept < total:
             raise UsageError(
-                f'PyramidSparK: images of {images.shape[3]} x {images.shape[2]} pixels have {total} '
-                f'squares of {self.head.patch_size} x {self.head.patch_size}, too few to hide '
-                f'{self.mask_ratio:.0%} of them and to show some; take larger images')
+                f'PyramidSparK: images of {images.shape[3]} x {images.shape[2]} pixels have '
+                f'{count(total, "square")} of {self.head.patch_size} x {self.head.patch_size}, too '
+                f'few to hide {self.mask_ratio:.0%} and show the others; take larger images')
         ranks = torch.rand(len(images), total, device=images.device).argsort(1).argsort(1)
         return (ranks < kept).view(-1, 1, height, width)
 

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch.testing import assert_close
 
 from spartan_mm import cli
+from spartan_mm.engine.settings import check_run
 from spartan_mm.errors import UsageError
 from spartan_mm.zoo import get_config
 
@@ -83,7 +84,7 @@ def test_the_loss_is_that_of_hidden_squares(small, monkeypatch):
 
 
 @pytest.mark.parametrize('size, message', [
-    ((32, 32), 'images of 32 x 32 pixels have 1 squares of 32 x 32, too few to hide 60% of them'),
+    ((32, 32), 'images of 32 x 32 pixels have 1 square of 32 x 32, too few to hide 60% and'),
     ((64, 100), 'squares of 32 x 32 pixels, and images of 100 x 64 are no whole number of them')])
 def test_images_of_other_sizes(small, size, message):
     with pytest.raises(UsageError, match=message):
@@ -179,5 +180,4 @@ def test_what_needs_predictions_says_so(trained, words, capsys, user_project):
 
 def test_config_without_a_file():
     with pytest.raises(UsageError, match='the config pre-trains a backbone'):
-        from spartan_mm.engine.settings import check_run
         check_run(Config(dict(model=dict(type='PyramidSparK'))), 'test')

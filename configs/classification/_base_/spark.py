@@ -1,4 +1,4 @@
-# SparK (arXiv 2301.03580): 800 epochs on the pictures of ImageNet-1k alone, no labels, no validation.
+# SparK (arXiv 2301.03580): 800 epochs on the pictures of ImageNet-1k, without labels.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 custom_imports = dict(imports=['spartan_mm.classification'], allow_failed_imports=False)
 
