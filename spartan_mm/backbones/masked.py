@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .dcls import DCLSConv2d
 from .layers import GroupNorm1
 from .spartan import SMixer, SpaRTAN, SqueezeExcitation
 
@@ -87,6 +88,10 @@ class MaskedConv2d(nn.Conv2d):
         return super().forward(x if self.kernel_size == (1, 1) else self.visible.hide(x))
 
 
+class MaskedDCLSConv2d(MaskedConv2d, DCLSConv2d):
+    """A kernel whose weights find their places, the same way."""
+
+
 class MaskedBatchNorm2d(_Norm, nn.BatchNorm2d):
     """A batch norm of visible positions."""
 
@@ -108,9 +113,10 @@ class MaskedSMixer(_Average, SMixer):
 
 
 #: What takes the place of SpaRTAN's parts.
-MASKED = {nn.Conv2d: MaskedConv2d, nn.BatchNorm2d: MaskedBatchNorm2d,
-          nn.SyncBatchNorm: MaskedSyncBatchNorm, GroupNorm1: MaskedGroupNorm1,
-          SqueezeExcitation: MaskedSqueezeExcitation, SMixer: MaskedSMixer}
+MASKED = {nn.Conv2d: MaskedConv2d, DCLSConv2d: MaskedDCLSConv2d,
+          nn.BatchNorm2d: MaskedBatchNorm2d, nn.SyncBatchNorm: MaskedSyncBatchNorm,
+          GroupNorm1: MaskedGroupNorm1, SqueezeExcitation: MaskedSqueezeExcitation,
+          SMixer: MaskedSMixer}
 
 
 @MODELS.register_module()

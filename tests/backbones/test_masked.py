@@ -14,7 +14,7 @@ from .toy import make
 
 SIDE = 8  # of a square of the toy
 SHOWN = torch.tensor([[[[1, 0, 1], [0, 1, 0]]], [[[0, 1, 1], [1, 0, 0]]]]).bool()
-OPTIONS = [dict(), dict(low_freq_kernel=5, conv_types='depthwise'),
+OPTIONS = [dict(), dict(low_freq_kernel=5, conv_types='depthwise'), dict(low_freq_kernel='dcls'),
            dict(spatial_mixer='conv', channel_mixer='mlp_se'), dict(block_norm='BN'),
            dict(conv_norm='LN', block_norm='LN2d'), dict(conv_norm='LN2d'), dict(with_cp=True)]
 

@@ -1,8 +1,9 @@
 """Measure what it saves to fold batch norms that keep their statistics into their convolutions.
 
 The table of docs/train-your-data.md: what a forward pass keeps for the backward pass, beside the
-parameters, and the time of both passes. The two ways take turns in one run. SpaRTAN is in the form
-for GPUs; the one for CPUs (`fuse`) keeps less by itself. Weights are random: nothing is downloaded.
+parameters, and the CPU's time for both passes. The two ways take turns in one run. SpaRTAN is in
+the form for GPUs; the one for CPUs (`fuse`) computes norms again by itself. Weights are random:
+nothing is downloaded.
 """
 import argparse
 import statistics
@@ -24,6 +25,7 @@ from spartan_mm.files import write_whole
 from spartan_mm.text import Console, markdown
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'train-your-data.md'
+COUNTED, TIMED = (4, 3, 640, 640), (2, 3, 192, 192)
 OPTIONS = dict(out_indices=(1, 2, 3), norm_eval=True)
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     'ResNet-18vd': lambda: ResNetVd(depth=18, **OPTIONS),
@@ -40,18 +42,21 @@ def plainly():
     return register_module_forward_hook(lambda module, args, output: None)
 
 
+WAYS = plainly, nullcontext
+
+
 def count_kept(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, those of the parameters aside."""
-    given = {tensor.untyped_storage().data_ptr()
+    given = {tensor.untyped_storage()._cdata
              for tensor in (x, *model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    alive = []  # else the memory of one may be that of the next
+    alive = []  # else one may be taken for another that is gone
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
+        if storage._cdata not in given:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -60,37 +65,42 @@ def count_kept(model: nn.Module, x: Tensor) -> int:
 
 
 def time_step(model: nn.Module, x: Tensor) -> float:
-    """Seconds of a forward and a backward pass."""
-    begin = time.perf_counter()
+    """Seconds of all cores for a forward and a backward pass, whatever else they do."""
+    begin = time.process_time()
     sum(y.sum() for y in model(x)).backward()
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
-def compare(model: nn.Module, x: Tensor, rounds: int) -> tuple[list[int], list[float]]:
-    """Bytes and median seconds, of modules that are called as they are and of folded ones."""
-    ways = plainly, nullcontext
-    kept, times = [], [[], []]
-    for way in ways:
+def count_both(model: nn.Module, x: Tensor) -> list[int]:
+    """Bytes that are kept, of modules that are called as they are and of folded ones."""
+    kept = []
+    for way in WAYS:
         with way():
             kept.append(count_kept(model, x))
-            time_step(model, x)
-    for _ in range(rounds):
-        for way, of_way in zip(ways, times, strict=True):
+    return kept
+
+
+def time_both(model: nn.Module, x: Tensor, rounds: int) -> list[float]:
+    """Median seconds of both ways, which take turns."""
+    times = []
+    for _ in range(rounds + 1):
+        times.append([])
+        for way in WAYS:
             with way():
-                of_way.append(time_step(model, x))
-    return kept, [*map(statistics.median, times)]
+                times[-1].append(time_step(model, x))
+    return [statistics.median(of_way) for of_way in zip(*times[1:], strict=True)]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return ' x '.join(map(str, shape))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--threads', type=int, metavar='N', help="of the CPU (default: PyTorch's)")
-    parser.add_argument('--rounds', type=int, default=5, metavar='N',
-                        help='steps of each way (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=2, metavar='N',
-                        help='images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=256, metavar='N',
-                        help='of an image (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=3, metavar='N',
+                        help='steps of each way that are timed (default: %(default)s)')
     args = parser.parse_args()
 
     console = Console()
@@ -100,12 +110,13 @@ def main() -> None:
         for name, make in BACKBONES.items():
             console.status(name)
             torch.manual_seed(0)
-            x = torch.randn(args.batch_size, 3, args.size, args.size)
-            kept, times = compare(make().train(), x, args.rounds)
-            rows.append([name, *(f'{size / 1e6:.0f}' for size in kept),
+            times = time_both(make().train(), torch.randn(TIMED), args.rounds)
+            with torch.device('meta'):  # where nothing is computed
+                kept = count_both(make().train(), torch.empty(COUNTED))
+            rows.append([name, *(f'{size / 1e6:,.0f}' for size in kept),
                          f'{kept[1] / kept[0]:.2f}', f'{times[1] / times[0]:.2f}'])
-    text = (f'{markdown(rows)}\n{args.batch_size} images of {args.size} x {args.size} in float32, '
-            f'medians of {args.rounds} steps each: {machine_line(machine)}.\n')
+    text = (f'{markdown(rows)}\nKept with images {_times(COUNTED)} in float32, counted. CPU time '
+            f'with {_times(TIMED)}, medians of {args.rounds} steps: {machine_line(machine)}.\n')
     page = insert_tables(PAGE.read_text(encoding='utf-8'), dict(tune_mode=text))
     with write_whole(PAGE) as file:
         file.write(page.encode())
