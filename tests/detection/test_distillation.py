@@ -1,20 +1,26 @@
 """What teachers add to a training, and to nothing else."""
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from spartan_mm.cli import main
 from spartan_mm.detection import DistillationWeightHook, FeatureDistillation
 from spartan_mm.detection.distributions import (
     distillation_loss,
     moved_distributions,
     refined_boxes,
 )
+from spartan_mm.engine.checkpoint_hook import ResumableCheckpointHook
 from spartan_mm.errors import CheckpointError, UsageError
+from spartan_mm.weights.converters.convert import read_source
 from spartan_mm.weights.forms import switch_to_deploy
 from spartan_mm.weights.loading import load_all_weights
+from spartan_mm.weights.publish import publish
+from spartan_mm.weights.safe_load import read_checkpoint
 
 DISTRIBUTIONS = {'decoder.type': 'DFINEDecoder', 'decoder.gate': False,
                  'decoder.project_values': True, 'bbox_head.type': 'DFINEHead'}
@@ -302,6 +308,64 @@ class TestDistillationWeight:
     def test_bounds(self):
         with pytest.raises(ValueError, match='must leave bounds within 0 and 1'):
             DistillationWeightHook(0.01, 0.01)
+
+
+@pytest.mark.slow
+class TestTraining:
+
+    def test_resumes_exactly(self, user_project, vit, tmp_path, monkeypatch):
+        """In the middle of an epoch, with a weight that changes; and what is published of it."""
+        config, kept = tmp_path / 'taught.py', tmp_path / 'kept'
+        kept.mkdir()
+        config.write_text(f"""
+_base_ = {str(user_project / 'user_detector.py')!r}
+model = dict(distillation=dict(type='FeatureDistillation', teacher={vit[0]}, channels=64))
+custom_hooks = [
+    *_base_.custom_hooks, dict(type='ClassCountCheckHook'),
+    dict(type='DistillationWeightHook', share=0.5, tolerance=0.01)]
+val_cfg = val_dataloader = val_evaluator = None
+""")
+        monkeypatch.chdir(user_project)
+        save_now = ResumableCheckpointHook.save_now
+
+        def save_and_keep(hook, *args):
+            done = save_now(hook, *args)
+            shutil.copy(hook.last_ckpt, kept)
+            return done
+        monkeypatch.setattr(ResumableCheckpointHook, 'save_now', save_and_keep)
+
+        def train(name, *words):
+            assert main(['train', str(config), '--work-dir', str(tmp_path / name), '--seed', '3',
+                         '--save-every', '1', *words]) == 0
+            return read_checkpoint(tmp_path / name / 'epoch_2.pth')
+        whole = train('whole')
+        [middle] = kept.glob('epoch_1_iter_3.pth')
+        assert read_checkpoint(middle)['distillation_weight']['steps'] == 1
+        resumed = train('resumed', '--resume', str(middle))
+        for part in ('state_dict', 'ema_state_dict', 'distillation_weight'):
+            torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
+        assert whole['distillation_weight']['weight'] != 5
+
+        published = read_checkpoint(publish(
+            tmp_path / 'whole' / 'epoch_2.pth', tmp_path / 'published').safetensors)
+        assert not [name for name in published['state_dict'] if 'distill' in name]
+        assert 'distillation' not in published['meta']['config']['model']
+        assert any('distillation.' in name for name in whole['state_dict'])
+        source = read_source(tmp_path / 'whole' / 'epoch_2.pth')
+        assert not [name for name in source.weights if 'distill' in name]
+
+    def test_a_wrong_teacher_ends_it_before_it_begins(self, user_project, tmp_path, monkeypatch):
+        config = tmp_path / 'taught.py'
+        config.write_text(f"""
+_base_ = {str(user_project / 'user_detector.py')!r}
+model = dict(distillation=dict(
+    type='DetectorDistillation', teacher=dict(config='rtdetr_r50vd', checkpoint='none.pth')))
+custom_hooks = [dict(type='ClassCountCheckHook')]
+""")
+        monkeypatch.chdir(user_project)
+        with pytest.raises(SystemExit, match=r"error: the teacher's checkpoint none\.pth does not"):
+            main(['train', str(config), '--work-dir', str(tmp_path / 'run')])
+        assert not [*tmp_path.rglob('epoch*.pth')]
 
 
 class TestInference:
