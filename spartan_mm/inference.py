@@ -23,6 +23,7 @@ from .datasets.images import decoding_of, list_images, take_image
 from .drawing import class_colour, draw_bars, draw_boxes
 from .engine.class_order import Match, load_in_order
 from .errors import InputError, UsageError
+from .model_index import check_predicts
 from .requirements import require
 from .results import find_writers
 from .runtime import IMAGE_SUFFIXES as IMAGE_SUFFIXES
@@ -63,6 +64,7 @@ class Model:
         if cfg.get('default_scope') != self.scope:
             raise InputError(f'{name} describes no {self.kind} (its default_scope is '
                              f'{cfg.get("default_scope")!r}, not {self.scope!r})')
+        check_predicts(cfg, name)
         dataset = find_test_dataset(cfg)
         loader, *steps = dataset.pipeline
         self._decoding = decoding_of(loader)

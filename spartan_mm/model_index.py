@@ -14,7 +14,9 @@ from mmengine.config import Config
 
 from .errors import UsageError
 
-TASKS = ('classification', 'detection')
+#: What models are for, each with the folder of configs, and the toolbox, that it belongs to.
+TASKS = {'classification': 'classification', 'detection': 'detection',
+         'pretraining': 'classification'}
 CONFIG_SUFFIXES = ('.json', '.py', '.yaml', '.yml')
 _PACKAGE = Path(__file__).parent
 
@@ -65,7 +67,7 @@ def list_models(pattern: str = '*', task: str | None = None) -> list[str]:
 
     Args:
         pattern: Which names, with the wildcards of a shell, such as ``'rtdetr_*'``.
-        task: 'detection' or 'classification'; None for both.
+        task: 'detection', 'classification' or 'pretraining'; None for all.
 
     Raises:
         ValueError: There is no such task.
@@ -81,8 +83,22 @@ def list_models(pattern: str = '*', task: str | None = None) -> list[str]:
 
 
 def task_of(name: str) -> str:
-    """Tell whether a model is for 'detection' or 'classification'."""
-    return Path(config_path(name)).relative_to(root() / 'configs').parts[0]
+    """Tell what a model is for: 'detection', 'classification' or 'pretraining'."""
+    folder = Path(config_path(name)).relative_to(root() / 'configs').parts[0]
+    return read_metafiles()[name]['Metadata'].get('Task', folder)
+
+
+def check_predicts(config: Config, name: str) -> None:
+    """Refuse a config that pre-trains a backbone where a classifier or a detector is needed.
+
+    Raises:
+        UsageError: It is one; `name` is what the message calls it.
+    """
+    if str((config.get('model') or {}).get('type')).endswith('SparK'):
+        raise UsageError(
+            f'{name} pre-trains a backbone and predicts nothing: start a classifier or detector '
+            "from its checkpoint, with model.backbone.init_cfg=dict(type='CheckedPretrained', "
+            "prefix='backbone.', checkpoint=FILE)")
 
 
 def config_path(name: str) -> str:
@@ -147,5 +163,5 @@ def get_config(name: str) -> Config:
         ImportError: What the model's task needs is not installed; the message says what to do.
     """
     path = config_path(name)
-    importlib.import_module(f'spartan_mm.{task_of(name)}')
+    importlib.import_module(f'spartan_mm.{TASKS[task_of(name)]}')
     return Config.fromfile(path)

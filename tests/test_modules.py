@@ -14,7 +14,8 @@ from spartan_mm.weights.forms import switch_to_deploy
 from spartan_mm.zoo import config_path, get_config, get_model, list_models, task_of
 
 # Of other backbones one of each kind: heads and larger ones of the kind are the same modules.
-MODELS = [name for name in list_models() if Path(config_path(name)).parent.name != 'neighbours'] + [
+MODELS = [name for task in ('classification', 'detection') for name in list_models(task=task)
+          if Path(config_path(name)).parent.name != 'neighbours'] + [
     'moganet_xt', 'unireplknet_a', 'casvit_xs', 'affnet_et', 'lsnet_t']
 SIZE = 64  # of the images: two positions on the coarsest map of all models
 built = {}  # the name of the first model of these settings

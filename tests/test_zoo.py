@@ -45,7 +45,8 @@ class TestNames:
         assert zoo.list_models('spartan_t*') == ['spartan_t_224', 'spartan_t']
         detectors = zoo.list_models(task='detection')
         assert {'rtdetr_r50vd', 'retinanet_spartan_t'} < set(detectors)
-        assert sorted(detectors + zoo.list_models(task='classification')) == sorted(
+        assert zoo.list_models(task='pretraining') == ['spark_spartan_xt', 'spark_spartan_t']
+        assert sorted(name for task in zoo.TASKS for name in zoo.list_models(task=task)) == sorted(
             zoo.list_models())
 
     def test_unknown_task(self):

@@ -18,6 +18,7 @@ from .. import zoo
 from ..backbones import SpaRTAN
 from ..engine.launch import load_config
 from ..errors import UsageError
+from ..model_index import check_predicts
 from ..requirements import require
 from ..weights.initialize import without_training
 from ..weights.loading import load_for_inference
@@ -150,7 +151,9 @@ def task_of(config: Config, name: str) -> str:
 
     Raises:
         UnknownModelError: If it is for neither.
+        UsageError: If it pre-trains a backbone.
     """
+    check_predicts(config, name)
     scope = config.get('default_scope')
     if scope not in TASKS or 'model' not in config:
         raise UnknownModelError(f'{name} describes neither a detector nor a classifier (its '

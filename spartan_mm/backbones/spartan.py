@@ -40,7 +40,15 @@ class ConvNormAct(nn.Sequential):
             self.norm = nn.Identity()
 
 
-class SqueezeExcitation(nn.Module):
+class Averaging(nn.Module):
+    """What looks at the average of a whole map."""
+
+    def average(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, 1, 1)."""
+        return x.mean((2, 3), keepdim=True)
+
+
+class SqueezeExcitation(Averaging):
     """Weighs each channel by a gate from 0 to 1 that depends on the averages of all channels.
 
     Args:
@@ -55,11 +63,11 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        hidden = self.squeeze(x.mean((2, 3), keepdim=True)).relu()  # (N, S, 1, 1)
+        hidden = self.squeeze(self.average(x)).relu()  # (N, S, 1, 1)
         return x * self.expand(hidden).sigmoid()
 
 
-class SMixer(nn.Module):
+class SMixer(Averaging):
     """Spatial mixing by two branches of different receptive field (Sec. III-B, Eqs. 3 to 6).
 
     NOTE: the paper describes the low-frequency kernel by its receptive field alone. As released it
@@ -99,8 +107,7 @@ class SMixer(nn.Module):
         x = self.proj_in(x)  # (N, I, H, W)
 
         # Feature decomposition: x + gamma * (x - average), a step away from the average (Eq. 3).
-        average = x.mean((2, 3), keepdim=True)
-        x = torch.lerp(x, average, -self.gamma.type_as(x))
+        x = torch.lerp(x, self.average(x), -self.gamma.type_as(x))
 
         # Small kernels for high frequencies, dilated ones for low, each gated (Eqs. 4 and 5).
         high = self.high_se(self.high_freq(x))

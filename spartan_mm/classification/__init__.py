@@ -19,11 +19,12 @@ from .heads import AveragedClsHead
 from .hooks import AverageStatisticsHook
 from .losses import HardLabelSmoothLoss
 from .schedules import WarmupCosineLR
+from .spark import PyramidSparK
 from .transforms import TorchvisionTransforms
 
 __all__ = [
     'AverageStatisticsHook', 'AveragedClsHead', 'CheckedImageFolder', 'CheckedImageNet',
-    'HardLabelSmoothLoss', 'TorchvisionTransforms', 'WarmupCosineLR'
+    'HardLabelSmoothLoss', 'PyramidSparK', 'TorchvisionTransforms', 'WarmupCosineLR'
 ]
 
 # By name in mmpretrain's get_model, list_models and inferencers.

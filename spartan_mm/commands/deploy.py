@@ -8,6 +8,7 @@ cannot be trained further.
 from argparse import ArgumentParser, Namespace
 
 from ..engine.launch import load_config
+from ..model_index import check_predicts
 from ..text import printable
 from ..weights.saving import deploy_checkpoint
 from ..zoo import get_model
@@ -23,7 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Deploy, and say how much smaller the model became."""
-    model = get_model(load_config(args.config, options=args.cfg_options))
+    config = load_config(args.config, options=args.cfg_options)
+    check_predicts(config, args.config)
+    model = get_model(config)
     before = sum(parameter.numel() for parameter in model.parameters())
     deploy_checkpoint(model, args.checkpoint, args.out)
     after = sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     parser.add_argument('pattern', nargs='?', default='*', metavar='PATTERN',
                         help="of the names, such as 'rtdetr_*' (default: all)")
-    parser.add_argument('--task', choices=('classification', 'detection'),
+    parser.add_argument('--task', choices=zoo.TASKS,
                         help='those of one task')
 
 

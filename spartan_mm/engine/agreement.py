@@ -186,7 +186,8 @@ def _compare_optimizers(runner: Runner, states: Mapping[str, Any], name: str,
 
 def _is_of_schedule(key: str) -> bool:
     """Whether an entry of a group of parameters is no setting."""
-    return key in ('params', 'param_names') or key.startswith('initial_')
+    # LAMB counts its steps in there.
+    return key in ('params', 'param_names', 'step') or key.startswith('initial_')
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from ..datasets.layouts import Data, find_data
 from ..datasets.settings import find_datasets
 from ..errors import UsageError
 from ..files import check_writable, write_whole
-from ..model_index import find_config, list_models, root
+from ..model_index import check_predicts, find_config, list_models, root
 from ..text import count, join, printable
 from ..weights.loading import find_state_dict
 from ..weights.safe_load import local_file, read_checkpoint
@@ -135,6 +135,7 @@ def write_text(settings: Settings) -> str:
 
 def _read_base(model: str, data: Data) -> Config:
     base = Config.fromfile(find_config(model))
+    check_predicts(base, model)
     task = 'classification' if base.get('default_scope') == 'mmpretrain' else 'detection'
     if task != data.task:
         has = ('folders of classes, for classifiers' if data.task == 'classification' else

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 
 from ..datasets.settings import RENAMED, SPLITS
 from ..errors import UsageError
+from ..model_index import check_predicts
 from ..text import join
 
 # What a runner needs for each of them: all or none.
@@ -103,6 +104,8 @@ def check_run(cfg: Config, split: str) -> None:
     Raises:
         UsageError: It has not.
     """
+    if split == 'test':
+        check_predicts(cfg, cfg.filename or 'the config')
     for other, keys in TRIOS.items():
         missing = [key for key in keys if cfg.get(key) is None]
         if missing and (other == split or len(missing) < len(keys)):

@@ -20,14 +20,14 @@ OPTIONS = [
     dict(hidden_channels=(22, 30), inner_channels=(5, 7))]
 
 
-def make(dtype=torch.float64, **options):
+def make(dtype=torch.float64, kind=SpaRTAN, **options):
     """A toy in training mode that returns both maps, with options of SpaRTAN or parts of an arch.
     """
     torch.manual_seed(0)
     arch = TOY | {key: options.pop(key) for key in ('depths', 'expand_ratios', *PRUNED_WIDTHS)
                   if key in options}
     options = dict(out_indices=(0, 1), drop_path_rate=0.) | options
-    return randomise(SpaRTAN(arch, **options)).to(dtype).train()
+    return randomise(kind(arch, **options)).to(dtype).train()
 
 
 def randomise(model):

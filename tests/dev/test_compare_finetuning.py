@@ -59,5 +59,5 @@ def test_what_is_not_measured_is_a_dash(tmp_path):
 
     page = Path(tmp_path, 'page.md')
     page.write_text('a\n<!-- table finetuning: begin -->\nold\n<!-- table finetuning: end -->\nb\n')
-    write_between_marks(page, text)
+    write_between_marks(page, text, 'finetuning')
     assert page.read_text().splitlines()[2:-2] == lines

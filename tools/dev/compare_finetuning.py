@@ -72,7 +72,7 @@ def main() -> None:
     text = table(results, args.steps)
     print(text)
     if args.docs:
-        write_between_marks(args.docs, text)
+        write_between_marks(args.docs, text, 'finetuning')
 
 
 def measure(data: str, recipe: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
@@ -264,9 +264,9 @@ def spread(values: list[float]) -> str:
     return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
 
 
-def write_between_marks(page: Path, text: str) -> None:
-    """Put the table between its marks in a page."""
-    begin, end = '<!-- table finetuning: begin -->\n', '<!-- table finetuning: end -->'
+def write_between_marks(page: Path, text: str, name: str) -> None:
+    """Put a table between the marks of its name in a page."""
+    begin, end = f'<!-- table {name}: begin -->\n', f'<!-- table {name}: end -->'
     head, _, rest = page.read_text('utf-8').partition(begin)
     page.write_text(f'{head}{begin}{text}{end}{rest.partition(end)[2]}', 'utf-8')
 

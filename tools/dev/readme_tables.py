@@ -299,8 +299,9 @@ def main() -> None:
     choice.add_argument('--count', action='store_true', help='write the sizes, too')
     args = parser.parse_args()
     if args.count:
-        counts = {name: count(name) for name in track(zoo.list_models(), description='counting')}
-        for task in zoo.TASKS:
+        names = [name for name in zoo.list_models() if zoo.task_of(name) != 'pretraining']
+        counts = {name: count(name) for name in track(names, description='counting')}
+        for task in dict.fromkeys(zoo.TASKS.values()):
             metafile = ROOT / 'configs' / task / 'metafile.yml'
             text = write_counts(metafile.read_text(encoding='utf-8'), counts)
             metafile.write_text(text, encoding='utf-8')
@@ -318,7 +319,8 @@ def main() -> None:
                 'tools/dev/readme_tables.py' for path, text in texts.items()
                 if text != path.read_text(encoding='utf-8')]
     for name, model in track(zoo.read_metafiles().items(), description='counting'):
-        problems += find_wrong_counts({name: model})
+        if zoo.task_of(name) != 'pretraining':
+            problems += find_wrong_counts({name: model})
     if problems:
         sys.exit('\n'.join(f'error: {problem}' for problem in problems))
 

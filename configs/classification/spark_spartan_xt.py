@@ -1,0 +1,2 @@
+# SpaRTAN-XT, pre-trained by SparK; start a classifier or detector from its backbone.
+_base_ = './_base_/spark.py'
