@@ -24,7 +24,7 @@ from .model_index import (
     root,
     task_of,
 )
-from .weights.initialize import without_pretrained
+from .weights.initialize import without_training
 from .weights.loading import find_classes, find_meta
 
 __all__ = [
@@ -68,7 +68,7 @@ def get_model(name: str | Config, pretrained: str | Path | None = None,
         config.merge_from_dict({f'model.{part}.num_classes': num_classes for part in parts})
 
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        model = MODELS.build(without_pretrained(config.model))
+        model = MODELS.build(without_training(config.model))
     if pretrained is None:
         with quiet():  # mmengine reports a line for each of them
             model.init_weights()

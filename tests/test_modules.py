@@ -25,6 +25,7 @@ built = {}  # the name of the first model of these settings
 def model(request):
     """Each model as its config builds it."""
     config = get_config(request.param)
+    config.model.pop('distillation', None)  # a teacher's is no other model
     other = built.setdefault(repr(config.model), request.param)
     if other != request.param:
         pytest.skip(f'the same model as {other}, trained otherwise')

@@ -18,6 +18,7 @@ import spartan_mm
 from spartan_mm import zoo
 from spartan_mm.engine import launch
 from spartan_mm.errors import CheckpointError
+from spartan_mm.weights.initialize import without_pretrained, without_training
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TEN = tuple('abcdefghij')
@@ -163,8 +164,10 @@ class TestModels:
         kept = dict(type='TruncNormal', layer='Linear')
         settings = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x'), depth=18),
                         parts=[dict(pretrained=True, init_cfg=kept)], sizes=(1, 2))
-        assert zoo.without_pretrained(settings) == dict(
-            backbone=dict(depth=18), parts=[dict(init_cfg=kept)], sizes=(1, 2))
+        expected = dict(backbone=dict(depth=18), parts=[dict(init_cfg=kept)], sizes=(1, 2))
+        taught = dict(settings, distillation=dict(teacher='x'))
+        assert without_pretrained(taught) == dict(expected, distillation=dict(teacher='x'))
+        assert without_training(taught) == expected
 
 
 @cache

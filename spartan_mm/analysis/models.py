@@ -20,7 +20,7 @@ from ..engine.launch import load_config
 from ..errors import UsageError
 from ..model_index import check_predicts
 from ..requirements import require
-from ..weights.initialize import without_pretrained
+from ..weights.initialize import without_training
 from ..weights.loading import load_for_inference
 from ..weights.stored_config import config_from, find_test_dataset
 from ..zoo import UnknownModelError
@@ -190,7 +190,7 @@ def build_without_weights(config: Config) -> nn.Module:
         config: One whose ``custom_imports`` have been made.
     """
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        return build_without_numbers(lambda: MODELS.build(without_pretrained(config.model)))
+        return build_without_numbers(lambda: MODELS.build(without_training(config.model)))
 
 
 def build_without_numbers(build: Callable[[], nn.Module]) -> nn.Module:

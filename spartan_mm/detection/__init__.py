@@ -17,7 +17,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingGenerator
 from .dfine_decoder import DFINEDecoder
 from .dfine_head import DFINEHead
-from .distillation import DetectorDistillation
+from .distillation import DetectorDistillation, DistillationWeightHook, FeatureDistillation
 from .elan_encoder import ELANEncoder
 from .geometry import AntialiasedResize, FilterSmallBoxes, RandomIoUCrop, RandomZoomOut
 from .hooks import CheckedPipelineSwitchHook
@@ -36,7 +36,8 @@ __all__ = [
     'AntialiasedResize', 'BatchMixUp', 'BatchRandomResize', 'CheckedCocoDataset',
     'CheckedCocoMetric', 'CheckedPipelineSwitchHook', 'CheckedVOCDataset', 'CheckedYOLODataset',
     'DenoisingGenerator', 'DenseMosaic', 'DetectorDistillation', 'DetInferencer', 'DFINEDecoder',
-    'DFINEHead', 'ELANEncoder', 'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
+    'DFINEHead', 'DistillationWeightHook', 'ELANEncoder', 'FeatureDistillation',
+    'FilterSmallBoxes', 'HybridEncoder', 'IoUAwareVarifocalLoss',
     'LoadCheckedImage', 'MatchabilityAwareLoss', 'MultiScaleDeformableAttention',
     'RandomIoUCrop', 'RandomPhotometricDistort', 'RandomZoomOut', 'ResNetVd', 'RTDETR',
     'RTDETRDecoder', 'RTDETRHead'

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmdet.registry import MODELS
+from mmdet.registry import HOOKS, MODELS
 from mmdet.structures import SampleList
 from mmdet.utils import reduce_mean
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..datasets.classes import describe_other_classes
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..model_index import find_config
-from ..text import join
-from ..weights.initialize import without_pretrained
+from ..requirements import require
+from ..text import first_line, join
+from ..weights.initialize import without_training
 from ..weights.loading import find_classes, load_for_inference
 from ..weights.safe_load import local_file
 from ..weights.stored_config import config_from
@@ -51,6 +55,13 @@ class Teacher:
             with torch.random.fork_rng(devices=[]):
                 self._module = self._load().eval().requires_grad_(False)
         return self._module.to(device)
+
+
+def _check_file(checkpoint: str) -> None:
+    if not local_file(checkpoint).expanduser().is_file():
+        raise FileNotFoundError(f"the teacher's checkpoint {checkpoint} does not exist; point to "
+                                'yours with --cfg-options '
+                                'model.distillation.teacher.checkpoint=FILE')
 
 
 def statistics(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
@@ -94,6 +105,214 @@ def with_group(selected: Mapping[str, Tensor], query: Tensor, reference: Tensor
 
 
 @MODELS.register_module()
+class FeatureDistillation(nn.Module):
+    """Draws the map behind AIFI towards the tokens of a vision transformer of timm.
+
+    Source: `RT-DETRv4 <https://github.com/RT-DETRs/RT-DETRv4>`_. A linear layer, which only the
+    training has, gives the map the teacher's channels. The loss is the mean over the cells of 1 -
+    the cosine of map and tokens. The teacher sees the picture so small that its patches are the
+    map's cells: half as large for patches of 16 pixels, where bilinear resizing is the mean of 2x2
+    pixels.
+
+    Args:
+        student: The detector, which hands itself in; its images are RGB.
+        teacher: `model_name`, timm's; `checkpoint`, a local file with its weights, without which
+            timm downloads them; and what else `timm.create_model` takes.
+        channels: The teacher's width, such as 768 of a ViT-B.
+        loss_weight: Factor of the loss; RT-DETRv4 has 5 for S and M, 15 for L, 20 for X. See also
+            :class:`DistillationWeightHook`.
+
+    Raises:
+        ValueError: The student's neck has no AIFI.
+    """
+
+    def __init__(self, student: RTDETR, teacher: Mapping[str, Any], channels: int,
+                 loss_weight: float = 5.):
+        super().__init__()
+        if not hasattr(student.neck, 'aifi'):
+            raise ValueError(f'FeatureDistillation: the neck {type(student.neck).__name__} has no '
+                             'AIFI, whose map is taught; use HybridEncoder or ELANEncoder')
+        self.settings = dict(teacher)
+        self.loss_weight = loss_weight
+        self.project = nn.Linear(student.neck.embed_dims, channels)
+        self.teacher = Teacher(self._load)
+
+    def _load(self) -> nn.Module:
+        """Build the teacher with its weights."""
+        timm = require('timm', '1.0.4', 'timm')
+        # With its classifier, since timm loads whatever fits where the number of classes differs.
+        settings = dict(dynamic_img_size=True) | self.settings
+        checkpoint = settings.pop('checkpoint', None)
+        name = settings.get('model_name')
+        if not timm.is_model(str(name)):
+            raise UsageError(f'the teacher: timm {timm.__version__} has no model {name!r}; set '
+                             'model.distillation.teacher.model_name to one of timm.list_models()')
+        if checkpoint is not None:
+            _check_file(checkpoint)
+            settings['pretrained_cfg_overlay'] = dict(file=str(local_file(checkpoint).expanduser()))
+        try:
+            teacher = timm.create_model(**settings)
+        except TypeError as error:
+            raise UsageError(f'the teacher {name} is no vision transformer that takes all sizes, '
+                             f'or takes no such argument: {first_line(error)}') from error
+        if not hasattr(teacher, 'num_prefix_tokens') or not hasattr(teacher, 'patch_embed'):
+            raise UsageError(f'the teacher {name} is no vision transformer but a '
+                             f'{type(teacher).__name__}: FeatureDistillation needs tokens of '
+                             'patches, such as those of vit_base_patch16_dinov3')
+        try:
+            return timm.create_model(**settings, pretrained=True)
+        except Exception as error:  # whatever the Hub or torch says
+            where = 'cannot be downloaded' if checkpoint is None else f'do not fit {checkpoint}'
+            raise CheckpointError(
+                f"the teacher: {name}'s weights {where}: {first_line(error)}. Point to a file "
+                'with --cfg-options model.distillation.teacher.checkpoint=FILE') from error
+
+    def prepare(self, student: RTDETR, classes: Sequence[str] | None = None) -> nn.Module:
+        """Give the teacher, and check that it fits.
+
+        Args:
+            student: The detector.
+            classes: Those of its training set, which this teacher doesn't know.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            CheckpointError: Its weights do not fit, or cannot be downloaded.
+            UsageError: It is no vision transformer, or of another width.
+        """
+        teacher = self.teacher.on(student.memory_trans_fc.weight.device)
+        if teacher.num_features != self.project.out_features:
+            raise UsageError(f'the teacher {self.settings["model_name"]} has '
+                             f'{teacher.num_features} channels, but model.distillation.channels is '
+                             f'{self.project.out_features}: set it to {teacher.num_features}')
+        return teacher
+
+    @torch.no_grad()
+    def teach(self, student: RTDETR, images: Tensor, cells: tuple[int, int]) -> Tensor:
+        """The teacher's tokens (N, h * w, D) of images (N, 3, H, W) prepared for the student.
+
+        Args:
+            student: The detector.
+            images: (N, 3, H, W).
+            cells: (h, w) of the map.
+        """
+        teacher = self.prepare(student)
+        mean, std = (255 * torch.tensor(teacher.pretrained_cfg[name]).view(3, 1, 1)
+                     for name in ('mean', 'std'))
+        sides = [number * side for number, side in zip(
+            cells, teacher.patch_embed.patch_size, strict=True)]
+        images = F.interpolate(as_seen_by(images, student.data_preprocessor, mean, std), sides,
+                               mode='bilinear')
+        return teacher.forward_features(images)[:, teacher.num_prefix_tokens:].float()
+
+    def forward(self, student: RTDETR, images: Tensor, samples: SampleList) -> dict[str, Tensor]:
+        """The student's losses, and `distill_loss`.
+
+        Args:
+            student: The detector, in training mode.
+            images: (N, 3, H, W).
+            samples: The images' ground truth.
+        """
+        feats, mixed = student.neck(student.backbone(images), with_mixed=True)
+        losses = student.bbox_head.loss(
+            **student.forward_transformer(feats, samples), batch_data_samples=samples)
+        own = self.project(mixed.flatten(2).transpose(1, 2)).float()
+        tokens = self.teach(student, images, mixed.shape[-2:])
+        distance = 1 - F.cosine_similarity(own, tokens, dim=-1)
+        return losses | dict(distill_loss=self.loss_weight * distance.mean())
+
+
+@HOOKS.register_module()
+class DistillationWeightHook(Hook):
+    """Adapts the weight of :class:`FeatureDistillation` to AIFI's share of the gradient.
+
+    After each epoch the mean share over its steps is compared with the wanted one, both of the sums
+    of absolute values over all parameters. If it lies outside `share` +- `tolerance`, the weight is
+    multiplied by the factor that would bring it to the nearer bound if all of AIFI's gradient grew
+    with it, at most tenfold either way.
+
+    NOTE: The official code reads the share on the first process alone, so that the others go on
+    with other weights, and looks for names that only a distributed model has, so that on one GPU
+    the share is always 0. Here it is the gradient that the optimizer sees, the mean of all
+    processes.
+
+    Args:
+        share: The wanted share, 0 to 1; RT-DETRv4 has 0.11 for S, 0.035 for M, 0.02 for L and X.
+        tolerance: RT-DETRv4 has 0.01, 0.0025, 0.001 and 0.0025.
+        stop_epoch: The first epoch, from 0, with `final_weight`; None for none.
+        final_weight: RT-DETRv4 has 20 for S and X, 15 for M and L.
+    """
+
+    def __init__(self, share: float, tolerance: float, stop_epoch: int | None = None,
+                 final_weight: float = 20.):
+        if not 0 < share - tolerance <= share + tolerance < 1:
+            raise ValueError(f'DistillationWeightHook: share={share} and tolerance={tolerance} '
+                             'must leave bounds within 0 and 1')
+        self.share = share
+        self.tolerance = tolerance
+        self.stop_epoch = stop_epoch
+        self.final_weight = final_weight
+        self._weight: float | None = None
+        self._total, self._steps = 0., 0
+
+    def before_train(self, runner: Runner) -> None:
+        """Listen to the optimizer's steps.
+
+        Raises:
+            UsageError: The model has no FeatureDistillation.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._distillation = getattr(model, 'distillation', None)
+        if not isinstance(self._distillation, FeatureDistillation):
+            raise UsageError('DistillationWeightHook needs a model with '
+                             "distillation=dict(type='FeatureDistillation', ...)")
+        if self._weight is None:
+            self._weight = self._distillation.loss_weight
+        aifi, everything = [*model.neck.aifi.parameters()], [*model.parameters()]
+
+        def measure(*_: Any) -> None:
+            of_aifi, of_all = (sum(torch._foreach_norm(
+                [x.grad for x in parameters if x.grad is not None], 1))
+                for parameters in (aifi, everything))
+            self._total = self._total + of_aifi / of_all
+            self._steps += 1
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(measure)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Set the weight."""
+        if self.stop_epoch is not None and runner.epoch >= self.stop_epoch:
+            self._weight = self.final_weight
+        self._distillation.loss_weight = self._weight
+        runner.message_hub.update_scalar('train/distill_weight', self._weight)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Adapt the weight, before a checkpoint is written."""
+        if self._steps:
+            share = float(reduce_mean(torch.as_tensor(self._total / self._steps)))
+            self._weight *= self.factor(share)
+        self._total, self._steps = 0., 0
+
+    def factor(self, share: float) -> float:
+        """What the weight is multiplied by if AIFI has this share of the gradient."""
+        wanted = min(max(share, self.share - self.tolerance), self.share + self.tolerance)
+        if share == wanted:
+            return 1.
+        odds = wanted * (1 - share) / max(share * (1 - wanted), 1e-12)
+        return min(max(odds, 0.1), 10.)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep the weight, and what was measured of the epoch."""
+        checkpoint['distillation_weight'] = dict(
+            weight=self._weight, total=float(self._total), steps=self._steps)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Go on with it, in a training that is resumed."""
+        state = checkpoint.get('distillation_weight')
+        if runner._resume and state:
+            self._weight, self._total, self._steps = state.values()
+
+
+@MODELS.register_module()
 class DetectorDistillation(nn.Module):
     """Lets a larger RT-DETR teach a smaller one by its own queries.
 
@@ -129,14 +348,11 @@ class DetectorDistillation(nn.Module):
     def _load(self) -> nn.Module:
         """Build the teacher in its deploy form."""
         checkpoint = self.settings['checkpoint']
-        if not local_file(checkpoint).expanduser().is_file():
-            raise FileNotFoundError(f"the teacher's checkpoint {checkpoint} does not exist; point "
-                                    'to yours with --cfg-options '
-                                    'model.distillation.teacher.checkpoint=FILE')
+        _check_file(checkpoint)
         config = self.settings.get('config')
         config = Config.fromfile(find_config(config)) if config else config_from(checkpoint)
         with DefaultScope.overwrite_default_scope(config.get('default_scope')):
-            teacher = MODELS.build(without_pretrained(config.model))
+            teacher = MODELS.build(without_training(config.model))
         if not isinstance(teacher, RTDETR):
             raise UsageError(f'the teacher {checkpoint} is a {type(teacher).__name__}; '
                              'DetectorDistillation needs an RTDETR')

@@ -297,11 +297,13 @@ class HybridEncoder(BaseModule):
         """What halves the sides of a map."""
         return ConvNorm(self.embed_dims, self.embed_dims, 3, stride=2, act=True)
 
-    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, feats: Sequence[Tensor], with_mixed: bool = False
+                ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], Tensor]:
         """Fuse the maps.
 
         Args:
             feats: (N, C_i, H_i, W_i), finest first.
+            with_mixed: Whether to return the coarsest map as AIFI gave it, too.
 
         Returns:
             As many maps (N, C, H_i, W_i).
@@ -316,7 +318,7 @@ class HybridEncoder(BaseModule):
                              f', but the backbone gives {channels}; set neck.in_channels (and the '
                              'backbone\'s out_indices) accordingly')
         maps = [project(feat) for project, feat in zip(self.input_projs, feats, strict=True)]
-        maps[-1] = self.aifi(maps[-1])
+        maps[-1] = mixed = self.aifi(maps[-1])
 
         for step, level in enumerate(range(len(maps) - 1, 0, -1)):
             # The lateral output takes the map's place, also for the way up.
@@ -327,4 +329,4 @@ class HybridEncoder(BaseModule):
         for level in range(len(maps) - 1):
             downsampled = self.downsample_convs[level](maps[level])
             maps[level + 1] = self.bottom_up_blocks[level](downsampled, maps[level + 1])
-        return tuple(maps)
+        return (tuple(maps), mixed) if with_mixed else tuple(maps)

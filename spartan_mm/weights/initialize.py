@@ -149,6 +149,12 @@ def without_pretrained(settings: Any) -> Any:
     return settings
 
 
+def without_training(model: dict) -> dict:
+    """Copy a model's config without what only a training uses, pretrained weights included."""
+    return without_pretrained(type(model)({
+        key: value for key, value in model.items() if key != 'distillation'}))
+
+
 def _loads(init_cfg: Any) -> bool:
     return any(isinstance(item, dict) and item.get('checkpoint') is not None
                for item in (init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]))

@@ -19,7 +19,7 @@ from ..files import check_writable, write_whole
 from ..version import __version__
 from .config_text import CodeError, read_text
 from .forms import is_deployed
-from .initialize import without_pretrained
+from .initialize import without_training
 from .loading import fill_for_inference, find_classes, find_meta, find_state_dict
 from .safe_load import local_file, read_checkpoint, with_tuples
 from .saving import write_checkpoint
@@ -94,7 +94,8 @@ def publish(source: nn.Module | str | Path, stem: str | Path,
     plain, portable = _make_portable(config)
 
     found = find_state_dict(checkpoint, str(source))
-    weights = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)}
+    weights = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)
+               if not name.startswith('distillation.')}
     meta = find_meta(checkpoint)
     kept = dict(dataset_meta=_dataset_meta(checkpoint, config, classes), config=plain,
                 spartan_mm_version=meta.get('spartan_mm_version', __version__),
@@ -124,7 +125,7 @@ def _make_portable(config: Config) -> tuple[dict[str, Any], Config]:
     """Make a config that works elsewhere: as JSON has it, and read back from that."""
     content = {key: _without_places(value) for key, value in config.to_dict().items()
                if key not in _OF_THE_RUN}
-    content['model'] = without_pretrained(content['model'])
+    content['model'] = without_training(content['model'])
     if content.get('visualizer'):
         content['visualizer'] = dict(content['visualizer'],
                                      vis_backends=[dict(type='LocalVisBackend')])

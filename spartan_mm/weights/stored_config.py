@@ -13,7 +13,7 @@ from mmengine.utils import import_modules_from_strings
 
 from ..errors import CheckpointError
 from .config_text import CodeError, check, read_text
-from .initialize import without_pretrained
+from .initialize import without_training
 from .loading import find_meta
 from .safe_load import local_file, read_checkpoint
 
@@ -58,7 +58,7 @@ def read_config(checkpoint: Any, name: str | Path) -> Config | None:
             check(content)
         if 'model' in content:
             # The weights are in the file.
-            content['model'] = without_pretrained(content['model'])
+            content['model'] = without_training(content['model'])
         return make_config(content)
     except CodeError as error:
         raise CheckpointError(_refusal(name, error)) from None

@@ -77,7 +77,8 @@ def build(name):
 def test_every_config_is_tested():
     assert {path.stem for path in CONFIGS.glob('*.py')} == {
         *COCO, *RECIPES, *DFINE, 'rtdetr_spartan_t_finetune', 'rtdetr_spartan_xt_digits',
-        'rtdetr_timm', 'retinanet_spartan_t'}
+        'rtdetr_spartan_t_distill_r50vd', 'rtdetr_spartan_t_distill_vit', 'rtdetr_timm',
+        'retinanet_spartan_t'}
     for path in CONFIGS.glob('*.py'):
         assert len(path.read_text().splitlines()) <= 25, path.name
 

@@ -1,16 +1,26 @@
 """What teachers add to a training, and to nothing else."""
 import copy
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from spartan_mm.cli import main
+from spartan_mm.detection import DistillationWeightHook, FeatureDistillation
 from spartan_mm.detection.distributions import (
     distillation_loss,
     moved_distributions,
     refined_boxes,
 )
+from spartan_mm.engine.checkpoint_hook import ResumableCheckpointHook
 from spartan_mm.errors import CheckpointError, UsageError
+from spartan_mm.weights.converters.convert import read_source
+from spartan_mm.weights.forms import switch_to_deploy
+from spartan_mm.weights.loading import load_all_weights
+from spartan_mm.weights.publish import publish
+from spartan_mm.weights.safe_load import read_checkpoint
 
 DISTRIBUTIONS = {'decoder.type': 'DFINEDecoder', 'decoder.gate': False,
                  'decoder.project_values': True, 'bbox_head.type': 'DFINEHead'}
@@ -34,9 +44,24 @@ def write_teacher(configure, build, tmp_path):
     return write
 
 
-def distilled(**settings):
+@pytest.fixture
+def vit(tmp_path):
+    """Writes a small ViT's weights, and says where to find them; and the ViT."""
+    import timm
+    teacher = timm.create_model('test_vit', dynamic_img_size=True).eval()
+    path = tmp_path / 'vit.pth'
+    torch.save(teacher.state_dict(), path)
+    return dict(model_name='test_vit', checkpoint=str(path)), teacher
+
+
+def distilled(kind='DetectorDistillation', **settings):
     """The one line of a config."""
-    return dict(distillation=dict(type='DetectorDistillation', **settings))
+    return dict(distillation=dict(type=kind, **settings))
+
+
+def taught_features(vit, **settings):
+    """The one line with a ViT of 64 channels."""
+    return distilled('FeatureDistillation', teacher=vit[0], **dict(channels=64) | settings)
 
 
 class TestMovedDistributions:
@@ -198,6 +223,149 @@ class TestTeacher:
     def test_without_checkpoint(self, build):
         with pytest.raises(ValueError, match='teacher takes a checkpoint and a config'):
             build(**distilled(teacher=dict(config='rtdetr_r50vd')))
+
+
+class TestFeatures:
+
+    @pytest.mark.parametrize('size', [(64, 64), (96, 128)], ids=['square', 'not square'])
+    def test_by_plain_formula(self, size, build, vit, make_samples):
+        model = build(**taught_features(vit, loss_weight=3.)).train()
+        model.data_preprocessor.std.fill_(128.)  # images are -1 to 1
+        model.data_preprocessor.mean.fill_(127.)
+        pixels, samples = torch.randint(0, 256, (2, 3, *size)).float(), make_samples([2, 0], *size)
+        losses = model((pixels - 127) / 128, samples, mode='loss')
+
+        config = vit[1].pretrained_cfg
+        mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ('mean', 'std'))
+        with torch.no_grad():
+            tokens = vit[1].forward_features((F.avg_pool2d(pixels, 2) / 255 - mean) / std)
+        tokens = tokens[:, vit[1].num_prefix_tokens:]
+        found = []
+        model.neck.aifi.register_forward_hook(lambda *args: found.append(args[-1]))
+        model.extract_feat((pixels - 127) / 128)
+        own = model.distillation.project(found[0].flatten(2).mT)
+        cosine = (own * tokens).sum(-1) / own.norm(dim=-1) / tokens.norm(dim=-1)
+        torch.testing.assert_close(losses['distill_loss'], 3 * (1 - cosine).mean(), rtol=1e-3,
+                                   atol=1e-4)
+
+    def test_the_linear_layer_alone_is_added(self, build, vit, make_samples):
+        plain, model = build(), build(**taught_features(vit)).train()
+        losses = model(torch.rand(2, 3, 64, 64), make_samples([0, 0]), mode='loss')
+        sum(losses.values()).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert model.distillation.prepare(model).pos_embed.grad is None
+        added = model.state_dict().keys() - plain.state_dict().keys()
+        assert added == {'distillation.project.weight', 'distillation.project.bias'}
+        # Either loads the other's.
+        load_all_weights(plain, dict(state_dict=model.state_dict()), 'x')
+        model.distillation.project.weight.data.fill_(7.)
+        load_all_weights(model, dict(state_dict=plain.state_dict()), 'x')
+        assert (model.distillation.project.weight == 7).all()
+        assert not [key for key in switch_to_deploy(model).state_dict() if 'distill' in key]
+
+    def test_in_mixed_precision(self, build, vit, make_samples):
+        model = build(**taught_features(vit)).train()
+        with torch.autocast('cpu', torch.bfloat16):
+            losses = model(torch.rand(1, 3, 64, 64), make_samples([2]), mode='loss')
+        assert losses['distill_loss'].dtype == torch.float32
+        losses['distill_loss'].backward()
+
+    @pytest.mark.parametrize('changes, settings, error, message', [
+        ({'model_name': 'test_vitt'}, {}, UsageError, "has no model 'test_vitt'"),
+        ({'model_name': 'resnet10t'}, {}, UsageError, 'resnet10t is no vision transformer'),
+        ({'checkpoint': 'none.pth'}, {}, FileNotFoundError, r'checkpoint none\.pth does not exist'),
+        ({'model_name': 'test_vit2'}, {}, CheckpointError, 'weights do not fit .*vit.pth'),
+        ({}, {'channels': 32}, UsageError, 'has 64 channels.*set it to 64'),
+    ])
+    def test_that_does_not_fit(self, changes, settings, error, message, build, vit):
+        model = build(**taught_features((vit[0] | changes, None), **settings))
+        with pytest.raises(error, match=message):
+            model.distillation.prepare(model)
+
+    def test_needs_aifi(self):
+        student = SimpleNamespace(neck=torch.nn.Identity())
+        with pytest.raises(ValueError, match='the neck Identity has no AIFI'):
+            FeatureDistillation(student, dict(model_name='test_vit'), 64)
+
+
+class TestDistillationWeight:
+
+    @pytest.mark.parametrize('share, factor', [
+        (0.11, 1.), (0.118, 1.), (0.05, 0.1 * 0.95 / (0.05 * 0.9)), (0.2, 0.12 * 0.8 / 0.2 / 0.88),
+        (0., 10.), (0.95, 0.1)])
+    def test_factor(self, share, factor):
+        assert DistillationWeightHook(0.11, 0.01).factor(share) == pytest.approx(factor)
+
+    def test_takes_the_weight_to_the_wanted_share(self):
+        """If all of AIFI's gradient grew with the weight."""
+        hook, weight = DistillationWeightHook(0.11, 0.01), 5.
+
+        def share():
+            return weight * 0.004 / (weight * 0.004 + 1)
+        weight *= hook.factor(share())
+        assert share() == pytest.approx(0.1)
+
+    def test_bounds(self):
+        with pytest.raises(ValueError, match='must leave bounds within 0 and 1'):
+            DistillationWeightHook(0.01, 0.01)
+
+
+@pytest.mark.slow
+class TestTraining:
+
+    def test_resumes_exactly(self, user_project, vit, tmp_path, monkeypatch):
+        """In the middle of an epoch, with a weight that changes; and what is published of it."""
+        config, kept = tmp_path / 'taught.py', tmp_path / 'kept'
+        kept.mkdir()
+        config.write_text(f"""
+_base_ = {str(user_project / 'user_detector.py')!r}
+model = dict(distillation=dict(type='FeatureDistillation', teacher={vit[0]}, channels=64))
+custom_hooks = [
+    *_base_.custom_hooks, dict(type='ClassCountCheckHook'),
+    dict(type='DistillationWeightHook', share=0.5, tolerance=0.01)]
+val_cfg = val_dataloader = val_evaluator = None
+""")
+        monkeypatch.chdir(user_project)
+        save_now = ResumableCheckpointHook.save_now
+
+        def save_and_keep(hook, *args):
+            done = save_now(hook, *args)
+            shutil.copy(hook.last_ckpt, kept)
+            return done
+        monkeypatch.setattr(ResumableCheckpointHook, 'save_now', save_and_keep)
+
+        def train(name, *words):
+            assert main(['train', str(config), '--work-dir', str(tmp_path / name), '--seed', '3',
+                         '--save-every', '1', *words]) == 0
+            return read_checkpoint(tmp_path / name / 'epoch_2.pth')
+        whole = train('whole')
+        [middle] = kept.glob('epoch_1_iter_3.pth')
+        assert read_checkpoint(middle)['distillation_weight']['steps'] == 1
+        resumed = train('resumed', '--resume', str(middle))
+        for part in ('state_dict', 'ema_state_dict', 'distillation_weight'):
+            torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
+        assert whole['distillation_weight']['weight'] != 5
+
+        published = read_checkpoint(publish(
+            tmp_path / 'whole' / 'epoch_2.pth', tmp_path / 'published').safetensors)
+        assert not [name for name in published['state_dict'] if 'distill' in name]
+        assert 'distillation' not in published['meta']['config']['model']
+        assert any('distillation.' in name for name in whole['state_dict'])
+        source = read_source(tmp_path / 'whole' / 'epoch_2.pth')
+        assert not [name for name in source.weights if 'distill' in name]
+
+    def test_a_wrong_teacher_ends_it_before_it_begins(self, user_project, tmp_path, monkeypatch):
+        config = tmp_path / 'taught.py'
+        config.write_text(f"""
+_base_ = {str(user_project / 'user_detector.py')!r}
+model = dict(distillation=dict(
+    type='DetectorDistillation', teacher=dict(config='rtdetr_r50vd', checkpoint='none.pth')))
+custom_hooks = [dict(type='ClassCountCheckHook')]
+""")
+        monkeypatch.chdir(user_project)
+        with pytest.raises(SystemExit, match=r"error: the teacher's checkpoint none\.pth does not"):
+            main(['train', str(config), '--work-dir', str(tmp_path / 'run')])
+        assert not [*tmp_path.rglob('epoch*.pth')]
 
 
 class TestInference:

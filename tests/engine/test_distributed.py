@@ -17,6 +17,7 @@ from torch import nn
 
 import spartan_mm.classification  # noqa: F401
 import spartan_mm.detection  # noqa: F401
+from spartan_mm.detection import DistillationWeightHook
 from spartan_mm.engine.signals import SignalConsensus
 
 pytestmark = pytest.mark.slow
@@ -139,6 +140,25 @@ def make_dfine_with_all():
         dn_cfg=dict(num_queries=6))
 
 
+def make_taught():
+    """By a detector that is sure of something in every picture."""
+    model = build('detection', dn_cfg=dict(num_queries=0), distillation=dict(
+        type='DetectorDistillation', teacher=dict(checkpoint='none')))
+    teacher = build('detection', dn_cfg=dict(num_queries=3)).eval().requires_grad_(False)
+    for branch in teacher.bbox_head.cls_branches:
+        branch.bias.add_(4)
+    model.distillation.teacher._module = teacher
+    return model
+
+
+def adapt_weight(rank):
+    """The weight of a distillation, where each process measured another share."""
+    hook = DistillationWeightHook(share=0.11, tolerance=0.01)
+    hook._weight, hook._total, hook._steps = 5., torch.tensor(0.02 + 0.06 * rank), 1
+    hook.after_train_epoch(None)
+    return hook._weight
+
+
 def make_classifier():
     return build('classification', train_cfg=None)
 
@@ -158,6 +178,8 @@ CASES = {
     'denoising': (make_denoiser, make_detection_batch((2, 2, 2, 2, 2)), (3, 2)),
     'D-FINE with a process without objects':
         (make_dfine, make_detection_batch((3, 1, 2, 0, 0)), (3, 2)),
+    'taught by another detector':
+        (make_taught, make_detection_batch((3, 1, 2, 0, 0)), (3, 2)),
     'classifier': (make_classifier, make_classification_batch(6), (2, 2, 2)),
 }
 
@@ -168,7 +190,8 @@ def returned(tmp_path_factory):
     found = {}
     for count in (2, 3):
         functions = {name: in_shares(*case) for name, case in CASES.items()
-                     if len(case[-1]) == count} | dict(exchange=exchange)
+                     if len(case[-1]) == count} | dict(
+                         exchange=exchange, adapt_weight=adapt_weight)
         if count == 2:
             functions['all of D-FINE'] = in_shares(
                 make_dfine_with_all, make_detection_batch((3, 0, 0, 0)), (2, 2))
@@ -201,3 +224,9 @@ def test_processes_with_and_without_objects_have_the_same_graph(returned):
 
 def test_a_signal_is_known_to_all_one_exchange_later(returned):
     assert returned['exchange'] == [[0, 0, 0, 15, 0]] * 3
+
+
+def test_a_teacher_has_the_same_weight_in_all(returned):
+    """That of the mean share, 0.08 of three."""
+    assert returned['adapt_weight'] == [pytest.approx(5 * 0.1 * 0.92 / (0.08 * 0.9))] * 3
+    assert len({*returned['adapt_weight']}) == 1

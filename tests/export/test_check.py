@@ -53,22 +53,29 @@ def built(request):
     return request.param, model.eval(), find_pictures(config, 6)
 
 
+def write(rights, sizes, metadata):
+    """What a file gives that is right."""
+    outputs = {}
+    for right, size in zip(rights, sizes, strict=True):
+        if metadata['task'] == 'classification':
+            found = dict(scores=np.exp(right.rows))
+        elif metadata['raw']:
+            found = dict(logits=right.rows.values, boxes=right.rows.boxes)
+        else:
+            found = dict(labels=right.rows.labels, scores=right.rows.scores,
+                         boxes=right.rows.boxes * [*size, *size])
+        for name, values in found.items():
+            outputs.setdefault(name, []).append(values)
+    return {name: np.stack(values) for name, values in outputs.items()}
+
+
 def as_file(model, metadata, change=lambda outputs, images: outputs):
     """A model in the place of a file, its outputs changed, and the shapes that it was given."""
+    reference = model if isinstance(model, Reference) else Reference(model, metadata)
+
     def run(images, sizes):
         shapes.append(images.shape)
-        outputs = {}
-        for right, size in zip(Reference(model, metadata)(images, sizes), sizes, strict=True):
-            if metadata['task'] == 'classification':
-                found = dict(scores=np.exp(right.rows))
-            elif metadata['raw']:
-                found = dict(logits=right.rows.values, boxes=right.rows.boxes)
-            else:
-                found = dict(labels=right.rows.labels, scores=right.rows.scores,
-                             boxes=right.rows.boxes * [*size, *size])
-            for name, values in found.items():
-                outputs.setdefault(name, []).append(values)
-        return change({name: np.stack(values) for name, values in outputs.items()}, images)
+        return change(write(reference(images, sizes), sizes, metadata), images)
     shapes = []
     return run, shapes
 
@@ -214,6 +221,53 @@ class TestFiles:
         monkeypatch.setattr(check, 'EDGE', float(scores[0][last] - scores[0][last + 2]) * 1.001)
         result = check_file(reference, run, pictures, metadata)
         assert [(row['logits'], row['ties']) for row in result['rows']] == [(0, 1)]
+
+    def test_another_pick_where_two_channels_are_equal(self, built, monkeypatch):
+        """A CMixer that picks another channel changes all that follows."""
+        task, model, pictures = built
+        metadata = describe(task, dynamic=())
+        pictures = Pictures('', pictures.names[:1], pictures.images[:1], pictures.sizes[:1])
+        reference = Reference(model, metadata)
+        given, seen = check._batch(pictures, [0], (64, 64)), []
+
+        def look(x):
+            best = x.topk(2, 1)
+            first, second = best.values.unbind(1)
+            seen.append((((first - second) / x.std())[:, None], best.indices[:, 1:]))
+        with reference._before_mixers(look):
+            reference(*given)
+        margins, seconds = seen[-1]
+        margin = margins[margins > 0].min()
+        picks = reference.strongest(*given)
+        picks[-1] = np.where(margins == margin, seconds, picks[-1])
+
+        monkeypatch.setattr(check, 'PICK', float(margin) * 1.01)
+        outputs = write(reference(*given, picks=picks), given[1], metadata)
+        monkeypatch.setattr(check, 'LOGITS', 1e-6)
+        monkeypatch.setattr(check, 'CLASS_LOGITS', 1e-6)
+        monkeypatch.setattr(check, 'MOST_SLACK', 1.)
+        with pytest.raises(CheckError):
+            check_file(reference, lambda *_: outputs, pictures, metadata)
+        result = check_file(reference, lambda *_: outputs, pictures, metadata, lambda *_: picks)
+        assert [row['picks'] for row in result['rows']] == [1] and 'picks' in print_check(result)
+        monkeypatch.setattr(check, 'PICK', float(margin) * 0.99)
+        with pytest.raises(CheckError):
+            check_file(reference, lambda *_: outputs, pictures, metadata, lambda *_: picks)
+
+    def test_a_model_that_is_as_sensitive_as_rounding(self, built, monkeypatch):
+        task, model, pictures = built
+        metadata = describe(task, dynamic=())
+        reference = Reference(model, metadata)
+        exact = reference.in_float64()
+        for name, bound in dict(LOGITS=1e-7, BOXES=1e-7, CLASS_LOGITS=3e-7).items():
+            monkeypatch.setattr(check, name, bound)
+        result = check_file(reference, as_file(exact, metadata)[0], pictures, metadata)
+        slack = max(row['slack'] for row in result['rows'])
+        assert 1 < slack <= check.MOST_SLACK
+        assert f'{slack:.1f} times the bounds of float64' in print_check(result)
+        with pytest.raises(CheckError):
+            check_file(reference, as_file(exact, metadata, lambda outputs, _: outputs | dict(
+                scores=outputs['scores'] * np.float32(0.9999)))[0], pictures, metadata)
 
     def test_says_when_equal_scores_leave_little_to_compare(self, built):
         task, model, pictures = built

@@ -207,6 +207,7 @@ def detection_summary(models: Mapping[str, Entry]) -> str:
     return _table(columns, [model for model in _of_task(models, 'detection')
                             if model['Name'].startswith(('rtdetr_', 'retinanet_'))
                             and not model['Name'].endswith(('_digits', '_fdr'))
+                            and '_distill_' not in model['Name']
                             and '/neighbours/' not in model['Config']], by_result=False)
 
 

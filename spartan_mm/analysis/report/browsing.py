@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...drawing import add_caption, arrange, class_name, open_image, resize
 from ...errors import UsageError
-from ...zoo import without_pretrained
+from ...weights.initialize import without_pretrained
 from ..mistakes.pictures import draw_truth
 from ..mistakes.predictions import Truth, read_truth
 

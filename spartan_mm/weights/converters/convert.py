@@ -84,7 +84,10 @@ def read_source(path: str | Path, kind: str | None = None) -> Source:
     if path.is_dir() or kind == 'huggingface':
         return Source(path, 'huggingface', *read_huggingface(path))
     checkpoint = read_foreign(path)
-    weights = find_state_dict(checkpoint, path, _ENTRIES[kind or 'official'])
+    # What a training was distilled with is no part of the model.
+    weights = {name: tensor for name, tensor in find_state_dict(
+        checkpoint, path, _ENTRIES[kind or 'official']).items()
+        if not name.startswith('distillation.')}
     found = next((known for known, beginnings in _BEGINNINGS.items()
                   if any(name.startswith(beginnings) for name in weights)), None)
     # D-FINE's official backbone has stages, too, as ours have; its neck is no neck.
