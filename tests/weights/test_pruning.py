@@ -83,6 +83,7 @@ def build_smaller(pruning, config):
 @pytest.mark.parametrize('settings, waves', [
     ({}, (16 + 24, 24 + 12)), (dict(low_freq_kernel=5), (40, 36)),
     (dict(conv_types='full'), (40, 36)),
+    (dict(conv_types='depthwise', low_freq_kernel='dcls'), (40, 36)),
     (dict(conv_types='depthwise'), (40, 36)),
     (dict(conv_types='depthwise', arch=dict(ARCH, expand_ratios=(3, 1))), (30, 24)),
     (dict(arch=dict(ARCH, hidden_channels=(56, 36), inner_channels=(6, 10))), (36, 30))],
