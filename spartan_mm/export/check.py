@@ -139,12 +139,20 @@ class Reference:
         self.detects = metadata['task'] == 'detection'
         self.raw = bool(metadata['raw'])
         self.dtype = torch.float32
+        #: How many times as large bounds and edges are.
+        self.slack = 1.
 
     def in_float64(self) -> 'Reference':
         """The same model, nearly without rounding."""
         exact = copy.copy(self)
         exact.model, exact.dtype = copy.deepcopy(self.model).double(), torch.float64
         return exact
+
+    def compare(self, right: Right, found: Rows | np.ndarray) -> Difference:
+        """Compare what is right for a picture with what a file found."""
+        if self.detects:
+            return compare_rows(right.rows, found, right.swaps, self.raw, self.slack)
+        return compare_logits(right.rows, found, right.largest, self.slack)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, sizes: np.ndarray,
@@ -214,8 +222,9 @@ class Reference:
         scores, kept = ranked[-1], logits.shape[1]
         selected, left = scores[:, :kept], scores[:, kept:]
         first_left = left[:, :1] if left.shape[1] else torch.full((len(left), 1), -1.)
-        loose = selected - first_left <= EDGE  # (N, Q)
-        counts = torch.minimum(loose.sum(1), (selected[:, -1:] - left <= EDGE).sum(1)).tolist()
+        edge = EDGE * self.slack
+        loose = selected - first_left <= edge  # (N, Q)
+        counts = torch.minimum(loose.sum(1), (selected[:, -1:] - left <= edge).sum(1)).tolist()
         if self.raw:
             found = [queries(*of_image) for of_image in zip(
                 logits.numpy(), boxes.numpy(), loose.numpy(), strict=True)]
@@ -224,7 +233,7 @@ class Reference:
         pairs = [(one, other) for one, other in (
             (kept - 1, kept), (kept - 2, kept), (kept - 1, kept + 1)) if other < scores.shape[1]]
         return [Right(rows, swaps=swaps, others=[
-            (one, other) for one, other in pairs if own[one] - own[other] <= EDGE])
+            (one, other) for one, other in pairs if own[one] - own[other] <= edge])
             for rows, swaps, own in zip(found, counts, scores, strict=True)]
 
     def _detections(self, logits: Tensor, boxes: Tensor, loose: Tensor, shape: Sequence[int],
@@ -565,7 +574,7 @@ def _compare_one(reference: Reference, right: Right, found: Rows | np.ndarray, i
     shapes = [np.shape(each.values if reference.detects else each) for each in (right.rows, found)]
     if shapes[0] != shapes[1]:
         return Difference(np.inf, fault=f'the output is {shapes[1]}, where {shapes[0]} is right')
-    first = difference = _compare_rows_or_logits(reference, right, found)
+    first = reference.compare(right, found)
     if not first.fault:
         return first
     picks, own, flips = find(), reference.strongest(image, size), 0
@@ -573,26 +582,24 @@ def _compare_one(reference: Reference, right: Right, found: Rows | np.ndarray, i
         picks = ()
     elif flips := sum(int((one != other).sum()) for one, other in zip(picks, own, strict=True)):
         right, = reference(image, size, picks=picks)
-        difference = _compare_rows_or_logits(reference, right, found)
-    # Queries attend to each other: with one that is another, all are.
-    for swap in right.others if difference.fault else ():
-        again = _compare_rows_or_logits(reference, reference(image, size, swap, picks)[0], found)
-        if not again.fault:
-            difference = replace(again, ties=again.ties + 1)
-            break
-    if difference.fault:
-        exact, = reference.in_float64()(image, size, picks=picks)
-        slack = ROUNDING * _compare_rows_or_logits(reference, exact, right.rows).excess
-        if 1 < slack <= MOST_SLACK:
-            difference = _compare_rows_or_logits(reference, exact, found, slack)
-    return first if difference.fault else replace(difference, picks=flips)
 
+    def search(reference: Reference, right: Right) -> Difference | None:
+        # Queries attend to each other: with one that is another, all are.
+        for swap in (None, *right.others):
+            rows = right if swap is None else reference(image, size, swap, picks)[0]
+            difference = reference.compare(rows, found)
+            if not difference.fault:
+                return replace(difference, ties=difference.ties + bool(swap), picks=flips)
+        return None
 
-def _compare_rows_or_logits(reference: Reference, right: Right, found: Rows | np.ndarray,
-                            slack: float = 1.) -> Difference:
-    if reference.detects:
-        return compare_rows(right.rows, found, right.swaps, reference.raw, slack)
-    return compare_logits(right.rows, found, right.largest, slack)
+    if difference := search(reference, right):
+        return difference
+    exact = reference.in_float64()
+    slack = ROUNDING * reference.compare(exact(image, size, picks=picks)[0], right.rows).excess
+    if 1 < slack <= MOST_SLACK:
+        exact.slack = slack
+        return search(exact, exact(image, size, picks=picks)[0]) or first
+    return first
 
 
 def _read(reference: Reference, outputs: Mapping[str, np.ndarray], sizes: np.ndarray
