@@ -11,8 +11,8 @@ from compare_finetuning import (
     draw_shape,
     make_config,
     table,
-    write_between_marks,
 )
+from readme_tables import fill_page
 
 
 @pytest.mark.parametrize('name', SHAPES)
@@ -59,5 +59,9 @@ def test_what_is_not_measured_is_a_dash(tmp_path):
 
     page = Path(tmp_path, 'page.md')
     page.write_text('a\n<!-- table finetuning: begin -->\nold\n<!-- table finetuning: end -->\nb\n')
-    write_between_marks(page, text, 'finetuning')
+    fill_page(page, dict(finetuning=text))
     assert page.read_text().splitlines()[2:-2] == lines
+    before = page.read_text()
+    with pytest.raises(ValueError, match='other'):
+        fill_page(page, dict(other=text))
+    assert page.read_text() == before

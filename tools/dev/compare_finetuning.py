@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import dump, load
+from readme_tables import fill_page
 
 from spartan_mm.analysis.report.curves import read_log
 from spartan_mm.datasets import make_digit_folder, make_digits
@@ -72,7 +73,7 @@ def main() -> None:
     text = table(results, args.steps)
     print(text)
     if args.docs:
-        write_between_marks(args.docs, text, 'finetuning')
+        fill_page(args.docs, dict(finetuning=text))
 
 
 def measure(data: str, recipe: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
@@ -262,13 +263,6 @@ def spread(values: list[float]) -> str:
     if len(values) < 2:
         return f'{values[0]:.1f}' if values else '–'
     return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
-
-
-def write_between_marks(page: Path, text: str, name: str) -> None:
-    """Put a table between the marks of its name in a page."""
-    begin, end = f'<!-- table {name}: begin -->\n', f'<!-- table {name}: end -->'
-    head, _, rest = page.read_text('utf-8').partition(begin)
-    page.write_text(f'{head}{begin}{text}{end}{rest.partition(end)[2]}', 'utf-8')
 
 
 if __name__ == '__main__':

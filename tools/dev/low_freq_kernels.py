@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
-from readme_tables import insert_tables
+from readme_tables import fill_page
 from torch import Tensor, nn
 
 from spartan_mm import zoo
@@ -26,7 +26,6 @@ from spartan_mm.backbones.arch import LOW_FREQ_KERNELS
 from spartan_mm.backbones.dcls import DCLSConv2d
 from spartan_mm.backbones.fused import fuse
 from spartan_mm.datasets.digits import share_out_digits
-from spartan_mm.files import write_whole
 from spartan_mm.text import Console, markdown
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'recipes.md'
@@ -140,9 +139,7 @@ def main() -> None:
     sizes = {kernel: count(kernel) for kernel in LOW_FREQ_KERNELS}
     text = (f'{make_table(results, sizes)}\nSeeds {", ".join(map(str, args.seeds))}, {args.epochs} '
             f'epochs, float32: {machine_line(machine)}.\n')
-    page = insert_tables(PAGE.read_text(encoding='utf-8'), dict(kernels=text))
-    with write_whole(PAGE) as file:
-        file.write(page.encode())
+    fill_page(PAGE, dict(kernels=text))
     console.line(f'Written: {PAGE.name}')
 
 

@@ -9,13 +9,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from readme_tables import insert_tables
+from readme_tables import fill_page
 
 from spartan_mm import zoo
 from spartan_mm.analysis.benchmark import Workload, machine_line, measuring
 from spartan_mm.analysis.comparison import Comparison, Row, compare, draw_comparison
 from spartan_mm.analysis.style import write_figure
-from spartan_mm.files import write_whole
 from spartan_mm.text import Console, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,10 +94,7 @@ def main() -> None:
     with measuring(args.threads):
         classifiers, detectors = (_compare(names(), workload, args.rounds, console)
                                   for names in (list_classifiers, list_detectors))
-    text = insert_tables(PAGE.read_text(encoding='utf-8'), dict(
-        classifiers=make_table(classifiers), detectors=make_table(detectors)))
-    with write_whole(PAGE) as file:
-        file.write(text.encode())
+    fill_page(PAGE, dict(classifiers=make_table(classifiers), detectors=make_table(detectors)))
     write_figure(PICTURE, draw_comparison(classifiers))
     console.line(f'Written: {PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}')
 

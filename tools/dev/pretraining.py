@@ -18,8 +18,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from compare_finetuning import run, spread, write_between_marks
+from compare_finetuning import run, spread
 from mmengine.config import Config
+from readme_tables import fill_page
 from torch import Tensor
 
 from spartan_mm.analysis.report.curves import read_log
@@ -70,7 +71,7 @@ def main() -> None:
     with write_whole(place / 'pretraining.png') as target:
         target.write(cv2.imencode('.png', picture, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes())
     if args.docs:
-        write_between_marks(args.docs / 'train.md', text, 'pretraining')
+        fill_page(args.docs / 'train.md', dict(pretraining=text))
 
 
 def pretrain(folder: Path, data: Path, epochs: int) -> Path:

@@ -18,6 +18,7 @@ from rich.progress import track
 from spartan_mm import zoo
 from spartan_mm.analysis.models import build_without_weights
 from spartan_mm.analysis.sizes import Complexity, measure_modules
+from spartan_mm.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +150,19 @@ def insert_tables(text: str, tables: Mapping[str, str]) -> str:
         raise ValueError(f'the text has marks for the tables {sorted(marked)}, not for '
                          f'{sorted(tables)}')
     return _TABLE.sub(lambda match: f'{match[1]}{tables[match["name"]]}{match[3]}', text)
+
+
+def fill_page(page: Path, tables: Mapping[str, str]) -> None:
+    """Replace tables of a page between their marks; its others stay.
+
+    Raises:
+        ValueError: The page has no marks for one of them.
+    """
+    text = page.read_text(encoding='utf-8')
+    there = {match['name']: match[0].removeprefix(match[1]).removesuffix(match[3])
+             for match in _TABLE.finditer(text)}
+    with write_whole(page) as file:
+        file.write(insert_tables(text, there | dict(tables)).encode())
 
 
 def classification_table(models: Mapping[str, Entry]) -> str:

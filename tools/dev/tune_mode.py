@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from readme_tables import insert_tables
+from readme_tables import fill_page
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
@@ -21,7 +21,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from spartan_mm.analysis.benchmark import describe_machine, machine_line, measuring
 from spartan_mm.backbones import AFFNet, CASViT, LSNet, MogaNet, SpaRTAN, UniRepLKNet
 from spartan_mm.detection import ResNetVd
-from spartan_mm.files import write_whole
 from spartan_mm.text import Console, markdown
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'train-your-data.md'
@@ -117,9 +116,7 @@ def main() -> None:
                          f'{kept[1] / kept[0]:.2f}', f'{times[1] / times[0]:.2f}'])
     text = (f'{markdown(rows)}\nKept with images {_times(COUNTED)} in float32, counted. CPU time '
             f'with {_times(TIMED)}, medians of {args.rounds} steps: {machine_line(machine)}.\n')
-    page = insert_tables(PAGE.read_text(encoding='utf-8'), dict(tune_mode=text))
-    with write_whole(PAGE) as file:
-        file.write(page.encode())
+    fill_page(PAGE, dict(tune_mode=text))
     console.line(f'Written: {PAGE.name}')
 
 
