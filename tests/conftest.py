@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.utils import ManagerMixin
 from yapf.yapflib import yapf_api
 
 from spartan_mm import cli, demo  # before any test imports mmdet or mmcv
@@ -34,14 +34,20 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def forget_runs(kind):
+    """Drop the loggers, visualizers, scopes and so on that mmengine keeps by the names of runs."""
+    kind._instance_dict.clear()
+    for subclass in kind.__subclasses__():
+        forget_runs(subclass)
+
+
 @pytest.fixture(autouse=True)
 def independent_tests():
-    """Same random numbers, mmengine's own scope and logs that are open, whatever ran before."""
+    """Same random numbers, mmengine's own scope and no run of before, whatever ran before."""
     torch.manual_seed(0)
-    # uvicorn, which gradio starts, closes the files of all logs.
-    for logger in MMLogger._instance_dict.values():
-        logger.handlers = [handler for handler in logger.handlers
-                           if handler.stream and not handler.stream.closed]
+    # Two runs of a config in the same second have the same name, and the second takes the first's
+    # logger, which writes to the output of an earlier test.
+    forget_runs(ManagerMixin)
     with DefaultScope.overwrite_default_scope('mmengine'):
         yield
 
