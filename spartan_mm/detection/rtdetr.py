@@ -44,7 +44,10 @@ def make_anchors(spatial_shapes: tuple[tuple[int, int], ...], base_size: float =
         side = torch.full_like(center_x, base_size * 2 ** level)
         anchors.append(torch.stack([center_x, center_y, side, side], -1).flatten(0, 1))
     anchors = torch.cat(anchors)
-    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    # In a row of 50 cells, as of 800 pixels, the outer centres are 0.01 and 0.99 themselves, which
+    # a runtime or a GPU may round to either side. No other centre is as near to them as the margin.
+    margin = 1e-6
+    valid = ((anchors > 0.01 + margin) & (anchors < 0.99 - margin)).all(-1, keepdim=True)
     return (anchors / (1 - anchors)).log().masked_fill(~valid, 1e4), valid
 
 

@@ -91,6 +91,19 @@ def test_anchors_at_the_border_are_invalid(size, invalid):
     assert (logits[~valid[:, 0]] == 1e4).all() and (logits[valid[:, 0]].abs() < 5).all()
 
 
+def test_valid_anchors_do_not_depend_on_rounding(monkeypatch):
+    """Runtimes and GPUs divide by a number by multiplying with its reciprocal."""
+    sides = [*range(1, 64), 150, 250]
+    valid = [make_anchors(((1, side),))[1] for side in sides]
+    centers = torch.cat([(torch.arange(side) + 0.5) / side for side in sides])
+    assert torch.cat(valid)[:, 0].equal((centers > 0.01) & (centers < 0.99))
+    monkeypatch.setattr(torch.Tensor, '__truediv__',
+                        lambda dividend, divisor: dividend * (1 / torch.as_tensor(divisor)))
+    assert (torch.tensor(49.5) / 50.).item() < 0.99
+    assert all(make_anchors(((1, side),))[1].equal(expected)
+               for side, expected in zip(sides, valid, strict=True))
+
+
 def scored(model, **requires_grad):
     """What the encoder hands over for a memory of 6 tokens, with three that stand out."""
     memory = torch.randn(1, 6, 32, **requires_grad)
