@@ -30,8 +30,13 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root='{data}'))
 val_evaluator = dict(ann_file='{data}/annotations/val.json')
 default_hooks = dict(logger=dict(interval=1))
-model = dict(bbox_head=dict(loss_cls=dict(_delete_=True, type='{loss}')))
+model = {model}
 """
+
+VARIFOCAL, MATCHABILITY = (dict(bbox_head=dict(loss_cls=dict(_delete_=True, type=name)))
+                           for name in ('IoUAwareVarifocalLoss', 'MatchabilityAwareLoss'))
+DISTRIBUTIONS = dict(decoder=dict(type='DFINEDecoder', gate=False, project_values=True),
+                     bbox_head=dict(type='DFINEHead'))
 
 HOOK = """
 import torch
@@ -67,17 +72,18 @@ def two_ranks_see(which, path):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize('empty', ['no', 'second', 'all'])
-def test_two_processes(tmp_path, empty):
+@pytest.mark.parametrize('empty, as_users, model, num_terms', [
+    ('no', False, VARIFOCAL, 21), ('all', False, MATCHABILITY, 21),
+    # The launcher takes much longer.
+    ('second', True, MATCHABILITY, 21), ('second', False, DISTRIBUTIONS, 37)])
+def test_two_processes(tmp_path, empty, as_users, model, num_terms):
     data = make_digits(tmp_path / 'digits', 12, 2, progress=False).root
     two_ranks_see(empty, data / 'annotations' / 'train.json')
-    loss = 'IoUAwareVarifocalLoss' if empty == 'no' else 'MatchabilityAwareLoss'
-    (tmp_path / 'own.py').write_text(CONFIG.format(root=ROOT, data=data, loss=loss))
+    (tmp_path / 'own.py').write_text(CONFIG.format(root=ROOT, data=data, model=model))
     (tmp_path / 'rank_weights.py').write_text(HOOK)
     work_dir = tmp_path / 'run'
     arguments = [str(tmp_path / 'own.py'), '--work-dir', str(work_dir)]
-    if empty == 'second':
-        # Once as a user does, which takes much longer.
+    if as_users:
         arguments.insert(1, '2')
         done = subprocess.run(
             ['bash', str(ROOT / 'tools' / 'dist_train.sh'), *arguments],
@@ -98,7 +104,7 @@ def test_two_processes(tmp_path, empty):
             for line in path.read_text().splitlines() if '"loss"' in line]
     assert len(logs) == 2  # 8 pictures, 2 ranks, 2 a batch
     for log in logs:
-        assert sum('loss_' in name for name in log) == 3 * (3 + 1 + 3)
+        assert sum('loss_' in name for name in log) == num_terms
         assert all(torch.tensor(float(value)).isfinite() for name, value in log.items()
                    if 'loss' in name)
 
