@@ -177,33 +177,41 @@ def read_voc(pictures: str, annotations: str, classes: Sequence[str],
         return Path(annotations, PurePosixPath(name).with_suffix('.xml'))
 
     def read(path: Path, size: tuple[int, int]) -> list[_Box]:
-        annotated, objects = read_voc_file(path)
-        if annotated not in (None, size):
+        file = read_voc_file(path)
+        if file.size not in (None, size):
             raise LabelError(
-                f'its <size> is {annotated[0]}x{annotated[1]}, but the picture has {size[0]}x'
-                f'{size[1]} pixels' + (': one of the two was turned' if annotated[::-1] == size
+                f'its <size> is {file.size[0]}x{file.size[1]}, but the picture has {size[0]}x'
+                f'{size[1]} pixels' + (': one of the two was turned' if file.size[::-1] == size
                                        else ''))
         return [_take_object(item, labels, first_pixel, f'object {number}')
-                for number, item in enumerate(objects, start=1)]
+                for number, item in enumerate(file.objects, start=1)]
 
     return _read('.xml', pictures, annotations, names, find, read, classes)
 
 
-def read_voc_file(path: str | Path) -> tuple[tuple[int, int] | None, list[dict[str, str]]]:
+class VOCFile(NamedTuple):
+    """What a file of annotations says."""
+
+    #: Width and height, None where they are not known.
+    size: tuple[int, int] | None
+    #: Of each object its texts by name, those of its box among them.
+    objects: list[dict[str, str]]
+    #: Where it says that it is from.
+    database: str
+
+
+def read_voc_file(path: str | Path) -> VOCFile:
     """Read a VOC file.
 
     A file with a document type, which may define entities, is refused unread: annotations have
     none, and a few lines of them can stand for gigabytes or for files of this machine.
-
-    Returns:
-        Width and height, None where they are not known; and of each object its texts by name,
-        those of its box among them.
 
     Raises:
         LabelError: It cannot be read, or is no such file.
     """
     objects: list[dict[str, str]] = []
     size: dict[str, str] = {}
+    database: list[str] = []
     names: list[str] = []
 
     def refuse(*_: Any) -> None:
@@ -223,6 +231,8 @@ def read_voc_file(path: str | Path) -> tuple[tuple[int, int] | None, list[dict[s
                 objects[-1][name] = objects[-1].get(name, '') + text
             case ['size', name]:
                 size[name] = size.get(name, '') + text
+            case ['source', 'database']:
+                database.append(text)
 
     def end(name: str) -> None:
         names.pop()
@@ -248,8 +258,9 @@ def read_voc_file(path: str | Path) -> tuple[tuple[int, int] | None, list[dict[s
     except (KeyError, ValueError, OverflowError):
         sides = (0, 0)
     # Some tools write zeros.
-    return (sides if min(sides) > 0 else None), [
-        {name: ' '.join(text.split()) for name, text in item.items()} for item in objects]
+    return VOCFile(sides if min(sides) > 0 else None,
+                   [{name: ' '.join(text.split()) for name, text in item.items()}
+                    for item in objects], ''.join(database).strip())
 
 
 def _read(suffix: str, pictures: str, folder: str, names: Sequence[str] | None,

@@ -489,12 +489,11 @@ def _read_voc_classes(root: Path, folders: Sequence[Path]) -> tuple[tuple[str, .
     for folder in folders:
         for file in list_files(folder, '.xml').values():
             try:
-                _, objects = read_voc_file(file)
+                content = read_voc_file(file)
             except LabelError as error:
                 raise DataError(f'{file}: {error}') from error
-            found.update(item['name'] for item in objects if item.get('name'))
-            if not first_pixel and re.search(rb'<database>\s*The VOC\d* ?Database',
-                                             file.read_bytes()):
+            found.update(item['name'] for item in content.objects if item.get('name'))
+            if re.match(r'The VOC\d* ?Database', content.database):
                 first_pixel = 1
     listed = next((folder / name for folder in (root, *folders) for name in CLASS_FILES
                    if (folder / name).is_file()), None)
