@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import CheckpointError
 from ..requirements import require
 from ..text import first_line
 from .pyramid import describe, refuse_size
@@ -87,10 +88,24 @@ class TIMMFeatures(BaseModule):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def init_weights(self) -> None:
-        """Load the pretrained weights if `pretrained`; else timm has initialized everything."""
+        """Load the pretrained weights if `pretrained`; else timm has initialized everything.
+
+        Raises:
+            CheckpointError: They lack weights of the model.
+        """
         if self.pretrained:
             import timm
-            trained = timm.create_model(**self._settings, pretrained=True)
+            # timm leaves random what a file lacks: it differs from one time to the next.
+            trained, again = (timm.create_model(**self._settings, pretrained=True)
+                              for _ in range(2))
+            again = dict(again.named_parameters())
+            missing = [name for name, weight in trained.named_parameters()
+                       if not weight.equal(again[name])]
+            if missing:
+                raise CheckpointError(
+                    f'the pretrained weights of {self.model_name} lack {missing[0]} and '
+                    f'{len(missing) - 1} more of its {len(again)} weights: a local file must be '
+                    'of this model, with its names as timm has them')
             self.model.load_state_dict(trained.state_dict())
         self._is_init = True
 

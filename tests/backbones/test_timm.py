@@ -1,10 +1,12 @@
 """Backbones of timm: maps, channels, weights; nothing is downloaded."""
+import copy
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from spartan_mm.backbones import TIMMFeatures
+from spartan_mm.errors import CheckpointError
 
 timm = pytest.importorskip('timm', reason='needs timm')
 
@@ -53,6 +55,20 @@ def test_pretrained_weights_are_loaded_when_they_are_asked_for(tmp_path):
     backbone.init_weights()
     found = backbone.model.state_dict()
     assert_close({key: trained.state_dict()[key] for key in found}, dict(found))
+
+
+@pytest.mark.parametrize('kept', ['', 'conv1'])
+def test_pretrained_weights_that_lack_some_are_refused(tmp_path, kept):
+    weights = timm.create_model('test_resnet').state_dict()
+    file = tmp_path / 'weights.pth'
+    torch.save({key if kept and key.startswith(kept) else f'other.{key}': value
+                for key, value in weights.items()}, file)
+    backbone = TIMMFeatures('test_resnet', pretrained=True,
+                            pretrained_cfg_overlay=dict(file=str(file)))
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(CheckpointError, match='^the pretrained weights of test_resnet lack '):
+        backbone.init_weights()
+    assert_close(dict(backbone.state_dict()), before)
 
 
 def test_without_pretrained_initialising_changes_nothing():
