@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import dump, load
-from readme_tables import fill_page
+from readme_tables import fill_page, spread
 
 from spartan_mm.analysis.report.curves import read_log
 from spartan_mm.datasets import make_digit_folder, make_digits
@@ -256,13 +256,6 @@ def table(results: dict[str, Any], steps: int) -> str:
                          f'{statistics.mean(item["steps"] for item in found):.0f} of {whole}'
                          if found else f'– of {whole}'])
     return markdown(rows)
-
-
-def spread(values: list[float]) -> str:
-    """Such as '31.2 ± 0.8', the standard deviation of a sample."""
-    if len(values) < 2:
-        return f'{values[0]:.1f}' if values else '–'
-    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from readme_tables import spread
 
 from spartan_mm.analysis.report.curves import read_log
 from spartan_mm.datasets import make_digits
@@ -203,19 +204,13 @@ def write_table(content: Mapping[str, Any], folder: Path) -> str:
                 name,
                 *(spread([100 * result[title] for result in results.values()])
                   for title in METRICS),
-                spread(paired, '+') if paired else '–', str(len(results)),
+                spread(paired, '+'), str(len(results)),
                 ROWS[name].published if name in ROWS else '–',
                 f'{statistics.median(result["minutes"] for result in results.values()):.1f}'])
     text = markdown(rows)
     with write_whole(folder / 'recipes.md') as file:
         file.write(text.encode())
     return text
-
-
-def spread(values: Sequence[float], sign: str = '') -> str:
-    """Mean and standard deviation."""
-    deviation = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):{sign}.1f}{deviation}'
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ nothing else; nothing is downloaded.
 """
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
-from readme_tables import fill_page
+from readme_tables import fill_page, spread
 from torch import Tensor, nn
 
 from spartan_mm import zoo
@@ -111,9 +110,8 @@ def make_table(results: Mapping[int | str, Sequence[float]],
     rows = [['kernel', '`low_freq_kernel`', 'parameters', 'multiply-adds, M', 'top-1, %']]
     for kernel, values in results.items():
         size = sizes[kernel]
-        spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
         rows.append([TITLES[kernel], f'`{kernel!r}`', f'{size.parameters:,}',
-                     f'{size.multiply_adds / 1e6:.2f}', f'{statistics.mean(values):.2f}{spread}'])
+                     f'{size.multiply_adds / 1e6:.2f}', spread(values, digits=2)])
     return markdown(rows)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from compare_finetuning import run, spread
+from compare_finetuning import run
 from mmengine.config import Config
-from readme_tables import fill_page
+from readme_tables import fill_page, spread
 from torch import Tensor
 
 from spartan_mm.analysis.report.curves import read_log

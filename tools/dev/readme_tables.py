@@ -7,8 +7,9 @@ metafiles are counted anew first.
 
 import argparse
 import re
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,14 @@ def fill_page(page: Path, tables: Mapping[str, str]) -> None:
              for match in _TABLE.finditer(text)}
     with write_whole(page) as file:
         file.write(insert_tables(text, there | dict(tables)).encode())
+
+
+def spread(values: Sequence[float], sign: str = '', digits: int = 1) -> str:
+    """Such as '31.2 ± 0.8', the standard deviation of a sample; '–' for none."""
+    if not values:
+        return _NONE
+    deviation = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{sign}.{digits}f}{deviation}'
 
 
 def classification_table(models: Mapping[str, Entry]) -> str:
