@@ -11,7 +11,8 @@ A recipe with distillation has a teacher, which is trained once, before the firs
 detector on the same pictures, for twice the epochs. It is a row by itself.
 
 DIR/recipes.json keeps the results, and what is in there is not trained again; a training that was
-interrupted is resumed. DIR/recipes.md is the table.
+interrupted is resumed. DIR/recipes.md is the table; it also goes between its marks into the page of
+--docs.
 """
 import argparse
 import json
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
-from readme_tables import spread
+from readme_tables import fill_page, spread
 
 from spartan_mm.analysis.report.curves import read_log
 from spartan_mm.datasets import make_digits
@@ -125,8 +126,9 @@ def main() -> None:
                         help=f'which of: {"; ".join(ROWS)} (default: all)')
     parser.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2], metavar='N')
     parser.add_argument('--epochs', type=int, default=12, metavar='N')
-    parser.add_argument('--pictures', type=int, default=480, metavar='N', help='of training')
+    parser.add_argument('--pictures', type=int, default=320, metavar='N', help='of training')
     parser.add_argument('--val-pictures', type=int, default=200, metavar='N')
+    parser.add_argument('--docs', type=Path, metavar='PAGE.md', help='page to write the table into')
     args = parser.parse_args()
     work_dir = args.work_dir.resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,10 @@ def main() -> None:
             results[str(seed)] = train(config, seed, work_dir / config.stem / f'seed{seed}')
             write_json(file, content)
             write_table(content, work_dir)
-    print(write_table(content, work_dir))
+    text = write_table(content, work_dir)
+    print(text)
+    if args.docs:
+        fill_page(args.docs, dict(recipes=text))
 
 
 def write_config(name: str, data: Path, epochs: int, folder: Path) -> Path:
