@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -190,6 +191,10 @@ class CMixer(nn.Module):
             picked, and have to be there. None for what `expand_ratio` says.
     """
 
+    #: Whether no map of both phases and amplitudes is made, which runtimes copy to take it apart;
+    #: exports set it.
+    separate = False
+
     def __init__(self, channels: int, expand_ratio: int, conv_type: str = 'full',
                  norm: str = 'BN', act: str = 'GELU', hidden_channels: int | None = None):
         super().__init__()
@@ -210,8 +215,16 @@ class CMixer(nn.Module):
         strongest = x.argmax(1, keepdim=True)  # (N, 1, H, W), below C
 
         # Waves of an amplitude and an activated phase, the strongest added to all (Eqs. 7 and 8).
-        phase, amplitude = self.proj_in(x).chunk(2, 1)
-        wave = superpose(amplitude, self.act(phase), strongest, x.shape[1])  # (N, R, H, W)
+        if self.separate:
+            weight, bias = self.proj_in.weight, self.proj_in.bias
+            hidden = len(bias) // 2
+            phase = F.conv2d(x, weight[:hidden], bias[:hidden])
+            amplitude = F.conv2d(x, weight[hidden:], bias[hidden:])
+            wave = amplitude * self.act(phase)  # (N, R, H, W)
+            wave = wave + wave[:, :x.shape[1]].gather(1, strongest)
+        else:
+            phase, amplitude = self.proj_in(x).chunk(2, 1)
+            wave = superpose(amplitude, self.act(phase), strongest, x.shape[1])
 
         if self.complex_weight is not None:  # else `refine` has it, see below
             wave = modulate(wave, self.complex_weight)

@@ -9,18 +9,23 @@ from torch import nn
 def export_form(model: nn.Module, form: str = 'gather') -> Iterator[nn.Module]:
     """Let a model's parts that have another form for exporters take it within this context.
 
-    That is deformable attention: `embedding_bag` becomes a loop in ONNX, and `grid_sample` is read
-    wrongly by some versions of TensorRT.
+    These are deformable attention (`embedding_bag` becomes a loop in ONNX, and `grid_sample` is
+    read wrongly by some versions of TensorRT) and CMixers, for whose Split OpenVINO takes a third
+    of SpaRTAN's time.
 
     Args:
         model: Any model.
-        form: What :func:`~spartan_mm.detection.deformable_attention.sample_multi_scale` takes.
+        form: What :func:`~spartan_mm.detection.deformable_attention.sample_multi_scale` takes:
+            'gather' for other runtimes, or 'bags' for what PyTorch compiles, where a CMixer stays
+            as it is.
     """
-    parts = [(module, module.form) for module in model.modules() if hasattr(module, 'form')]
+    wanted = dict(form=form, separate=form == 'gather')
+    before = [(module, name, getattr(module, name)) for module in model.modules()
+              for name in wanted if hasattr(module, name)]
     try:
-        for module, _ in parts:
-            module.form = form
+        for module, name, _ in before:
+            setattr(module, name, wanted[name])
         yield model
     finally:
-        for module, before in parts:
-            module.form = before
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -63,9 +63,10 @@ def write_onnx(graph: nn.Module, path: str | Path, size: tuple[int, int],
     inputs = make_inputs(graph, size, 2 if 'batch' in dynamic else 1)
     with export_form(graph), torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            graph, inputs, dynamo=True, opset_version=OPSET, verbose=False,
+            graph, inputs, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
             dynamic_shapes=dynamic_shapes(graph, dynamic), input_names=graph.input_names,
             output_names=graph.output_names)
+        _simplify(program.model)
     for node in program.model.graph.all_nodes():
         scopes = node.metadata_props.get(_SCOPES)
         node.metadata_props.clear()
@@ -102,6 +103,42 @@ def find_scopes(path: str | Path) -> dict[str, str]:
         # From the outermost module to the operation itself.
         scopes[node.name] = ([name for name in ast.literal_eval(names) if name][:-1] or [''])[-1]
     return scopes
+
+
+def _simplify(model: Any) -> None:
+    """Compute what is constant and drop what does nothing, in an ``onnx_ir.Model``.
+
+    This is what the exporter does of itself, without its rule that makes a Split of two Slices:
+    that one walks the whole graph for each node, which takes longer than the rest of the export.
+    Beyond it GELU is written as ONNX Runtime looks for it, which makes one operation of five.
+    """
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=2 ** 24)
+        rewriter.rewrite(model, [
+            rewriter.RewriteRule(_exported_gelu, _known_gelu), rules.collapse_slice_rule,
+            rules.collapse_slice2_rule, rules.reshape_reshape_rule,
+            rules.squeeze_reshape_1d_rule, rules.unsqueeze_unsqueeze_rule, rules.no_op_cast_rule,
+            rules.no_op_transpose_rule, rules.no_op_expand_rule, rules.transpose_transpose_rule,
+            rules.materialize_reshape_shape_rule, rules.max_min_rule, rules.min_max_rule,
+            *rules.mul_by_1_rule.commute(), rules.remove_optional_bias_from_conv_rule])
+    for simplify in (common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                     common.DeduplicateInitializersPass(),
+                     common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
+                     common.OutputFixPass(), common.NameFixPass()):
+        simplify(model)
+
+
+def _exported_gelu(op: Any, x: Any) -> Any:
+    return op.Mul(x, op.Mul(0.5, op.Add(op.Erf(op.Div(x, 2 ** 0.5)), 1.)))
+
+
+def _known_gelu(op: Any, x: Any) -> Any:
+    root, one, half = (op.Constant(value_float=value) for value in (2 ** 0.5, 1., 0.5))
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def keep_float32(node: Any, module: str) -> bool:
 
     NOTE: Beside what any runtime needs, that is norms and attention scores: TensorRT does not
     promise to sum in float32. A Split of the exporter's optimizer is of no module, and would take
-    the widest maps of a CMixer along.
+    all tokens along.
     """
     return node.op_type != 'Split' and (
         node.op_type == 'LayerNormalization' or module.endswith('self_attn')

@@ -174,12 +174,14 @@ def compare_with_literal(mixer, literal, x):
         assert_near(actual, expected)
 
 
+@pytest.mark.parametrize('separate', [False, True], ids=['eager', 'for exporters'])
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize('expand_ratio, conv_type', [
     (4, 'full'), (3, 'full'), (2, 'depthwise'), (1, 'depthwise'), (3, 'depthwise')])
-def test_cmixer_equals_its_literal_form(expand_ratio, conv_type, layout):
+def test_cmixer_equals_its_literal_form(expand_ratio, conv_type, layout, separate):
     torch.manual_seed(0)
     mixer = randomise(CMixer(8, expand_ratio, conv_type).double())
+    mixer.separate = separate
     compare_with_literal(mixer, literal_cmixer,
                          images(2, 8, 5, 7).contiguous(memory_format=layout))
 

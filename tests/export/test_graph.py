@@ -81,12 +81,17 @@ def test_raw_outputs_are_those_of_all_queries(user_project, images):
 
 def test_form_ends_with_its_context(user_project):
     model = spartan_mm.get_model(Config.fromfile(user_project / 'user_detector.py'))
-    parts = [module for module in model.modules() if hasattr(module, 'form')]
-    assert len(parts) == 2
+    attentions = [module for module in model.modules() if hasattr(module, 'form')]
+    mixers = [module for module in model.modules() if hasattr(module, 'separate')]
+    assert len(attentions) == 2 and len(mixers) == 4
     with pytest.raises(KeyError), export_form(model):
-        assert {module.form for module in parts} == {'gather'}
+        assert {module.form for module in attentions} == {'gather'}
+        assert all(mixer.separate for mixer in mixers)
         raise KeyError
-    assert {module.form for module in parts} == {'bags'}
+    assert {module.form for module in attentions} == {'bags'}
+    assert not any(mixer.separate for mixer in mixers)
+    with export_form(model, 'bags'):
+        assert not any(mixer.separate for mixer in mixers)
 
 
 def test_other_detectors_are_refused():

@@ -26,6 +26,26 @@ def test_operations_are_those_that_every_runtime_has(exported, task):
     assert max(map(len, shapes)) <= 5
 
 
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_runtimes_find_what_they_know(exported, task, tmp_path):
+    """No map is made only to be taken apart, and GELU is one operation."""
+    path = exported(task).path
+    weights = {each.name for each in onnx.load(path).graph.initializer}
+    scopes, nodes = find_scopes(path), onnx.load(path).graph.node
+    inside = [node for node in nodes if 'cmixer' in scopes[node.name]]
+    assert inside and 'Split' not in {node.op_type for node in inside}
+    assert all(node.input[1] in weights for node in nodes if node.op_type == 'Conv')
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    options.log_severity_level = 3  # it warns that the file is for this machine
+    onnxruntime.InferenceSession(path, options)
+    found = [node.op_type for node in onnx.load(tmp_path / 'optimized.onnx').graph.node]
+    assert 'Erf' not in found
+    assert found.count('Gelu') + found.count('BiasGelu') == sum(
+        node.op_type == 'Erf' for node in nodes)
+
+
 def test_nothing_tells_of_this_machine(exported):
     content = exported('detector').path.read_bytes()
     assert str(Path(__file__).parents[2]).encode() not in content

@@ -48,7 +48,7 @@ def test_weights_of_all_convolutions_are_of_8_bits(int8):
                 for node in int8.nodes if node.op_type == 'Conv'}
     assert restored['model.neck.lateral_convs.0.conv']
     assert restored['model.decoder.input_projs.0.conv']
-    assert restored['model.backbone.stages.2.blocks.0.cmixer.proj_in']
+    assert restored['model.backbone.stages.2.blocks.0.cmixer']
     assert not restored['model.backbone.stages.0.blocks.0.smixer.proj_in']  # a few numbers
 
 
