@@ -76,8 +76,10 @@ def measure_accuracy(config: str, checkpoint: str, path: str | Path, match_class
         with tempfile.TemporaryDirectory() as work_dir:
             cfg = _read(config, work_dir)
             cfg.log_level, cfg.compile = 'ERROR', False
-            # Runs of one name within a second would share what writes into the first's folder.
+            # Runs of one name would share what writes into the first's folder.
             cfg.experiment_name = Path(work_dir).name
+            if 'visualizer' in cfg:
+                cfg.visualizer.name = cfg.experiment_name
             results.append(build_tester(cfg, subject, match_classes).test())
     return {name: (float(value), float(results[1][name])) for name, value in results[0].items()}
 

@@ -108,14 +108,19 @@ def test_runtime_lies_beside_the_file(exported):
 @pytest.mark.slow
 def test_the_command_shows_what_the_check_found(exported, tmp_path, monkeypatch, capsys):
     given = exported('classifier')
+    # Two tests in one process, whose visualizers have the same name, as in OpenMMLab's configs.
+    config = given.config.with_name('shown.py')
+    config.write_text(
+        f"_base_ = './{given.config.name}'\nvisualizer = dict(type='UniversalVisualizer', "
+        "name='visualizer', vis_backends=[dict(type='LocalVisBackend')])\n")
     monkeypatch.chdir(given.config.parent)
     monkeypatch.setattr(job, 'write_onnx', lambda graph, path, *_: shutil.copy(given.path, path))
-    assert cli.main(['export', str(given.config), str(given.checkpoint), '--out-dir',
-                     str(tmp_path), '--check', '3', '--accuracy']) == 0
+    assert cli.main(['export', str(config), str(given.checkpoint), '--out-dir', str(tmp_path),
+                     '--check', '3', '--accuracy']) == 0
     printed = capsys.readouterr().out
     assert 'Compared with torch' in printed and '3 ' in printed
-    assert printed.strip().endswith(f'wrote {tmp_path / given.path.name}')
-    accuracy = runtime.Runtime(tmp_path / given.path.name).metadata['accuracy']
+    assert printed.strip().endswith(f'wrote {tmp_path / "shown.onnx"}')
+    accuracy = runtime.Runtime(tmp_path / 'shown.onnx').metadata['accuracy']
     assert accuracy['accuracy/top1'][0] == accuracy['accuracy/top1'][1] > 0
     assert '| accuracy/top1 ' in printed
 
