@@ -30,7 +30,7 @@ EXTRAS = {
     'analysis': ['matplotlib>=3.6', 'opencv-python-headless>=4.5', 'tqdm>=4.60', 'jinja2>=3.0',
                  'scikit-learn>=1.2', 'grad-cam>=1.5', 'adjustText>=1.3'],
     # Files for other runtimes; OpenVINO's own, and 8 bits for it.
-    'export': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'scipy>=1.9'],
+    'export': ['onnx>=1.17', 'onnxscript>=0.7', 'onnxruntime>=1.20', 'scipy>=1.9'],
     'openvino': ['openvino>=2024.4', 'nncf>=2.13'],
     'demo': ['scikit-learn>=1.2'],
     # Curves and pictures of a training in TensorBoard or MLflow.

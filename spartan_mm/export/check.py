@@ -166,13 +166,21 @@ class Reference:
             swap: Ranks of two tokens that change places before the best are selected.
             picks: What each CMixer is to pick, (N, 1, H, W), where its own pick is as strong up to
                 rounding.
+
+        Raises:
+            CheckError: The model gives numbers that are not finite.
         """
         inputs = [torch.from_numpy(image[::-1].copy()) for image in images]
         batch = self.model.data_preprocessor(dict(inputs=inputs, data_samples=None), False)
         inputs = batch['inputs'].to(self.dtype)
         left = iter(picks)
         with self._before_mixers((lambda x: raise_picks(x, next(left))) if picks else None):
-            return self._detect(inputs, sizes, swap) if self.detects else self._classify(inputs)
+            right = self._detect(inputs, sizes, swap) if self.detects else self._classify(inputs)
+        if not all(np.isfinite(each.rows.values if self.detects else each.rows).all()
+                   for each in right):
+            raise CheckError('the model itself gives numbers that are not finite, with which no '
+                             'file can be compared; look for a fault in the checkpoint')
+        return right
 
     def strongest(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         """The strongest channel at each position, of each CMixer in its turn, (N, 1, H, W)."""

@@ -59,7 +59,7 @@ def write_onnx(graph: nn.Module, path: str | Path, size: tuple[int, int],
         dynamic: Free axes, of 'batch' and 'size'.
     """
     require('onnx', '1.17', 'export')
-    require('onnxscript', '0.5', 'export')
+    require('onnxscript', '0.7', 'export')
     inputs = make_inputs(graph, size, 2 if 'batch' in dynamic else 1)
     with export_form(graph), torch.no_grad(), _quiet():
         program = torch.onnx.export(

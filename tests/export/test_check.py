@@ -282,6 +282,15 @@ class TestFiles:
             result = check_file(Reference(subject, metadata), run, pictures, metadata)
             assert ('not trained' in print_check(result)) == warned
 
+    def test_a_model_that_gives_nothing(self, built):
+        task, model, pictures = built
+        metadata, broken = describe(task), copy.deepcopy(model)
+        # The last branch rates tokens, the one before it is the last layer's.
+        last = broken.bbox_head.cls_branches[-2] if task == 'detection' else broken.head.fc
+        nn.init.constant_(last.bias, torch.nan)
+        with pytest.raises(CheckError, match='the model itself gives numbers that are not finite'):
+            check_file(Reference(broken, metadata), as_file(model, metadata)[0], pictures, metadata)
+
     def test_a_file_of_the_deploy_form(self, built):
         task, model, pictures = built
         metadata = describe(task)
