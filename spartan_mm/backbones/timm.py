@@ -103,9 +103,9 @@ class TIMMFeatures(BaseModule):
                        if not weight.equal(again[name])]
             if missing:
                 raise CheckpointError(
-                    f'the pretrained weights of {self.model_name} lack {missing[0]} and '
-                    f'{len(missing) - 1} more of its {len(again)} weights: a local file must be '
-                    'of this model, with its names as timm has them')
+                    f'the pretrained weights of {self.model_name} lack {len(missing)} of its '
+                    f'{len(again)} weights, {missing[0]} first: a local file must be of this '
+                    'model, with its names as timm has them')
             self.model.load_state_dict(trained.state_dict())
         self._is_init = True
 
