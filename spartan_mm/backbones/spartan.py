@@ -215,7 +215,7 @@ class CMixer(nn.Module):
         strongest = x.argmax(1, keepdim=True)  # (N, 1, H, W), below C
 
         # Waves of an amplitude and an activated phase, the strongest added to all (Eqs. 7 and 8).
-        if self.separate:
+        if self.separate and type(self.proj_in) is nn.Conv2d:  # not one with an adapter
             weight, bias = self.proj_in.weight, self.proj_in.bias
             hidden = len(bias) // 2
             phase = F.conv2d(x, weight[:hidden], bias[:hidden])

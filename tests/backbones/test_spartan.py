@@ -186,6 +186,23 @@ def test_cmixer_equals_its_literal_form(expand_ratio, conv_type, layout, separat
                          images(2, 8, 5, 7).contiguous(memory_format=layout))
 
 
+@torch.no_grad()
+def test_an_adapter_is_exported():
+    class Doubled(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+        def forward(self, x):
+            return 2 * self.layer(x)
+
+    mixer = randomise(CMixer(8, 4))
+    mixer.proj_in = Doubled(mixer.proj_in)
+    expected = mixer(images(1, 8, 5, 7).float())
+    mixer.separate = True
+    assert_close(mixer(images(1, 8, 5, 7).float()), expected)
+
+
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize('conv_type', ['full', 'depthwise'])
 def test_smixer_equals_its_literal_form(conv_type, layout):
