@@ -17,6 +17,7 @@ import torch
 import spartan_mm
 from spartan_mm.analysis.authors_form import to_authors_form
 from spartan_mm.analysis.benchmark import describe_machine, machine_line
+from spartan_mm.analysis.models import read_config
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.engine.compile import compile_model
 from spartan_mm.export.graph import make_graph
@@ -24,6 +25,8 @@ from spartan_mm.export.race import race
 from spartan_mm.runtime import Runtime
 from spartan_mm.text import markdown
 from spartan_mm.weights.forms import switch_to_deploy
+
+PAUSE = 0.1  # seconds
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
             precision = runtime.metadata['precision']
             library = 'ONNX Runtime' if path.suffix == '.onnx' else 'OpenVINO'
             runs[f'{library} {precision}'] = lambda run=runtime.run: run(images, sizes)
-        for name, time in zip(runs, race([*runs.values()], args.seconds), strict=True):
+        for name, time in zip(runs, race([*runs.values()], args.seconds, PAUSE), strict=True):
             times.setdefault(name, []).append(time)
     deploy = times['torch, deploy form']
     head = ['form', *(f'{threads} thread{"s" * (threads > 1)}, ms (as fast as deploy)'
@@ -64,7 +67,7 @@ def main() -> None:
 
 def torch_forms(config: str, compiled: bool) -> dict[str, torch.nn.Module]:
     """The graph of a model in each of PyTorch's forms."""
-    model = spartan_mm.get_model(config)
+    model = spartan_mm.get_model(read_config(config))
     deployed = switch_to_deploy(copy.deepcopy(model))
     forms = {}
     if isinstance(model.backbone, SpaRTAN):
