@@ -31,6 +31,7 @@ from .layers import (
     DropPath,
     FoldingSequential,
     fold_norm,
+    is_hooked,
     recompute,
     superpose,
 )
@@ -191,8 +192,8 @@ class CMixer(nn.Module):
             picked, and have to be there. None for what `expand_ratio` says.
     """
 
-    #: Whether no map of both phases and amplitudes is made, which runtimes copy to take it apart;
-    #: exports set it.
+    #: Whether phases and amplitudes are computed apart; runtimes copy a map of both to divide it.
+    #: Exports set it.
     separate = False
 
     def __init__(self, channels: int, expand_ratio: int, conv_type: str = 'full',
@@ -215,12 +216,14 @@ class CMixer(nn.Module):
         strongest = x.argmax(1, keepdim=True)  # (N, 1, H, W), below C
 
         # Waves of an amplitude and an activated phase, the strongest added to all (Eqs. 7 and 8).
-        if self.separate and type(self.proj_in) is nn.Conv2d:  # not one with an adapter
+        # An adapter, or a hook, is called.
+        if self.separate and type(self.proj_in) is nn.Conv2d and not is_hooked(self.proj_in):
             weight, bias = self.proj_in.weight, self.proj_in.bias
             hidden = len(bias) // 2
             phase = F.conv2d(x, weight[:hidden], bias[:hidden])
             amplitude = F.conv2d(x, weight[hidden:], bias[hidden:])
             wave = amplitude * self.act(phase)  # (N, R, H, W)
+            # One pick instead of two: runtimes rearrange a map to pick from it.
             wave = wave + wave[:, :x.shape[1]].gather(1, strongest)
         else:
             phase, amplitude = self.proj_in(x).chunk(2, 1)

@@ -78,7 +78,7 @@ def measure_accuracy(config: str, checkpoint: str, path: str | Path, match_class
             cfg.log_level, cfg.compile = 'ERROR', False
             # Runs of one name would share what writes into the first's folder.
             cfg.experiment_name = Path(work_dir).name
-            if 'visualizer' in cfg:
+            if cfg.get('visualizer'):
                 cfg.visualizer.name = cfg.experiment_name
             results.append(build_tester(cfg, subject, match_classes).test())
     return {name: (float(value), float(results[1][name])) for name, value in results[0].items()}

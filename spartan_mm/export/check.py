@@ -176,8 +176,8 @@ class Reference:
         left = iter(picks)
         with self._before_mixers((lambda x: raise_picks(x, next(left))) if picks else None):
             right = self._detect(inputs, sizes, swap) if self.detects else self._classify(inputs)
-        if not all(np.isfinite(each.rows.values if self.detects else each.rows).all()
-                   for each in right):
+        if not all(np.isfinite(part).all() for each in right
+                   for part in (each.rows if self.detects else [each.rows])):
             raise CheckError('the model itself gives numbers that are not finite, with which no '
                              'file can be compared; look for a fault in the checkpoint')
         return right

@@ -10,8 +10,8 @@ def export_form(model: nn.Module, form: str = 'gather') -> Iterator[nn.Module]:
     """Let a model's parts that have another form for exporters take it within this context.
 
     These are deformable attention (`embedding_bag` becomes a loop in ONNX, and `grid_sample` is
-    read wrongly by some versions of TensorRT) and CMixers, for whose Split OpenVINO takes a third
-    of SpaRTAN's time.
+    read wrongly by some versions of TensorRT) and CMixers, with whose Split SpaRTAN-XT takes 1.4
+    times as long in OpenVINO.
 
     Args:
         model: Any model.

@@ -108,24 +108,24 @@ def find_scopes(path: str | Path) -> dict[str, str]:
 def _simplify(model: Any) -> None:
     """Compute what is constant and drop what does nothing, in an ``onnx_ir.Model``.
 
-    This is what the exporter does of itself, without its rule that makes a Split of two Slices:
-    that one walks the whole graph for each node, which takes longer than the rest of the export.
-    Beyond it GELU is written as ONNX Runtime looks for it, which makes one operation of five.
+    This is what the exporter does of itself, except for three things. Its rule that makes a Split
+    of two Slices is left out: that one walks the whole graph for each node, which takes longer than
+    the rest of the export. Slices of weights are weights, of any size. And GELU is written as ONNX
+    Runtime looks for it, which makes one operation of five.
     """
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules import common as rules
+    from onnxscript.rewriter.rules.common import slice_split_rule
+    known = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+    largest = max(each.const_value.size for each in model.graph.initializers.values())
     common.InlinePass()(model)
     for _ in range(2):
-        optimizer.fold_constants(model, onnx_shape_inference=True, input_size_limit=2 ** 24)
-        rewriter.rewrite(model, [
-            rewriter.RewriteRule(_exported_gelu, _known_gelu), rules.collapse_slice_rule,
-            rules.collapse_slice2_rule, rules.reshape_reshape_rule,
-            rules.squeeze_reshape_1d_rule, rules.unsqueeze_unsqueeze_rule, rules.no_op_cast_rule,
-            rules.no_op_transpose_rule, rules.no_op_expand_rule, rules.transpose_transpose_rule,
-            rules.materialize_reshape_shape_rule, rules.max_min_rule, rules.min_max_rule,
-            *rules.mul_by_1_rule.commute(), rules.remove_optional_bias_from_conv_rule])
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, output_size_limit=largest,
+            should_fold=lambda node: True if node.op_type == 'Slice' else None)
+        rewriter.rewrite(model, [rewriter.RewriteRule(_exported_gelu, _known_gelu), *known])
     for simplify in (common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                     common.LiftSubgraphInitializersToMainGraphPass(),
                      common.DeduplicateInitializersPass(),
                      common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
                      common.OutputFixPass(), common.NameFixPass()):
@@ -137,6 +137,7 @@ def _exported_gelu(op: Any, x: Any) -> Any:
 
 
 def _known_gelu(op: Any, x: Any) -> Any:
+    # In float32, as `write_onnx` is given graphs.
     root, one, half = (op.Constant(value_float=value) for value in (2 ** 0.5, 1., 0.5))
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
 

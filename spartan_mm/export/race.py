@@ -15,9 +15,9 @@ def race(runs: Sequence[Callable[[], object]], seconds: float = 4., pause: float
 
     Args:
         runs: The functions.
-        seconds: For how long, all together; at least three turns.
+        seconds: For how long, all together, with pauses; at least three turns.
         pause: Seconds before each function, in which the threads of the one before come to rest:
-            ONNX Runtime's look for more work for a while, and take it from others.
+            ONNX Runtime's keep cores busy for a while, looking for more work.
 
     Returns:
         The least time of each, in milliseconds.

@@ -186,21 +186,28 @@ def test_cmixer_equals_its_literal_form(expand_ratio, conv_type, layout, separat
                          images(2, 8, 5, 7).contiguous(memory_format=layout))
 
 
+class Doubled(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize('kind', ['adapter', 'hook'])
 @torch.no_grad()
-def test_an_adapter_is_exported():
-    class Doubled(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-
-        def forward(self, x):
-            return 2 * self.layer(x)
-
-    mixer = randomise(CMixer(8, 4))
-    mixer.proj_in = Doubled(mixer.proj_in)
-    expected = mixer(images(1, 8, 5, 7).float())
+def test_the_form_for_exporters_calls_what_was_added(kind):
+    mixer, x = randomise(CMixer(8, 4)), images(1, 8, 5, 7).float()
+    before = mixer(x)
+    if kind == 'adapter':
+        mixer.proj_in = Doubled(mixer.proj_in)
+    else:
+        mixer.proj_in.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = mixer(x)
+    assert not torch.allclose(expected, before)
     mixer.separate = True
-    assert_close(mixer(images(1, 8, 5, 7).float()), expected)
+    assert_close(mixer(x), expected)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)

@@ -282,11 +282,16 @@ class TestFiles:
             result = check_file(Reference(subject, metadata), run, pictures, metadata)
             assert ('not trained' in print_check(result)) == warned
 
-    def test_a_model_that_gives_nothing(self, built):
+    @pytest.mark.parametrize('branches', ['cls_branches', 'reg_branches'])
+    def test_a_model_that_gives_nan(self, built, branches):
         task, model, pictures = built
         metadata, broken = describe(task), copy.deepcopy(model)
-        # The last branch rates tokens, the one before it is the last layer's.
-        last = broken.bbox_head.cls_branches[-2] if task == 'detection' else broken.head.fc
+        if task == 'detection':
+            # The last branch rates tokens, the one before it is the last layer's.
+            last = getattr(broken.bbox_head, branches)[-2]
+            last = last[-1] if branches == 'reg_branches' else last
+        else:
+            last = broken.head.fc
         nn.init.constant_(last.bias, torch.nan)
         with pytest.raises(CheckError, match='the model itself gives numbers that are not finite'):
             check_file(Reference(broken, metadata), as_file(model, metadata)[0], pictures, metadata)

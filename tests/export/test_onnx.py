@@ -3,13 +3,16 @@ import json
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
 from torch.testing import assert_close
 
+from spartan_mm.backbones.spartan import CMixer
+from spartan_mm.export.form import export_form
 from spartan_mm.export.graph import make_graph
-from spartan_mm.export.onnx import find_scopes, write_onnx
+from spartan_mm.export.onnx import _simplify, find_scopes, write_onnx
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +31,13 @@ def test_operations_are_those_that_every_runtime_has(exported, task):
 
 @pytest.mark.parametrize('task', ['detector', 'classifier'])
 def test_runtimes_find_what_they_know(exported, task, tmp_path):
-    """No map is made only to be taken apart, and GELU is one operation."""
+    """No map of a CMixer is made only to be taken apart, and GELU is one operation."""
     path = exported(task).path
-    weights = {each.name for each in onnx.load(path).graph.initializer}
     scopes, nodes = find_scopes(path), onnx.load(path).graph.node
-    inside = [node for node in nodes if 'cmixer' in scopes[node.name]]
-    assert inside and 'Split' not in {node.op_type for node in inside}
-    assert all(node.input[1] in weights for node in nodes if node.op_type == 'Conv')
+    made = {output for node in nodes if node.op_type == 'Conv' and 'cmixer' in scopes[node.name]
+            for output in node.output}
+    divided = {node.input[0] for node in nodes if node.op_type == 'Split'}
+    assert made and not made & divided
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
@@ -44,6 +47,20 @@ def test_runtimes_find_what_they_know(exported, task, tmp_path):
     assert 'Erf' not in found
     assert found.count('Gelu') + found.count('BiasGelu') == sum(
         node.op_type == 'Erf' for node in nodes)
+
+
+def test_weights_of_a_wide_mixer_are_weights(tmp_path):
+    mixer = CMixer(384, 2)  # halves of 294,912 numbers
+    images = torch.rand(1, 384, 4, 4)
+    with export_form(mixer), torch.no_grad():
+        torch.onnx.export(mixer, (images, ), tmp_path / 'plain.onnx', dynamo=True, optimize=False,
+                          opset_version=18, verbose=False)
+    model = onnx_ir.load(tmp_path / 'plain.onnx')
+    _simplify(model)
+    weights = {*model.graph.initializers}
+    convolutions = [node for node in model.graph if node.op_type == 'Conv']
+    assert len(convolutions) == 6
+    assert all(node.inputs[1].name in weights for node in convolutions)
 
 
 def test_nothing_tells_of_this_machine(exported):

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import spartan_mm
 from spartan_mm.analysis.authors_form import to_authors_form
 from spartan_mm.analysis.benchmark import describe_machine, machine_line
-from spartan_mm.analysis.models import read_config
+from spartan_mm.analysis.models import load_named_model
 from spartan_mm.backbones import SpaRTAN
 from spartan_mm.engine.compile import compile_model
 from spartan_mm.export.graph import make_graph
@@ -67,7 +66,7 @@ def main() -> None:
 
 def torch_forms(config: str, compiled: bool) -> dict[str, torch.nn.Module]:
     """The graph of a model in each of PyTorch's forms."""
-    model = spartan_mm.get_model(read_config(config))
+    model = load_named_model(config).model
     deployed = switch_to_deploy(copy.deepcopy(model))
     forms = {}
     if isinstance(model.backbone, SpaRTAN):
