@@ -190,7 +190,9 @@ class MultiScaleDeformableAttention(nn.Module):
         scale = offset_scale(self.points, device=offsets.device)
         locations = reference[..., :2] + offsets * scale * reference[..., 2:]
 
-        value = self.value_proj(memory).unflatten(-1, (self.num_heads, -1))  # (N, L, M, D)
+        # As a matrix: of a sequence ONNX Runtime transposes the memory anew for each layer.
+        value = self.value_proj(memory.flatten(0, 1))
+        value = value.view(*memory.shape[:2], self.num_heads, -1)  # (N, L, M, D)
         mixed = sample_multi_scale(
             value, spatial_shapes, locations, weights, self.form, self.points)
         mixed = self.dropout(self.output_proj(mixed))
