@@ -216,7 +216,7 @@ class CMixer(nn.Module):
         strongest = x.argmax(1, keepdim=True)  # (N, 1, H, W), below C
 
         # Waves of an amplitude and an activated phase, the strongest added to all (Eqs. 7 and 8).
-        # An adapter, or a hook, is called.
+        # Apart only where a plain convolution is left: adapters and hooks have to be called.
         if self.separate and type(self.proj_in) is nn.Conv2d and not is_hooked(self.proj_in):
             weight, bias = self.proj_in.weight, self.proj_in.bias
             hidden = len(bias) // 2

@@ -285,6 +285,8 @@ class TestFiles:
     @pytest.mark.parametrize('branches', ['cls_branches', 'reg_branches'])
     def test_a_model_that_gives_nan(self, built, branches):
         task, model, pictures = built
+        if (task, branches) == ('classification', 'reg_branches'):
+            pytest.skip('a classifier has no boxes')
         metadata, broken = describe(task), copy.deepcopy(model)
         if task == 'detection':
             # The last branch rates tokens, the one before it is the last layer's.

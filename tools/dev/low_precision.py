@@ -1,12 +1,13 @@
 """What low precision does to SpaRTAN's argmax, emulated in float32 with rounding in between.
 
-    python tools/dev/low_precision.py --seeds 0 1              # random weights, photographs
-    python tools/dev/low_precision.py --checkpoint FILE.pth    # of spartan_xt_digits, its digits
+    python tools/dev/low_precision.py --seeds 0 1 2                 # random weights, photographs
+    python tools/dev/low_precision.py --checkpoints FILE.pth ...    # of spartan_xt_digits, digits
 
 Each line is a recipe: what is rounded of the convolutions, of the residual stream and of what
 argmax sees. Figures are the share of positions where argmax picks another channel, the relative
 error of the logits (RMS), the same error where argmax picks what float32 picks, and how often the
-class is the same, or right. They stay in a file: a run that was stopped goes on where it was.
+class is the same, or right; means over the networks with their standard deviations. They stay in a
+file: a run that was stopped goes on where it was.
 """
 import argparse
 import copy
@@ -18,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from readme_tables import spread
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
@@ -57,6 +59,10 @@ RECIPES = {
     'int8: maps alone': Recipe(maps='int8'),
     'int8: weights alone': Recipe('int8'),
 }
+
+
+#: Decimals of the figures.
+DECIMALS = dict(flips=2, error=3, error_same_picks=4, same=1, right=1)
 
 
 class Grid:
@@ -199,18 +205,20 @@ def digits_case(checkpoint: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--checkpoint', help='of spartan_xt_digits; random weights without')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of random weights')
+    parser.add_argument('--checkpoints', nargs='+', help='of spartan_xt_digits')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0],
+                        help='of random weights, without checkpoints')
     parser.add_argument('--recipes', nargs='+', default=[*RECIPES], choices=RECIPES, metavar='NAME')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/low_precision.json'))
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    cases = [args.checkpoint] if args.checkpoint else args.seeds
+    cases, load = ((args.checkpoints, digits_case) if args.checkpoints else
+                   (args.seeds, random_case))
     for case in cases:
         done = results.setdefault(str(case), {})
         if all(name in done for name in args.recipes):
             continue
-        model, calibration, images, labels = (digits_case if args.checkpoint else random_case)(case)
+        model, calibration, images, labels = load(case)
         graph = make_graph(switch_to_deploy(model), raw=True)
         for name in args.recipes:
             if name not in done:
@@ -220,7 +228,8 @@ def main() -> None:
     rows = []
     for name in args.recipes:
         found = [results[str(case)][name] for case in cases]
-        rows.append([name, *(' / '.join(f'{each[key]:.3g}' for each in found) for key in found[0])])
+        rows.append([name, *(spread([each[key] for each in found], digits=digits)
+                             for key, digits in DECIMALS.items() if key in found[0])])
     print(markdown([['recipe', *found[0]], *rows]))
 
 
