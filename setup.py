@@ -32,6 +32,8 @@ EXTRAS = {
     # Files for other runtimes; OpenVINO's own, and 8 bits for it.
     'export': ['onnx>=1.17', 'onnxscript>=0.7', 'onnxruntime>=1.20', 'scipy>=1.9'],
     'openvino': ['openvino>=2024.4', 'nncf>=2.13'],
+    # Runs LiteRT files; what makes them needs an environment of its own.
+    'litert': ['ai-edge-litert>=2.0; platform_system != "Darwin" or platform_machine == "arm64"'],
     'demo': ['scikit-learn>=1.2'],
     # Curves and pictures of a training in TensorBoard or MLflow.
     'loggers': ['tensorboard>=2.12', 'mlflow-skinny>=2.10'],

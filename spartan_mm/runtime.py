@@ -3,8 +3,9 @@
     python runtime.py model.onnx photos/ --out-dir outputs
 
 This file is all that is needed: copy it where it is to run. Beside Python 3.10 it takes numpy,
-Pillow 10.1, and onnxruntime for a model.onnx or openvino for a model.xml (with its model.bin);
-videos and cameras take opencv-python, too.
+Pillow 10.1, and onnxruntime for a model.onnx, openvino for a model.xml (with its model.bin) or
+ai-edge-litert for a model.tflite (with its model.tflite.json); videos and cameras take
+opencv-python, too.
 
     from runtime import Runtime
 
@@ -46,7 +47,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 FORMAT = 1
 
 #: Of the files that it runs.
-SUFFIXES = ('.onnx', '.xml')
+SUFFIXES = ('.onnx', '.xml', '.tflite')
 
 #: What Pillow calls the formats that are read, and no others: some decoders start programs.
 FORMATS = ('BMP', 'JPEG', 'PNG', 'TIFF', 'WEBP')
@@ -454,10 +455,7 @@ class _OnnxRuntime:
             raise RuntimeFileError(f'{providers[0]} does not start here: its libraries are missing '
                                    'or do not fit onnxruntime')
         self.metadata = self._session.get_modelmeta().custom_metadata_map
-        written = _written_precision(self.metadata)
-        if precision not in (None, 'fp32', written):
-            raise RuntimeFileError(f'{path} computes in {written}, not {precision}: onnxruntime '
-                                   'keeps to the graph; export it in that precision')
+        _check_precision(path, precision, self.metadata, ort)
         kinds = {'tensor(uint8)': np.uint8, 'tensor(float)': np.float32}
         self.inputs = {each.name: (each.shape, kinds.get(each.type, np.int64))
                        for each in self._session.get_inputs()}
@@ -523,7 +521,41 @@ class _OpenVino:
         return [*self._compile_for(len(feed['images']))(feed).values()]
 
 
-_ENGINES = dict(zip(SUFFIXES, (_OnnxRuntime, _OpenVino), strict=True))
+class _LiteRt:
+    """A graph in LiteRT, whose metadata lie beside it."""
+
+    def __init__(self, path: Path, precision: str | None, threads: int | None,
+                 providers: Sequence[str] | None) -> None:
+        beside = Path(f'{path}.json')
+        if not beside.is_file():
+            raise RuntimeFileError(f'{path} is described in {beside.name}, which is missing: keep '
+                                   'the two together')
+        litert = _import('ai_edge_litert', path)
+        _check_known('provider', providers or ['CPU'], ['CPU'])
+        try:
+            stored = json.loads(beside.read_bytes())
+            self.metadata = {key: json.dumps(value) for key, value in stored.items()}
+        except (AttributeError, ValueError):
+            raise RuntimeFileError(f'{beside} is damaged: export {path.name} again') from None
+        _check_precision(path, precision, self.metadata, litert)
+        with _loading(path, litert):
+            self._graph = import_module('ai_edge_litert.interpreter').Interpreter(
+                str(path), num_threads=threads).get_signature_runner()
+            given, number = self._graph.get_input_details(), len(self._graph.get_output_details())
+        # There they are args_0, args_1, output_0 and so on.
+        self._names = dict(zip(('images', 'orig_target_sizes'), sorted(given), strict=False))
+        self.inputs = {name: (given[own]['shape'].tolist(), given[own]['dtype'])
+                       for name, own in self._names.items()}
+        outputs = stored.get('outputs')
+        self.outputs = outputs if isinstance(outputs, list) and len(outputs) == number else []
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        found = self._graph(**{self._names[name]: value.astype(self.inputs[name][1])
+                               for name, value in feed.items()})
+        return [found[f'output_{place}'] for place in range(len(self.outputs))]
+
+
+_ENGINES = dict(zip(SUFFIXES, (_OnnxRuntime, _OpenVino, _LiteRt), strict=True))
 
 
 def _import(library: str, path: Path) -> Any:
@@ -552,6 +584,14 @@ def _check_known(kind: str, names: Sequence[str], known: Sequence[str]) -> list[
 
 def _type_name(place: Any, *device: str) -> str:
     return place.get_property(*device, 'INFERENCE_PRECISION_HINT').get_type_name()
+
+
+def _check_precision(path: Path, precision: str | None, texts: Mapping[str, str],
+                     library: Any) -> None:
+    written = _written_precision(texts)
+    if precision not in (None, 'fp32', written):
+        raise RuntimeFileError(f'{path} computes in {written}, not {precision}: {library.__name__} '
+                               'keeps to the graph; export it in that precision')
 
 
 def _written_precision(texts: Mapping[str, str]) -> str:
@@ -643,7 +683,7 @@ class Runtime:
     """An exported model.
 
     Args:
-        path: The .onnx file, or the .xml of OpenVINO.
+        path: The .onnx file, the .xml of OpenVINO, or the .tflite of LiteRT.
         precision: What OpenVINO computes in: 'fp32', 'fp16' or 'bf16'; None for what was exported.
         threads: How many compute; None leaves it to the library.
         providers: Of ONNX Runtime, such as ['CUDAExecutionProvider']; of OpenVINO its device, such
@@ -666,7 +706,8 @@ class Runtime:
                  providers: Sequence[str] | None = None, size: Sequence[int] | None = None) -> None:
         self.path, self.seconds = Path(path), 0.
         if self.path.suffix not in _ENGINES:
-            raise RuntimeFileError(f'{path} is of no known kind: give a .onnx or a .xml file')
+            raise RuntimeFileError(f'{path} is of no known kind: give a .onnx, .xml or '
+                                   '.tflite file')
         if not self.path.is_file():
             raise RuntimeFileError(f'{path} {"is no file" if self.path.exists() else "is missing"}')
         if precision not in (None, *PRECISIONS):
@@ -693,7 +734,7 @@ class Runtime:
     @property
     def files(self) -> list[Path]:
         """What it is read from, perhaps."""
-        return [self.path, self.path.with_suffix('.bin')]
+        return [self.path, self.path.with_suffix('.bin'), Path(f'{self.path}.json')]
 
     def run(self, images: np.ndarray, sizes: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Run the bare graph.
@@ -1321,7 +1362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog='runtime.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('model', metavar='MODEL', help='model.onnx, or model.xml of OpenVINO')
+    add('model', metavar='MODEL', help='model.onnx, model.xml of OpenVINO, or model.tflite')
     add('input', nargs='+', metavar='INPUT', help="images, folders, patterns ('photos/*.jpg'); or "
         'one video, the number of a camera (0), or the URL of a stream')
     add('--out-dir', type=Path, default=Path('outputs'), metavar='DIR',

@@ -89,9 +89,89 @@ def write_openvino(path):
     return path.with_suffix('.xml')
 
 
-@pytest.fixture(params=['onnxruntime', 'openvino'])
+def write_litert(path, metadata):
+    """Write the graph of ``write_graph`` for one image, and the metadata beside it."""
+    flatbuffers = pytest.importorskip('flatbuffers')
+    schema = pytest.importorskip('ai_edge_litert.schema_py_generated')
+    graph, model = schema.SubGraphT(), schema.ModelT()
+    graph.tensors, graph.operators = [], []
+    model.buffers, model.operatorCodes = [schema.BufferT()], []
+
+    def tensor(shape, kind, content=None):
+        made = schema.TensorT()
+        made.shape, made.type = list(shape), getattr(schema.TensorType, kind)
+        made.name = f'tensor_{len(graph.tensors)}'
+        if content is not None:
+            made.buffer = len(model.buffers)
+            model.buffers.append(schema.BufferT())
+            model.buffers[-1].data = np.frombuffer(content.tobytes(), np.uint8)
+        graph.tensors.append(made)
+        return len(graph.tensors) - 1
+
+    def constant(value):
+        value = np.asarray(value, np.float32 if np.asarray(value).dtype.kind == 'f' else np.int32)
+        return tensor(value.shape, value.dtype.name.upper(), value)
+
+    def operation(kind, inputs, shape, result='FLOAT32', options=None, **settings):
+        code, made = schema.OperatorCodeT(), schema.OperatorT()
+        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, kind)
+        made.opcodeIndex, made.inputs, made.outputs = len(model.operatorCodes), inputs, [
+            tensor(shape, result)]
+        model.operatorCodes.append(code)
+        if options:
+            made.builtinOptionsType = getattr(schema.BuiltinOptions, options)
+            made.builtinOptions = getattr(schema, f'{options}T')()
+            vars(made.builtinOptions).update(settings)
+        graph.operators.append(made)
+        return made.outputs[0]
+
+    height, width = metadata['input']['size']
+    images = tensor((1, 3, height, width), 'UINT8')
+    light = operation('CAST', [images], (1, 3, height, width))
+    if metadata['task'] == 'detection':
+        inputs = [images, tensor((1, 2), 'INT32')]
+        mean = operation('MEAN', [light, constant([1, 2, 3])], (1, 1, 1, 1),
+                         options='ReducerOptions', keepDims=True)
+        means = operation('RESHAPE', [mean, constant([1, 1])], (1, 1))
+        scores = operation('MUL', [means, constant(np.array([[1, .5, .1]]) / 255)], (1, 3),
+                           options='MulOptions')
+        sides = operation('CAST', [inputs[1]], (1, 2))
+        corners = operation('CONCATENATION', [sides, sides], (1, 4),
+                            options='ConcatenationOptions', axis=1)
+        each = operation('RESHAPE', [corners, constant([1, 1, 4])], (1, 1, 4))
+        boxes = operation('MUL', [each, constant(BOXES[None])], (1, 3, 4), options='MulOptions')
+        labels = operation('ADD', [constant([[1, 0, 6]]), constant([[0, 0, 1]])], (1, 3), 'INT32',
+                           options='AddOptions')
+        outputs = [labels, boxes, scores]
+    else:
+        inputs = [images]
+        mean = operation('MEAN', [light, constant([2, 3])], (1, 3), options='ReducerOptions',
+                         keepDims=False)
+        outputs = [operation('MUL', [mean, constant(np.array([1 / 255]))], (1, 3),
+                             options='MulOptions')]
+    signature = schema.SignatureDefT()
+    signature.signatureKey, signature.subgraphIndex = 'serving_default', 0
+    for attribute, names, indices in (('inputs', 'args', inputs), ('outputs', 'output', outputs)):
+        maps = []
+        for place, index in enumerate(indices):
+            maps.append(schema.TensorMapT())
+            maps[-1].name, maps[-1].tensorIndex = f'{names}_{place}', index
+        setattr(signature, attribute, maps)
+    graph.inputs, graph.outputs = inputs, outputs
+    model.version, model.subgraphs, model.signatureDefs = 3, [graph], [signature]
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b'TFL3')
+    path = path.with_suffix('.tflite')
+    path.write_bytes(builder.Output())
+    path.with_name(f'{path.name}.json').write_text(json.dumps(metadata))
+    return path
+
+
+@pytest.fixture(params=['onnxruntime', 'openvino', 'ai_edge_litert'])
 def detector(request, tmp_path):
     """A detector's file."""
+    if request.param == 'ai_edge_litert':
+        return write_litert(tmp_path / 'tiny', metadata_of(dynamic=()))
     path = write_graph(tmp_path / 'tiny.onnx', metadata_of())
     return path if request.param == 'onnxruntime' else write_openvino(path)
 
@@ -167,11 +247,13 @@ class TestResults:
             assert (third.scores == first.scores).all()
         assert model([]) == []
 
-    @pytest.mark.parametrize('suffix', ['.onnx', '.xml'])
+    @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.tflite'])
     def test_classification(self, tmp_path, suffix):
-        path = write_graph(tmp_path / 'tiny.onnx', metadata_of('classification', classes=None))
-        found = Runtime(path if suffix == '.onnx' else write_openvino(path))(
-            np.full((9, 9, 3), (255, 51, 102), np.uint8))  # BGR
+        metadata = metadata_of('classification', classes=None)
+        path = write_graph(tmp_path / 'tiny.onnx', metadata)
+        path = (path if suffix == '.onnx' else write_openvino(path) if suffix == '.xml'
+                else write_litert(path, metadata))
+        found = Runtime(path)(np.full((9, 9, 3), (255, 51, 102), np.uint8))  # BGR
         assert isinstance(found, Classification) and found.labels.tolist() == [2, 0, 1]
         np.testing.assert_allclose(found.scores, [1, .4, .2], rtol=1e-5)
         assert found.top(1).as_records() == [dict(label=2, class_name='class 2', score=1.)]
@@ -346,6 +428,20 @@ class TestFiles:
         with pytest.raises(RuntimeFileError, match=r'^\S*tiny\.\w+ cannot be loaded by \w+ \d'):
             Runtime(detector)
 
+    @pytest.mark.parametrize('beside, message', [
+        (None, r'described in tiny\.tflite\.json, which is missing: keep'),
+        ('{"format"', r'tiny\.tflite\.json is damaged: export tiny\.tflite again'),
+        ('[1]', r'tiny\.tflite\.json is damaged'), ('{}', 'is no file of `spartan-mm export`'),
+        (json.dumps(metadata_of(outputs=['labels', 'boxes', 'scores', 'masks'], dynamic=())),
+         'are those of another graph'),
+        (json.dumps(metadata_of(size=(64, 64), dynamic=())), 'are those of another graph')])
+    def test_metadata_apart(self, tmp_path, beside, message):
+        path = write_litert(tmp_path / 'tiny', metadata_of(dynamic=()))
+        place = path.with_name('tiny.tflite.json')
+        place.unlink() if beside is None else place.write_text(beside)
+        with pytest.raises(RuntimeFileError, match=message):
+            Runtime(path)
+
     def test_weights_apart(self, tmp_path):
         path = write_openvino(write_graph(tmp_path / 'tiny.onnx', metadata_of()))
         path.with_suffix('.bin').unlink()
@@ -354,7 +450,7 @@ class TestFiles:
 
     @pytest.mark.parametrize('name, message', [
         ('none.onnx', 'is missing'), ('.', 'is of no known kind'),
-        ('model.pth', 'is of no known kind: give a .onnx or a .xml file')])
+        ('model.pth', 'is of no known kind: give a .onnx, .xml or .tflite file')])
     def test_no_file(self, name, message):
         with pytest.raises(RuntimeFileError, match=message):
             Runtime(name)
@@ -368,12 +464,15 @@ class TestFiles:
         with pytest.raises(RuntimeFileError, match=message):
             Runtime(detector, **options)
 
-    def test_precision_is_in_the_graph(self, model):
-        with pytest.raises(RuntimeFileError, match='computes in fp32, not bf16: onnxruntime keeps'):
-            Runtime(model, precision='bf16')
+    def test_precision_is_in_the_graph(self, detector):
+        if detector.suffix == '.xml':
+            pytest.skip('OpenVINO computes in what it is asked for')
+        with pytest.raises(RuntimeFileError, match=r'computes in fp32, not bf16: \w+ keeps'):
+            Runtime(detector, precision='bf16')
 
     def test_missing_library(self, detector, monkeypatch):
-        library = {'.onnx': 'onnxruntime', '.xml': 'openvino'}[detector.suffix]
+        library = {'.onnx': 'onnxruntime', '.xml': 'openvino',
+                   '.tflite': 'ai_edge_litert'}[detector.suffix]
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(RuntimeFileError, match=f'needs {library}: pip install {library}'):
             Runtime(detector)
@@ -650,7 +749,7 @@ class TestPlaces:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('library', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('library', ['onnxruntime', 'openvino', 'ai-edge-litert'])
 def test_three_packages_are_enough(library, photos, video, tmp_path):
     """The file alone, in an environment with numpy, Pillow and what runs the model."""
     place = tmp_path / 'bare'
@@ -660,10 +759,10 @@ def test_three_packages_are_enough(library, photos, video, tmp_path):
                              capture_output=True, text=True)
     if install.returncode:
         pytest.skip(f'pip cannot install here: {install.stderr[-200:]}')
-    path = write_graph(tmp_path / 'tiny.onnx', metadata_of())
-    other = write_openvino(path)
-    if library == 'openvino':
-        path, other = other, path
+    onnx_file = write_graph(tmp_path / 'tiny.onnx', metadata_of())
+    files = {'onnxruntime': onnx_file, 'openvino': write_openvino(onnx_file),
+             'ai-edge-litert': write_litert(onnx_file, metadata_of(dynamic=()))}
+    path = files.pop(library)
     shutil.copy(runtime.__file__, place / 'runtime.py')
 
     def call(*words):
@@ -676,7 +775,8 @@ def test_three_packages_are_enough(library, photos, video, tmp_path):
         expected = Runtime(path)(photos / each['file']).above(.3).as_records()
         assert each['detections'] == expected
     # A hint, where something else is needed.
-    needs = dict(onnxruntime='openvino', openvino='onnxruntime')[library]
+    needs, other = files.popitem()
+    needs = needs.replace('-', '_')
     for words, message in (((other, photos), f'needs {needs}: pip install {needs}'),
                            ((path, video), 'needs OpenCV: pip install opencv-python-headless')):
         done = call(*words)

@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('model', nargs='?', metavar='MODEL',
                         help='a checkpoint that holds its config, as published ones do: a file, a '
                              'URL or hf://ORG/NAME; a config file or the name of a model, with '
-                             'CHECKPOINT; or an exported .onnx or .xml file (default: the last '
-                             'checkpoint of the training demo)')
+                             'CHECKPOINT; or an exported .onnx, .xml or .tflite (default: the '
+                             'last checkpoint of the training demo)')
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
                         help='checkpoint, if it is not in the place of the model')
     parser.add_argument('--examples', type=Path, metavar='DIR',

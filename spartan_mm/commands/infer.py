@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                              'stream (rtsp://...)')
     parser.add_argument('config', metavar='CONFIG',
                         help='config file, or the name of a model; or a checkpoint that holds its '
-                             'config, as published ones do; or an exported .onnx or .xml file')
+                             'config, as published ones do; or an exported .onnx, .xml or .tflite')
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
                         help='checkpoint file or URL, if it is not in the place of the config')
     add(parser, '--out-dir', default='outputs')

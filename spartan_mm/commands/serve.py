@@ -18,7 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     parser.add_argument('config', metavar='FILE',
                         help='a checkpoint that holds its config, as published ones do; an '
-                             'exported .onnx or .xml; or the config file or name of a model')
+                             'exported .onnx, .xml or .tflite; or the config file or name of a '
+                             'model')
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
                         help='checkpoint file or URL, if FILE is a config')
     parser.add_argument('--host', default='127.0.0.1', metavar='HOST',

@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags."""
     add_config(parser)
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
-                        help='checkpoint file or URL, or an exported .onnx or .xml file')
+                        help='checkpoint file or URL, or an exported .onnx, .xml or .tflite file')
     add_run(parser)
     add(parser, '--match-classes')
     parser.add_argument('--out', type=_pickle_name, metavar='FILE.pkl',

@@ -22,7 +22,7 @@ def build_tester(cfg: Config, checkpoint: str, match_classes: Match = None) -> R
 
     Args:
         cfg: The config, which is changed.
-        checkpoint: File or URL; what ends in .onnx or .xml is an exported file.
+        checkpoint: File or URL; what ends in .onnx, .xml or .tflite is an exported file.
         match_classes: See :func:`spartan_mm.get_model`.
     """
     exported = checkpoint.lower().endswith(SUFFIXES)
@@ -51,7 +51,7 @@ def check_accuracy(config: str | Config, checkpoint: str | None, raw: bool, to: 
     elif raw:
         fault = 'drop --raw, which leaves out what makes predictions of the outputs'
     elif to not in ('onnx', 'openvino'):
-        fault = f'files for {to} are not tested; drop --accuracy'
+        fault = f'files for {to} are not tested on the way; drop --accuracy'
     if fault:
         raise UsageError(f'--accuracy tests the file on the test data of its config: {fault}')
     _read(str(config))

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ..backbones.spartan import CMixer
 from ..errors import ExplainedError
-from ..runtime import SUFFIXES
 from ..text import count, join, markdown
 from .pictures import Pictures, resized
 from .race import BareRun, computed_in, open_bare, race
@@ -502,10 +501,9 @@ def check_export(model: nn.Module, run: Run, metadata: Mapping[str, Any], pictur
         CheckError: A float32 file is wrong.
     """
     precision, size = metadata['precision'], tuple(metadata['input']['size'])
-    reference, suffix = Reference(model, metadata), Path(path).suffix
-    library = 'openvino' if suffix == '.xml' else 'onnxruntime'
-    find = (cache(partial(open_bare, path, library, precision, argmax=True))
-            if suffix in SUFFIXES else None)
+    reference = Reference(model, metadata)
+    library = {'.onnx': 'onnxruntime', '.xml': 'openvino'}.get(Path(path).suffix)
+    find = library and cache(partial(open_bare, path, library, precision, argmax=True))
     result = check_file(reference, run, pictures, metadata,
                         find and (lambda *given: find()(*given)))
     if precision == 'fp32' or find is None:

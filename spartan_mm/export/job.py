@@ -138,7 +138,7 @@ def export_model(config: str | Config, checkpoint: str | None = None, to: str = 
             print(print_accuracy(measured))
             metadata['accuracy'] = measured
             set_metadata(job.path, as_properties(metadata))
-        if job.path.suffix in runtime.SUFFIXES:
+        if target.suffix in runtime.SUFFIXES:
             shutil.copy(runtime.__file__, folder / 'runtime.py')
         job.graph_file.unlink(missing_ok=True)
         for path in folder.iterdir():

@@ -42,7 +42,7 @@ class ExportedModel(nn.Module):
     """A file that was exported, for a runner's test loop.
 
     Args:
-        path: The file, .onnx or .xml; OpenVINO computes in the file's own precision.
+        path: The file, .onnx, .xml or .tflite; OpenVINO computes in the file's own precision.
         task: What the config is for, 'detection' or 'classification'.
 
     Raises:

@@ -114,7 +114,8 @@ def load_served(file: str, checkpoint: str | None = None, device: str | None = N
     """Load what is to be served.
 
     Args:
-        file: An exported .onnx or .xml; or what :class:`~spartan_mm.inference.Model` calls config.
+        file: An exported .onnx, .xml or .tflite; or what :class:`~spartan_mm.inference.Model` calls
+            config.
         checkpoint: See there, as the following.
         device: As there.
         match_classes: As there.

@@ -26,6 +26,7 @@ from spartan_mm.text import markdown
 from spartan_mm.weights.forms import switch_to_deploy
 
 PAUSE = 0.1  # seconds
+LIBRARIES = {'.onnx': 'ONNX Runtime', '.xml': 'OpenVINO', '.tflite': 'LiteRT'}
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', metavar='CONFIG', help='config file, or the name of a model')
-    parser.add_argument('files', nargs='+', type=Path, metavar='FILE', help='.onnx or .xml')
+    parser.add_argument('files', nargs='+', type=Path, metavar='FILE',
+                        help='.onnx, .xml or .tflite')
     parser.add_argument('--threads', nargs='+', type=int, default=[1], metavar='N')
     parser.add_argument('--seconds', type=float, default=40., help='for each number of threads')
     parser.add_argument('--no-compile', action='store_true', help='leave out torch.compile')
@@ -50,9 +52,8 @@ def main() -> None:
         runs = {name: torch_run(graph, images, sizes) for name, graph in forms.items()}
         for path in args.files:
             runtime = Runtime(path, threads=threads)
-            precision = runtime.metadata['precision']
-            library = 'ONNX Runtime' if path.suffix == '.onnx' else 'OpenVINO'
-            runs[f'{library} {precision}'] = lambda run=runtime.run: run(images, sizes)
+            name = f'{LIBRARIES[path.suffix]} {runtime.metadata["precision"]}'
+            runs[name] = lambda run=runtime.run: run(images, sizes)
         for name, time in zip(runs, race([*runs.values()], args.seconds, PAUSE), strict=True):
             times.setdefault(name, []).append(time)
     deploy = times['torch, deploy form']
