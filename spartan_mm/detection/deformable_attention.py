@@ -187,8 +187,9 @@ class MultiScaleDeformableAttention(nn.Module):
         weights = weights.unflatten(-1, (self.num_heads, -1)).float().softmax(-1)
         offsets = offsets.float().view(*weights.shape, 2)
         reference = reference.float()[:, :, None, None]  # (N, Q, 1, 1, 4)
-        scale = offset_scale(self.points, device=offsets.device)
-        locations = reference[..., :2] + offsets * scale * reference[..., 2:]
+        # What all heads share is made first: ONNX Runtime is slow on last axes of two.
+        reach = offset_scale(self.points, device=offsets.device) * reference[..., 2:]
+        locations = reference[..., :2].expand_as(reach) + offsets * reach
 
         # As a matrix: of a sequence ONNX Runtime transposes the memory anew for each layer.
         value = self.value_proj(memory.flatten(0, 1))
