@@ -192,8 +192,8 @@ class MultiScaleDeformableAttention(nn.Module):
         locations = reference[..., :2].expand_as(reach) + offsets * reach
 
         # As a matrix: of a sequence ONNX Runtime transposes the memory anew for each layer.
-        value = self.value_proj(memory.flatten(0, 1))
-        value = value.view(*memory.shape[:2], self.num_heads, -1)  # (N, L, M, D)
+        value = self.value_proj(memory.flatten(0, 1)).unflatten(-1, (self.num_heads, -1))
+        value = value.unflatten(0, memory.shape[:2])  # (N, L, M, D)
         mixed = sample_multi_scale(
             value, spatial_shapes, locations, weights, self.form, self.points)
         mixed = self.dropout(self.output_proj(mixed))
