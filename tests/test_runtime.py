@@ -25,6 +25,7 @@ from spartan_mm.runtime import Classification, Detections, InputError, Runtime, 
 
 BOXES = np.float32([[.1, .2, .5, .6], [.3, .3, .9, .9], [0, 0, 1, 1]])
 CLASSES = ['cät', 'dog']
+LIBRARIES = {'.onnx': 'onnxruntime', '.xml': 'openvino', '.tflite': 'ai_edge_litert'}
 
 
 def metadata_of(task='detection', size=(64, 96), dynamic=('batch',), **changes):
@@ -167,13 +168,18 @@ def write_litert(path, metadata):
     return path
 
 
-@pytest.fixture(params=['onnxruntime', 'openvino', 'ai_edge_litert'])
+def write_file(suffix, folder, *task, **changes):
+    """Write a file of a kind that can be run; LiteRT's batch is fixed."""
+    if suffix == '.tflite':
+        return write_litert(folder / 'tiny', metadata_of(*task, dynamic=(), **changes))
+    path = write_graph(folder / 'tiny.onnx', metadata_of(*task, **changes))
+    return path if suffix == '.onnx' else write_openvino(path)
+
+
+@pytest.fixture(params=LIBRARIES)
 def detector(request, tmp_path):
     """A detector's file."""
-    if request.param == 'ai_edge_litert':
-        return write_litert(tmp_path / 'tiny', metadata_of(dynamic=()))
-    path = write_graph(tmp_path / 'tiny.onnx', metadata_of())
-    return path if request.param == 'onnxruntime' else write_openvino(path)
+    return write_file(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -247,13 +253,10 @@ class TestResults:
             assert (third.scores == first.scores).all()
         assert model([]) == []
 
-    @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.tflite'])
+    @pytest.mark.parametrize('suffix', LIBRARIES)
     def test_classification(self, tmp_path, suffix):
-        metadata = metadata_of('classification', classes=None)
-        path = write_graph(tmp_path / 'tiny.onnx', metadata)
-        path = (path if suffix == '.onnx' else write_openvino(path) if suffix == '.xml'
-                else write_litert(path, metadata))
-        found = Runtime(path)(np.full((9, 9, 3), (255, 51, 102), np.uint8))  # BGR
+        found = Runtime(write_file(suffix, tmp_path, 'classification', classes=None))(
+            np.full((9, 9, 3), (255, 51, 102), np.uint8))  # BGR
         assert isinstance(found, Classification) and found.labels.tolist() == [2, 0, 1]
         np.testing.assert_allclose(found.scores, [1, .4, .2], rtol=1e-5)
         assert found.top(1).as_records() == [dict(label=2, class_name='class 2', score=1.)]
@@ -467,12 +470,12 @@ class TestFiles:
     def test_precision_is_in_the_graph(self, detector):
         if detector.suffix == '.xml':
             pytest.skip('OpenVINO computes in what it is asked for')
-        with pytest.raises(RuntimeFileError, match=r'computes in fp32, not bf16: \w+ keeps'):
+        library = LIBRARIES[detector.suffix]
+        with pytest.raises(RuntimeFileError, match=f'computes in fp32, not bf16: {library} keeps'):
             Runtime(detector, precision='bf16')
 
     def test_missing_library(self, detector, monkeypatch):
-        library = {'.onnx': 'onnxruntime', '.xml': 'openvino',
-                   '.tflite': 'ai_edge_litert'}[detector.suffix]
+        library = LIBRARIES[detector.suffix]
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(RuntimeFileError, match=f'needs {library}: pip install {library}'):
             Runtime(detector)
@@ -749,20 +752,19 @@ class TestPlaces:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('library', ['onnxruntime', 'openvino', 'ai-edge-litert'])
-def test_three_packages_are_enough(library, photos, video, tmp_path):
+@pytest.mark.parametrize('suffix', LIBRARIES)
+def test_three_packages_are_enough(suffix, photos, video, tmp_path):
     """The file alone, in an environment with numpy, Pillow and what runs the model."""
     place = tmp_path / 'bare'
     venv.create(place, with_pip=True)
     python = place / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
-    install = subprocess.run([python, '-m', 'pip', 'install', '-q', 'numpy', 'pillow', library],
-                             capture_output=True, text=True)
+    install = subprocess.run([python, '-m', 'pip', 'install', '-q', 'numpy', 'pillow',
+                              LIBRARIES[suffix]], capture_output=True, text=True)
     if install.returncode:
         pytest.skip(f'pip cannot install here: {install.stderr[-200:]}')
-    onnx_file = write_graph(tmp_path / 'tiny.onnx', metadata_of())
-    files = {'onnxruntime': onnx_file, 'openvino': write_openvino(onnx_file),
-             'ai-edge-litert': write_litert(onnx_file, metadata_of(dynamic=()))}
-    path = files.pop(library)
+    path = write_file(suffix, tmp_path)
+    another = '.xml' if suffix == '.onnx' else '.onnx'
+    other, needs = write_file(another, tmp_path), LIBRARIES[another]
     shutil.copy(runtime.__file__, place / 'runtime.py')
 
     def call(*words):
@@ -775,8 +777,6 @@ def test_three_packages_are_enough(library, photos, video, tmp_path):
         expected = Runtime(path)(photos / each['file']).above(.3).as_records()
         assert each['detections'] == expected
     # A hint, where something else is needed.
-    needs, other = files.popitem()
-    needs = needs.replace('-', '_')
     for words, message in (((other, photos), f'needs {needs}: pip install {needs}'),
                            ((path, video), 'needs OpenCV: pip install opencv-python-headless')):
         done = call(*words)
